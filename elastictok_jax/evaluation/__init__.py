@@ -1,0 +1,1 @@
+"""Measuring a trained tokenizer the way the paper does, and showing it."""

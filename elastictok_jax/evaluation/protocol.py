@@ -1,0 +1,93 @@
+"""Token use and error at several targets, per block, on clips the model has not seen (paper, 4)."""
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+
+import ml_collections
+import numpy as np
+
+from elastictok_jax.data import media
+from elastictok_jax.data.sources import open_source
+from elastictok_jax.evaluation.metrics import mse, psnr
+from elastictok_jax.tokenizer.api import ElasticTokenizer
+from elastictok_jax.tokenizer.tokens import Tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class Clip:
+    """A named clip: frames uint8 [T, H, W, 3]; fps is 0 for an image."""
+
+    name: str
+    frames: np.ndarray
+    fps: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Coded:
+    """A clip at one target: its tokens and what they decode to, uint8 [T, H, W, 3]."""
+
+    target: float
+    tokens: Tokens
+    reconstruction: np.ndarray
+
+    def summary(self, original: np.ndarray) -> dict[str, object]:
+        """What a report says of it, as JSON values."""
+        error = mse(original, self.reconstruction)
+        return {
+            "target_mse": self.target,
+            "tokens": self.tokens.num_tokens,
+            "tokens_per_block": float(np.mean(self.tokens.lengths)),
+            "bits": self.tokens.bits,
+            "mse": error,
+            "psnr_db": psnr(error),
+            "blocks": len(self.tokens.codes),
+            "blocks_met": int(self.tokens.met.sum()),
+            "lengths": self.tokens.lengths.tolist(),
+            "block_mse": [float(value) for value in self.tokens.mse],
+        }
+
+
+def held_out_clips(config: ml_collections.ConfigDict) -> list[Clip]:
+    """The held-out files as the model sees them: resized, cropped at the centre, cut to
+    `evaluation.max_blocks` blocks."""
+    source = open_source(config, split="heldout")
+    side = config.video.resolution
+    most = config.evaluation.max_blocks * config.video.frames_per_block
+    clips = []
+    for info in (*source.videos, *source.images):
+        frames = media.read_frames(info.path, 0, min(info.frames, most))
+        frames = media.center_crop(media.resize_shortest(frames, side), side, side)
+        clips.append(Clip(_name(info), frames, info.fps if info.kind == "video" else 0.0))
+    return clips
+
+
+def _name(info: media.MediaInfo) -> str:
+    return info.path.rsplit("/", 1)[-1].rsplit(".", 1)[0]
+
+
+def code_clip(
+    tokenizer: ElasticTokenizer, clip: Clip, *, targets: Iterable[float], search: str = "binary"
+) -> list[Coded]:
+    """The clip encoded to each target and decoded from its tokens."""
+    coded = []
+    for target in targets:
+        tokens = tokenizer.encode(clip.frames, max_mse=target, search=search, fps=clip.fps)
+        assert isinstance(tokens, Tokens)
+        coded.append(Coded(target, tokens, tokenizer.decode(tokens)))
+    return coded
+
+
+def summarise(coded: Sequence[tuple[Clip, list[Coded]]]) -> dict[str, object]:
+    """All figures of an evaluation, by target and by clip."""
+    by_target: dict[str, dict[str, float]] = {}
+    for index, example in enumerate(coded[0][1]):
+        tokens = [results[index].tokens for _, results in coded]
+        by_target[f"{example.target:g}"] = {
+            "tokens_per_block": float(np.mean(np.concatenate([t.lengths for t in tokens]))),
+            "blocks_met_fraction": float(np.mean(np.concatenate([t.met for t in tokens]))),
+            "block_mse": float(np.mean(np.concatenate([t.mse for t in tokens]))),
+        }
+    clips = {
+        clip.name: [result.summary(clip.frames) for result in results] for clip, results in coded
+    }
+    return {"targets": by_target, "clips": clips}

@@ -1,0 +1,54 @@
+"""Pixels to tokens and back (paper, section 3.1). No parameters.
+
+Dimension key: B batch, N blocks, F frames a block, S tokens (N blocks x L), D values a patch.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+
+Array = jax.Array
+PATCHES = "... (n t pt) (h ph) (w pw) c -> ... (n t h w) (pt ph pw c)"
+
+
+def tokens_per_block(frames: int, height: int, width: int, *, patch: tuple[int, int, int]) -> int:
+    """L = (F / pt)(H / ph)(W / pw).
+
+    Raises:
+      ValueError: if a patch does not divide a block.
+    """
+    sizes = (frames, height, width)
+    if any(size % step for size, step in zip(sizes, patch, strict=True)):
+        raise ValueError(f"patch {tuple(patch)} does not divide a block of {sizes}")
+    return int(np.prod([size // step for size, step in zip(sizes, patch, strict=True)]))
+
+
+def patchify(video: np.ndarray, *, patch: tuple[int, int, int], frames_per_block: int):
+    """[..., T, H, W, 3] to [..., S, D] in raster order (t, h, w), each patch (pt, ph, pw, rgb).
+
+    Works on numpy and JAX arrays of any dtype. T must be whole blocks.
+    """
+    pt, ph, pw = patch
+    blocks = video.shape[-4] // frames_per_block
+    return rearrange(video, PATCHES, n=blocks, pt=pt, ph=ph, pw=pw)
+
+
+def unpatchify(
+    patches, *, patch: tuple[int, int, int], frames_per_block: int, height: int, width: int
+):
+    """Inverse of `patchify`: [..., S, D] to [..., T, H, W, 3]."""
+    pt, ph, pw = patch
+    sizes = dict(t=frames_per_block // pt, h=height // ph, w=width // pw, pt=pt, ph=ph, pw=pw, c=3)
+    inverse = " -> ".join(reversed(PATCHES.split(" -> ")))
+    return rearrange(patches, inverse, **sizes)
+
+
+def to_float(pixels_uint8: Array) -> Array:
+    """uint8 [0, 255] to float32 [-1, 1]: x / 127.5 - 1."""
+    return pixels_uint8.astype(jnp.float32) / 127.5 - 1.0
+
+
+def to_uint8(pixels: Array) -> Array:
+    """float [-1, 1] to uint8, clipped and rounded to nearest."""
+    return jnp.round((jnp.clip(pixels, -1.0, 1.0) + 1.0) * 127.5).astype(jnp.uint8)

@@ -1,0 +1,1 @@
+"""Meshes, and which logical axis lies on which mesh axis."""

@@ -1,0 +1,58 @@
+"""Experiment name to ConfigDict."""
+
+import difflib
+import importlib.util
+import sys
+from pathlib import Path
+
+import ml_collections
+
+from elastictok_jax.errors import UsageError
+
+
+def experiments_folder() -> Path:
+    """Where registered experiments lie: beside the package in a checkout, inside it once built."""
+    package = Path(__file__).parent
+    checkout = package.parent / "experiments"
+    return checkout if checkout.is_dir() else package / "experiments"
+
+
+def experiment_names() -> list[str]:
+    """Names of all registered experiments."""
+    files = experiments_folder().glob("*.py")
+    return sorted(path.stem for path in files if not path.stem.startswith("_"))
+
+
+def get_experiment(experiment: str) -> ml_collections.ConfigDict:
+    """The config of a registered name or of `path/file.py`, either with an optional `:arg`.
+
+    The file's `get_config()` (or `get_config(arg)`) is called.
+
+    Raises:
+      UsageError: if there is no such experiment, or the file does not define get_config.
+    """
+    name, colon, arg = experiment.partition(":")
+    if name.endswith(".py"):
+        path = Path(name)
+        if not path.is_file():
+            raise UsageError(f"experiment file {name} does not exist")
+    else:
+        known = experiment_names()
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"registered are {', '.join(known)}"
+            raise UsageError(f"no experiment named {name}: {hint} (or give a path/file.py)")
+        path = experiments_folder() / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"elastictok_experiment_{path.stem}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    try:
+        spec.loader.exec_module(module)
+    except SyntaxError as error:
+        raise UsageError(f"experiment file {path} does not parse: {error}") from None
+    if not hasattr(module, "get_config"):
+        raise UsageError(f"experiment file {path} defines no get_config()")
+    config = module.get_config(arg) if colon else module.get_config()
+    config.name = path.stem + (f":{arg}" if colon else "")
+    return config

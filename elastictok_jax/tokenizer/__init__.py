@@ -1,0 +1,1 @@
+"""The trained tokenizer: pixels to a chosen number of tokens, and back."""

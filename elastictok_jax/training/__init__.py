@@ -1,0 +1,1 @@
+"""The training run: state, optimizer, step, loop, checkpoints, metrics."""

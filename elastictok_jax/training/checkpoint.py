@@ -1,0 +1,175 @@
+"""Orbax checkpoints of a training run: the only file that imports orbax.
+
+A checkpoint is a Composite of `state` (the train state), `data` (position in the data) and
+`meta` (resolved config and library versions). It is written in the background under a temporary
+name and renamed when whole, so a killed process never leaves a checkpoint that looks complete.
+"""
+
+import importlib.metadata
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_collections
+import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import preservation_policy
+
+from elastictok_jax.errors import RunError, UsageError
+from elastictok_jax.training.state import TrainState
+
+BEST_METRIC = "eval/mse"
+VERSIONED = ("elastictok_jax", "jax", "flax", "optax", "orbax-checkpoint")
+
+
+class Checkpointer:
+    """Saves, keeps and restores the checkpoints below `workdir/checkpoints`.
+
+    Keeps the newest `keep_last` and the `keep_best` with the lowest eval/mse.
+    """
+
+    def __init__(self, workdir: Path, *, keep_last: int, keep_best: int):
+        self.folder = workdir / "checkpoints"
+        policy = preservation_policy.AnyPreservationPolicy(
+            [
+                preservation_policy.LatestN(keep_last),
+                preservation_policy.BestN(
+                    get_metric_fn=lambda metrics: metrics[BEST_METRIC],
+                    reverse=True,  # the last of the descending order is kept: the lowest error
+                    n=keep_best,
+                    keep_checkpoints_without_metrics=False,
+                ),
+            ]
+        )
+        self._manager = ocp.CheckpointManager(
+            self.folder.absolute(),
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=policy,
+                cleanup_tmp_directories=True,
+                enable_async_checkpointing=True,
+            ),
+        )
+
+    def latest_step(self) -> int | None:
+        """Step of the newest whole checkpoint, or None."""
+        return self._manager.latest_step()
+
+    def save(
+        self,
+        step: int,
+        state: TrainState,
+        *,
+        data_position: dict[str, int],
+        config: ml_collections.ConfigDict,
+        metrics: dict[str, float] | None,
+    ) -> None:
+        """Starts writing a checkpoint; the state may be donated as soon as this returns.
+
+        Raises:
+          RunError: if this save, or the one before it, failed to be written.
+        """
+        versions = {name: importlib.metadata.version(name) for name in VERSIONED}
+        try:
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.PyTreeSave(state),
+                    data=ocp.args.JsonSave(data_position),
+                    meta=ocp.args.JsonSave(
+                        {"config": json.loads(config.to_json_best_effort()), "versions": versions}
+                    ),
+                ),
+                metrics=metrics,
+            )
+        except Exception as error:
+            raise self._failed(error) from error
+
+    def restore(self, step: int, abstract: TrainState) -> tuple[TrainState, dict[str, int]]:
+        """The state at `step`, placed as `abstract` says, and the data position.
+
+        Raises:
+          UsageError: naming every weight that differs, with both shapes.
+        """
+        self._check_shapes(step, abstract)
+        restore_args = ocp.checkpoint_utils.construct_restore_args(abstract)
+        restored = self._manager.restore(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.PyTreeRestore(item=abstract, restore_args=restore_args),
+                data=ocp.args.JsonRestore(),
+            ),
+        )
+        return restored["state"], restored["data"]
+
+    def restore_params(self, step: int, abstract_params: Any) -> Any:
+        """The weights to evaluate (the average where there is one), without the optimizer."""
+        shapes = self._shapes(step)
+        name = "ema_params" if any(key.startswith("ema_params/") for key in shapes) else "params"
+        wanted = {name: abstract_params}
+        self._check_shapes(step, wanted, partial=True)
+        restored = self._manager.restore(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.PyTreeRestore(
+                    item=wanted,
+                    restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
+                    partial_restore=True,
+                )
+            ),
+        )
+        return restored["state"][name]
+
+    def finish(self) -> None:
+        """Waits until the last save is on disk.
+
+        Raises:
+          RunError: if it could not be written.
+        """
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:
+            raise self._failed(error) from error
+
+    def close(self) -> None:
+        self._manager.close()
+
+    def _failed(self, error: Exception) -> RunError:
+        step = self._manager.latest_step()
+        kept = "there is no earlier one" if step is None else f"step {step} is whole and kept"
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        return RunError(
+            f"a checkpoint could not be written to {self.folder} ({reason[0]}): {kept}; "
+            "free space or mend the disk, then run the same command again"
+        )
+
+    def _shapes(self, step: int) -> dict[str, tuple[int, ...]]:
+        handler = ocp.PyTreeCheckpointHandler()
+        metadata = handler.metadata(self.folder.absolute() / str(step) / "state")
+        return _flat_shapes(metadata.tree)
+
+    def _check_shapes(self, step: int, wanted: Any, *, partial: bool = False) -> None:
+        saved, asked = self._shapes(step), _flat_shapes(wanted)
+        wrong = []
+        for name in sorted(saved.keys() | asked.keys()):
+            if partial and name not in asked:
+                continue
+            if saved.get(name) != asked.get(name):
+                old, new = (str(side.get(name, "none")) for side in (saved, asked))
+                wrong.append(f"{name}: {old} saved, {new} asked for")
+        if wrong:
+            raise UsageError(
+                f"checkpoint {self.folder / str(step)} does not fit the config: "
+                + "; ".join(wrong)
+                + ". Use the config it was trained with, or another --workdir"
+            )
+
+
+def _flat_shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {
+        "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path): (
+            tuple(leaf.shape)
+        )
+        for path, leaf in leaves
+        if hasattr(leaf, "shape")
+    }

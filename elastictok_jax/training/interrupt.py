@@ -1,0 +1,41 @@
+"""SIGTERM and Ctrl-C: the first asks the loop to save and stop, a second ends the process."""
+
+import os
+import signal
+import sys
+from types import FrameType, TracebackType
+
+
+class StopRequest:
+    """A context in which `requested` turns true at the first SIGTERM or SIGINT.
+
+    The second signal exits at once with status 128 + its number; what was saved stays.
+    """
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._previous: dict[int, object] = {}
+
+    def __enter__(self) -> "StopRequest":
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        name = signal.Signals(number).name
+        if self.requested:
+            sys.stderr.write(f"second {name}: exiting at once\n")
+            sys.stderr.flush()
+            os._exit(128 + number)
+        self.requested = True
+        sys.stderr.write(f"{name}: saving, then stopping (again to exit at once)\n")
+        sys.stderr.flush()

@@ -1,0 +1,130 @@
+"""Where metrics go: JSONL always, TensorBoard and wandb by extra, and the console."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import ml_collections
+import numpy as np
+from tqdm import tqdm
+
+from elastictok_jax.errors import UsageError
+
+
+class MetricWriter:
+    """Writes scalars and pictures by step.
+
+    On resume, `metrics.jsonl` is cut back to the restored step, so that it ends up with one line
+    a logged step however often the run was killed.
+    """
+
+    def __init__(self, workdir: Path, config: ml_collections.ConfigDict, *, start_step: int):
+        self.path = workdir / "metrics.jsonl"
+        _cut_back(self.path, start_step)
+        self._file = self.path.open("a", buffering=1)
+        self._tensorboard = _open_tensorboard(workdir) if config.train.tensorboard else None
+        self._wandb = _open_wandb(workdir, config) if config.train.wandb_project else None
+
+    @property
+    def shows_pictures(self) -> bool:
+        """Whether `picture` has anywhere to go."""
+        return self._tensorboard is not None or self._wandb is not None
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        """One JSONL line, and the same values to the other sinks."""
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        if self._tensorboard is not None:
+            for name, value in values.items():
+                self._tensorboard.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log(values, step=step)
+
+    def picture(self, step: int, name: str, image_HWC: np.ndarray) -> None:
+        """A uint8 picture to TensorBoard and wandb."""
+        if self._tensorboard is not None:
+            self._tensorboard.add_image(name, image_HWC, step, dataformats="HWC")
+        if self._wandb is not None:
+            import wandb
+
+            self._wandb.log({name: wandb.Image(image_HWC)}, step=step)
+
+    def close(self) -> None:
+        self._file.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+class Console:
+    """A progress bar on a terminal, plain lines in a log."""
+
+    def __init__(self, *, total: int, start: int):
+        self._total = total
+        self._bar = None
+        if sys.stderr.isatty():
+            self._bar = tqdm(total=total, initial=start, unit="step", dynamic_ncols=True)
+
+    def advance(self) -> None:
+        if self._bar is not None:
+            self._bar.update()
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        """Metrics of a logged step, on the bar or as one line."""
+        text = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+        self.line(f"step {step}/{self._total}  {text}")
+
+    def line(self, text: str) -> None:
+        if self._bar is not None:
+            self._bar.write(text, file=sys.stderr)
+        else:
+            print(text, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """All whole lines of a `metrics.jsonl`; a last line cut short by a kill is left out."""
+    lines = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return lines
+
+
+def _cut_back(path: Path, step: int) -> None:
+    kept = [line for line in read_metrics(path) if line["step"] <= step]
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+    os.replace(temporary, path)
+
+
+def _open_tensorboard(workdir: Path):
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError:
+        raise UsageError(
+            "train.tensorboard needs the extra: pip install 'elastictok_jax[tensorboard]'"
+        ) from None
+    return SummaryWriter(str(workdir / "tensorboard"))
+
+
+def _open_wandb(workdir: Path, config: ml_collections.ConfigDict):
+    try:
+        import wandb
+    except ImportError:
+        raise UsageError(
+            "train.wandb_project needs the extra: pip install 'elastictok_jax[wandb]'"
+        ) from None
+    return wandb.init(
+        project=config.train.wandb_project,
+        name=config.name,
+        dir=str(workdir),
+        config=config.to_dict(),
+        resume="allow",
+    )

@@ -1,0 +1,222 @@
+"""The jitted training and evaluation steps.
+
+Dimension key: B batch, S tokens, D values a patch, N blocks, L tokens a block, F frames.
+All randomness is a function of (config.seed, step, global row or block index).
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import optax
+
+from elastictok_jax import masking
+from elastictok_jax.attention.api import TokenPlaces
+from elastictok_jax.config import block_tokens
+from elastictok_jax.losses.lpips import lpips
+from elastictok_jax.losses.reconstruction import kl_sum, squared_error_sum
+from elastictok_jax.models.bottlenecks import FSQ, codebook_statistics
+from elastictok_jax.models.elastictok import build_model
+from elastictok_jax.models.patching import to_float, unpatchify
+from elastictok_jax.training.optimizer import make_optimizer, make_schedule
+from elastictok_jax.training.state import TrainState
+
+Array = jax.Array
+Batch = dict[str, Array]
+Metrics = dict[str, Array]
+
+
+def token_places(batch: Batch, *, tokens_per_block: int) -> TokenPlaces:
+    """Places of a batch's tokens: positions run through the sequence."""
+    tokens = batch["segment_ids"].shape[1]
+    return TokenPlaces(
+        positions_S=jnp.arange(tokens, dtype=jnp.int32),
+        segments_BS=batch["segment_ids"],
+        tokens_per_block=tokens_per_block,
+    )
+
+
+def row_keys(key: Array, rows_B: Array) -> Array:
+    """One key a row of the global batch."""
+    return jax.vmap(lambda row: jax.random.fold_in(key, row))(rows_B)
+
+
+def random_frames(
+    keys_B: Array, videos_BSD: tuple[Array, ...], segment_ids_BS: Array, *, config
+) -> tuple[Array, ...]:
+    """The same random frame of a random valid block from each of `videos`: [B, H, W, 3]."""
+    per_block, frames = block_tokens(config), config.video.frames_per_block
+    side = config.video.resolution
+    valid_BN = segment_ids_BS[:, ::per_block] != 0
+
+    def choose(key: Array, valid_N: Array) -> tuple[Array, Array]:
+        block_key, frame_key = jax.random.split(key)
+        scores_N = jax.random.uniform(block_key, valid_N.shape) + valid_N
+        return jnp.argmax(scores_N), jax.random.randint(frame_key, (), 0, frames)
+
+    block_B, frame_B = jax.vmap(choose)(keys_B, valid_BN)
+
+    def take(video_BSD: Array) -> Array:
+        blocks_BNLD = video_BSD.reshape(*valid_BN.shape, per_block, -1)
+        block_BLD = jax.vmap(lambda blocks, index: blocks[index])(blocks_BNLD, block_B)
+        clip_BFHWC = unpatchify(
+            block_BLD,
+            patch=tuple(config.model.patch),
+            frames_per_block=frames,
+            height=side,
+            width=side,
+        )
+        return jax.vmap(lambda clip, index: clip[index])(clip_BFHWC, frame_B)
+
+    return tuple(take(video) for video in videos_BSD)
+
+
+def make_loss(config: ml_collections.ConfigDict) -> Callable[..., tuple[Array, Metrics]]:
+    """loss(params, batch, rows_B, key, totals, lpips_params) -> (loss, metrics).
+
+    `totals` counts the valid tokens, blocks and rows of the whole batch: terms are shares of it,
+    so that the sum over microbatches is exactly the loss of the batch (paper, section 3.3).
+    """
+    model, per_block = build_model(config), block_tokens(config)
+    weights = config.loss
+
+    def loss(params, batch: Batch, rows_B: Array, key: Array, totals: Metrics, lpips_params):
+        mask_key, noise_key, frame_key = jax.random.split(key, 3)
+        segments_BS = batch["segment_ids"]
+        blocks = segments_BS.shape[1] // per_block
+        lengths_BN = masking.draw_lengths(
+            mask_key,
+            rows_B[:, None] * blocks + jnp.arange(blocks),
+            max_tokens=per_block,
+            **config.masking.to_dict(),
+        )
+        keep_BS = masking.keep_mask(lengths_BN, tokens_per_block=per_block)
+        valid_BS = segments_BS != 0
+        target_BSD = to_float(batch["patches"])
+        output = model.apply(
+            {"params": params},
+            target_BSD,
+            keep_BS,
+            token_places(batch, tokens_per_block=per_block),
+            row_keys(noise_key, rows_B),
+        )
+        error = squared_error_sum(output.reconstruction, target_BSD, valid_BS)
+        metrics = {"mse": error / totals["tokens"]}
+        total = metrics["mse"]
+        if weights.lpips_weight:
+            frames = random_frames(
+                row_keys(frame_key, rows_B),
+                (output.reconstruction, target_BSD),
+                segments_BS,
+                config=config,
+            )
+            distance_B = lpips(lpips_params, *frames, net=weights.lpips_net)
+            distance = jnp.sum(jnp.where(jnp.any(valid_BS, axis=1), distance_B, 0.0))
+            metrics["lpips"] = distance / totals["rows"]
+            total += weights.lpips_weight * metrics["lpips"]
+        if output.kl_BS is not None:
+            metrics["kl"] = kl_sum(output.kl_BS, keep_BS & valid_BS) / totals["blocks"]
+            total += weights.kl_weight * metrics["kl"]
+        metrics["kept_fraction"] = jnp.sum(keep_BS & valid_BS) / totals["tokens"]
+        return total, {"loss": total, **metrics}
+
+    return loss
+
+
+def make_train_step(
+    config: ml_collections.ConfigDict,
+) -> Callable[[TrainState, Batch, Any], tuple[TrainState, Metrics]]:
+    """train_step(state, batch, lpips_params) -> (state, metrics); pure, to be jitted and donated.
+
+    The batch is cut into `optimizer.accumulate_steps` microbatches whose gradients add up to that
+    of the batch; one optimizer update and one EMA update follow.
+    """
+    loss, per_block = make_loss(config), block_tokens(config)
+    optimizer, schedule = make_optimizer(config), make_schedule(config)
+    pieces, decay = config.optimizer.accumulate_steps, config.optimizer.ema_decay
+
+    def train_step(state: TrainState, batch: Batch, lpips_params):
+        key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+        valid_BS = batch["segment_ids"] != 0
+        totals = {
+            "tokens": jnp.maximum(jnp.sum(valid_BS), 1).astype(jnp.float32),
+            "blocks": jnp.maximum(jnp.sum(valid_BS[:, ::per_block]), 1).astype(jnp.float32),
+            "rows": jnp.maximum(jnp.sum(jnp.any(valid_BS, axis=1)), 1).astype(jnp.float32),
+        }
+        grad = jax.grad(loss, has_aux=True)
+
+        def gradients(piece: tuple[Batch, Array]):
+            return grad(state.params, *piece, key, totals, lpips_params)
+
+        # Row r goes to microbatch r % pieces, so that rows stay on the devices that hold them.
+        rows_B = jnp.arange(valid_BS.shape[0], dtype=jnp.int32)
+        if pieces == 1:
+            grads, metrics = gradients((batch, rows_B))
+        else:
+            cut = jax.tree.map(
+                lambda x: x.reshape(-1, pieces, *x.shape[1:]).swapaxes(0, 1), (batch, rows_B)
+            )
+            shapes = jax.eval_shape(gradients, jax.tree.map(lambda x: x[0], cut))
+            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+            (grads, metrics), _ = jax.lax.scan(
+                lambda sums, piece: (jax.tree.map(jnp.add, sums, gradients(piece)), None),
+                zeros,
+                cut,
+            )
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        ema_params = state.ema_params
+        if ema_params is not None:
+            # A short memory at first, so that the average forgets the initial weights.
+            rate = 1.0 - jnp.minimum(decay, (1.0 + state.step) / (10.0 + state.step))
+            ema_params = jax.tree.map(
+                lambda average, value: average + rate * (value - average), ema_params, params
+            )
+        metrics |= {
+            "grad_norm": optax.global_norm(grads),
+            "learning_rate": schedule(state.step),
+            "padding_fraction": 1.0 - jnp.mean(valid_BS),
+        }
+        state = TrainState(
+            step=state.step + 1, params=params, opt_state=opt_state, ema_params=ema_params
+        )
+        return state, metrics
+
+    return train_step
+
+
+def make_eval_step(
+    config: ml_collections.ConfigDict,
+) -> Callable[[Any, Batch, Array], tuple[Metrics, Array]]:
+    """eval_step(params, batch, fraction) -> (sums, reconstruction uint8-scaled float [B, S, D]).
+
+    Every block keeps round(fraction * L) tokens. Sums are over valid tokens of the batch:
+    "error" (clipped to [-1, 1] first, as the tokenizer reports it) and "tokens"; for FSQ also
+    the "usage" and "perplexity" of the codebook.
+    """
+    model, per_block = build_model(config), block_tokens(config)
+
+    def eval_step(params, batch: Batch, fraction: Array):
+        segments_BS = batch["segment_ids"]
+        valid_BS = segments_BS != 0
+        lengths = jnp.maximum(1, jnp.round(fraction * per_block)).astype(jnp.int32)
+        blocks = segments_BS.shape[1] // per_block
+        lengths_BN = jnp.full((segments_BS.shape[0], blocks), lengths)
+        keep_BS = masking.keep_mask(lengths_BN, tokens_per_block=per_block)
+        target_BSD = to_float(batch["patches"])
+        places = token_places(batch, tokens_per_block=per_block)
+        output = model.apply({"params": params}, target_BSD, keep_BS, places)
+        reconstruction_BSD = jnp.clip(output.reconstruction, -1.0, 1.0)
+        metrics = {
+            "error": squared_error_sum(reconstruction_BSD, target_BSD, valid_BS),
+            "tokens": jnp.sum(valid_BS).astype(jnp.float32),
+        }
+        if isinstance(model.bottleneck, FSQ):
+            metrics |= codebook_statistics(
+                output.codes, keep_BS & valid_BS, codebook_size=model.bottleneck.codebook_size
+            )
+        return metrics, reconstruction_BSD
+
+    return eval_step

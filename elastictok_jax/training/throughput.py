@@ -1,0 +1,60 @@
+"""Model floating-point operations, and the peak they are measured against."""
+
+import functools
+import math
+import time
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+
+from elastictok_jax.config import block_tokens
+from elastictok_jax.models.elastictok import abstract_params
+
+# Dense bf16 peak of one chip in FLOP/s, from the vendors' data sheets; keys start device_kind.
+PEAK_FLOPS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5p": 459e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+}
+
+
+def train_flops_per_token(config: ml_collections.ConfigDict) -> float:
+    """Model operations a token of one training step, rematerialisation not counted.
+
+    6 for each weight of a matrix (2 forward, 4 backward), and 12 x width a visible key a layer
+    for scores and mixing; a token sees (N + 1) / 2 of N blocks on average.
+    """
+    leaves = jax.tree_util.tree_flatten_with_path(abstract_params(config))[0]
+    weights = sum(math.prod(leaf.shape) for path, leaf in leaves if path[-1].key == "kernel")
+    layers = config.model.encoder_layers + config.model.decoder_layers
+    visible_keys = block_tokens(config) * (config.data.sequence_blocks + 1) / 2
+    return 6.0 * weights + 12.0 * layers * config.model.width * visible_keys
+
+
+@functools.cache
+def peak_flops(dtype: str) -> float:
+    """FLOP/s of one device: from the table, or measured with a matmul where it is not listed."""
+    kind = jax.devices()[0].device_kind
+    for name, peak in PEAK_FLOPS.items():
+        if kind.startswith(name):
+            return peak
+    return measured_matmul_flops(dtype)
+
+
+def measured_matmul_flops(dtype: str, *, size: int = 1024, repeats: int = 5) -> float:
+    """Best of `repeats` square matmuls, in FLOP/s."""
+    x = jnp.ones((size, size), dtype)
+    matmul = jax.jit(jnp.matmul)
+    matmul(x, x).block_until_ready()
+    best = math.inf
+    for _ in range(repeats):
+        start = time.perf_counter()
+        matmul(x, x).block_until_ready()
+        best = min(best, time.perf_counter() - start)
+    return 2.0 * size**3 / best

@@ -13,7 +13,7 @@ def get_config():
     config.model.mlp_width = 384
     config.model.encoder_layers = 4
     config.model.decoder_layers = 4
-    config.model.heads = 4
+    config.model.heads = 2
     config.model.patch = (2, 8, 8)
     config.model.rope_theta = 1e4
     config.model.dtype = "float32"

@@ -1,14 +1,15 @@
 """Images and videos as uint8 RGB arrays, and back.
 
 Dimensions: T frames, H height, W width, C = 3 (red, green, blue). This is the only file that
-imports av. Reading frames at random gives exactly what reading the file in order gives: frames
-are found by presentation timestamp, never by frame rate, and every frame that a seek returns is
-checked against the timestamps of the whole file.
+imports av. Reading a video at random gives exactly what decoding it in order gives: frames are
+found by presentation timestamp, never by frame rate, and each frame that a seek returns is
+checked against the timestamps of the whole file. Pixels are taken as they are stored: no
+resampling for a pixel aspect ratio other than 1.
 """
 
 import os
 import uuid
-import warnings
+from bisect import bisect_right
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,22 +18,33 @@ from pathlib import Path
 
 import av
 import numpy as np
-from av.video.reformatter import ColorRange, Colorspace
+from av.video.reformatter import Colorspace, Interpolation
 from PIL import Image, ImageOps
 
-from elastictok_jax.errors import UsageError
+from elastictok_jax.errors import RunError, UsageError
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp"})
 VIDEO_SUFFIXES = frozenset(
     {".gif", ".mp4", ".mkv", ".mov", ".webm", ".avi", ".mpg", ".mpeg", ".m4v"}
 )
-MAX_PIXELS = 2**26  # 8192 x 8192: a larger picture is taken for a decompression bomb
-_MOV_FAMILY = frozenset({"mov", "mp4", "m4v", "m4a", "3gp", "3g2", "mj2"})
-_STATED_DURATION = frozenset({"matroska", "webm"})  # containers whose header states the duration
-_AV_COLORSPACE_UNKNOWN = 2
-_MAX_STEPS_BACK = 8  # keyframes to step back before decoding from the start
+MAX_PIXELS = 2**26  # 8192 x 8192: anything larger is taken for a decompression bomb
 
-type_error_hint = "expected uint8 with shape"
+# One packet is one shown frame and keyframes can be trusted: the others are read in order.
+_SEEKABLE_CODECS = frozenset(
+    {"h264", "hevc", "vp9", "av1", "mpeg1video", "mpeg2video", "mpeg4", "ffv1", "mjpeg"}
+)
+_WRITE_FORMATS = {"libx264": "yuv420p", "libx264rgb": "rgb24", "ffv1": "bgr0"}
+_WRITE_SUFFIXES = frozenset({".mp4", ".mkv", ".mov", ".m4v"})
+# Rounded, not cut off: swscale's default darkens every frame by more than one level of 255.
+_EXACT_COLORS = (
+    Interpolation.BICUBIC
+    | Interpolation.FULL_CHR_H_INT
+    | Interpolation.FULL_CHR_H_INP
+    | Interpolation.ACCURATE_RND
+    | Interpolation.BITEXACT
+)
+_COLORSPACE_UNTAGGED = (0, 2)
+_KEYFRAMES_TO_TRY = 4
 
 
 class MediaError(UsageError):
@@ -41,29 +53,12 @@ class MediaError(UsageError):
 
 @dataclass(frozen=True)
 class MediaInfo:
-    """What a media file holds; fps is frames per second (0 for an image), sizes are in pixels."""
+    """What a media file holds: kind 'image' or 'video', fps in frames a second (0 for an image),
+    height and width in pixels as shown."""
 
     path: str
     kind: str
     frames: int
-    fps: float
-    height: int
-    width: int
-
-
-@dataclass(frozen=True)
-class _VideoIndex:
-    """Where the frames of a video are.
-
-    pts holds the timestamps in presentation order (in stream time-base units), keyframes those
-    at which decoding may start. seekable is False where they cannot be trusted, and then frames
-    are only ever counted off from the start.
-    """
-
-    frame_count: int
-    pts: tuple[int, ...]
-    keyframes: tuple[int, ...]
-    seekable: bool
     fps: float
     height: int
     width: int
@@ -81,58 +76,599 @@ def media_kind(path) -> str:
 
 
 def probe(path) -> MediaInfo:
-    """Checks the file at `path` without decoding it whole and says what it holds.
+    """Says what the file at `path` holds, and checks it without decoding a video whole.
 
-    A video is demuxed, its length on disk is compared with what its index asks for, and its
-    first and last frames are decoded. Raises MediaError for a file that is missing, empty, not
-    media, truncated or without frames.
+    A video is demuxed, its size on disk is compared with what its index asks for, and its first
+    and last frames are decoded. Raises MediaError for a file that is missing, empty, not media,
+    truncated or without frames.
     """
     if media_kind(path) == "image":
         height, width, _ = read_image(path).shape
         return MediaInfo(str(path), "image", 1, 0.0, height, width)
     with VideoReader(path) as reader:
-        reader.read(0, 1)
-        reader.read(reader.frame_count - 1, 1)
+        reader.read(reader.frame_count - 1, 1)  # opening it has decoded the first
         return MediaInfo(
             str(path), "video", reader.frame_count, reader.fps, reader.height, reader.width
         )
 
 
 def read_frames(path, *, start: int = 0, count: int | None = None) -> np.ndarray:
-    """Frames [start, start + count) of a video, or an image as one frame: uint8 [T, H, W, 3].
+    """Frames start .. start + count - 1 of a video, or an image as one frame: uint8 [T, H, W, 3].
 
-    `count` None reads to the end. Raises MediaError as `probe`, and for frames that are not there.
+    `count` None reads to the end. Raises MediaError as `probe` does, and for frames out of range.
     """
     if media_kind(path) == "image":
         if start != 0 or count not in (None, 1):
-            raise MediaError(f"{path}: an image has one frame; ask for start=0, count=1")
+            raise MediaError(f"{path}: an image has one frame; ask for start 0 and count 1")
         return read_image(path)[None]
     with VideoReader(path) as reader:
         return reader.read(start, reader.frame_count - start if count is None else count)
 
 
+# ---- images
+
+
 def read_image(path) -> np.ndarray:
-    """The picture at `path` as uint8 [H, W, 3].
+    """The picture at `path`: uint8 [H, W, 3].
 
     Turned as its EXIF orientation says, grey and palette widened to RGB, 16 bits reduced to 8,
     transparency laid over white; of an animation, the first frame. Raises MediaError for a file
-    that is missing, empty, no image, truncated, or of more than MAX_PIXELS pixels.
+    that is missing, empty, not an image, truncated, or of more than MAX_PIXELS pixels.
     """
     _require_file(path)
-    too_large = f"{path}: more than {MAX_PIXELS} pixels; scale it down first"
     try:
         with Image.open(path) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise MediaError(too_large)
-            # The bytes are asked for only once the size is known to be sane.
+            _require_sane_size(path, image.height, image.width)  # before any pixel is decoded
             return np.asarray(_to_rgb(ImageOps.exif_transpose(image)))
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise MediaError(too_large) from error
-    except MediaError:
+    except UsageError:
         raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise MediaError(f"{path}: {error}; scale it down or delete it") from error
     except Image.UnidentifiedImageError as error:
         raise MediaError(f"{path}: not an image, whatever its suffix; delete it") from error
     except (OSError, SyntaxError, ValueError, EOFError) as error:
+        raise MediaError(f"{path}: damaged image ({error}); save it again or delete it") from error
+
+
+def write_image(path, image_HWC, *, quality: int = 95) -> None:
+    """Writes uint8 [H, W, 3] in the format of the suffix; `quality` is for jpg and webp.
+
+    The file appears whole or not at all. Raises UsageError for another shape, type or suffix.
+    """
+    image_HWC = _require_rgb(image_HWC, dims=3)
+    if Path(path).suffix.lower() not in IMAGE_SUFFIXES:
+        raise UsageError(f"{path}: use one of {' '.join(sorted(IMAGE_SUFFIXES))}")
+    with _written_whole(path) as temporary:
+        Image.fromarray(image_HWC).save(temporary, quality=quality)
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I;16") or image.mode == "I":
+        grey = np.asarray(image).astype(np.int64) >> 8  # Pillow would clip 16 bits, not scale
+        return Image.fromarray(grey.clip(0, 255).astype(np.uint8)).convert("RGB")
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    layer = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
+
+
+# ---- geometry
+
+
+def resize_shortest(frames_THWC, *, side: int) -> np.ndarray:
+    """Frames uint8 [T, H, W, 3] scaled so that the shorter of H and W is `side` pixels.
+
+    Antialiased (Lanczos), the aspect kept to the nearest pixel; the same array where nothing
+    changes. Raises UsageError for another shape or type, or for side < 1.
+    """
+    frames_THWC = _require_rgb(frames_THWC, dims=4)
+    if side < 1:
+        raise UsageError(f"side is {side}; it must be at least 1 pixel")
+    _, height, width, _ = frames_THWC.shape
+    short = min(height, width)
+    if short == side:
+        return frames_THWC
+    new_height, new_width = (max(side, round(edge * side / short)) for edge in (height, width))
+    resized = np.empty((len(frames_THWC), new_height, new_width, 3), np.uint8)
+    for frame, out in zip(frames_THWC, resized, strict=True):
+        out[:] = Image.fromarray(frame).resize((new_width, new_height), Image.Resampling.LANCZOS)
+    return resized
+
+
+def center_crop(frames_THWC, *, height: int, width: int) -> np.ndarray:
+    """The middle [T, height, width, 3] of frames uint8 [T, H, W, 3], as a view.
+
+    Raises UsageError where the frames are smaller than that.
+    """
+    frames_THWC = _require_rgb(frames_THWC, dims=4)
+    _, old_height, old_width, _ = frames_THWC.shape
+    if not (0 < height <= old_height and 0 < width <= old_width):
+        raise UsageError(
+            f"cannot crop {height}x{width} out of {old_height}x{old_width}; resize first"
+        )
+    top, left = (old_height - height) // 2, (old_width - width) // 2
+    return frames_THWC[:, top : top + height, left : left + width]
+
+
+# ---- reading video
+
+
+class VideoReader:
+    """Exact random access to the frames of one video file.
+
+        with VideoReader("clip.mp4") as reader:
+            frames = reader.read(reader.frame_count - 8, 8)  # uint8 [8, H, W, 3]
+
+    Opening demuxes the file once and decodes its first frame; MediaError says what is wrong with
+    it. A reader can be pickled: path and index travel, and the file is opened again where it
+    arrives. Reading on from where the last read ended costs no seek. `threads` is the number of
+    decoding threads, 0 for one a core. Not for use from several Python threads at once.
+    """
+
+    def __init__(self, path, *, threads: int = 1):
+        self.path = str(path)
+        self._threads = threads
+        self._index = _index_video(self.path, threads=threads)
+        self._decoding: _Decoding | None = None
+
+    frame_count = property(lambda self: len(self._index.pts), doc="Frames in the file.")
+    fps = property(lambda self: self._index.fps, doc="Mean frame rate, frames a second.")
+    height = property(lambda self: self._index.height, doc="Pixels, as shown.")
+    width = property(lambda self: self._index.width, doc="Pixels, as shown.")
+
+    def __enter__(self) -> "VideoReader":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.close()
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_decoding": None}
+
+    def close(self) -> None:
+        """Closes the file; a later read opens it again."""
+        if self._decoding is not None:
+            self._decoding.container.close()
+            self._decoding = None
+
+    def read(self, start: int, count: int) -> np.ndarray:
+        """Frames start .. start + count - 1: uint8 [count, H, W, 3].
+
+        Raises MediaError for frames out of range and for frames that cannot be decoded.
+        """
+        if start < 0 or count < 0 or start + count > self.frame_count:
+            raise MediaError(
+                f"{self.path}: frames {start} to {start + count - 1} asked for, "
+                f"but it has 0 to {self.frame_count - 1}"
+            )
+        if count == 0:
+            return np.empty((0, self.height, self.width, 3), np.uint8)
+        for decoding in self._ways_to(start):
+            self._decoding = decoding
+            try:
+                frames = _take(decoding, self._index, path=self.path, start=start, count=count)
+            except BaseException:
+                self.close()  # how many frames it has given is unknown now
+                raise
+            if frames is not None:
+                return frames
+        self.close()
         raise MediaError(
-            f"{path}: damaged image ({error}); save it again or delete it"
-        ) from error
+            f"{self.path}: damaged: of frames {start} to {start + count - 1} not all can be "
+            "decoded; re-encode or delete it"
+        )
+
+    def _ways_to(self, start: int) -> Iterator["_Decoding"]:
+        """Decoders that should come to frame `start`, the quickest first, the surest last."""
+        keyframes = self._index.keyframes
+        nearest = bisect_right(keyframes, self._index.pts[start]) if keyframes else 0
+        if self._decoding is not None and self._decoding.position <= start:
+            gap_has_keyframe = nearest > 0 and (
+                keyframes[nearest - 1] > self._index.pts[self._decoding.position]
+            )
+            if not gap_has_keyframe:
+                yield self._decoding
+        # A seek may overshoot where decoding order is not presentation order: step back then.
+        for key in range(nearest - 1, max(0, nearest - 1 - _KEYFRAMES_TO_TRY), -1):
+            self.close()
+            yield _start_decoding(self.path, threads=self._threads, seek_to=keyframes[key])
+        self.close()
+        yield _start_decoding(self.path, threads=self._threads)
+
+
+@dataclass(frozen=True)
+class _VideoIndex:
+    """Timestamps of the frames in presentation order, and of those where decoding can start, in
+    the stream's time base. Without keyframes the timestamps are just 0, 1, 2, ... and frames can
+    only be counted off from the start."""
+
+    pts: tuple[int, ...]
+    keyframes: tuple[int, ...]
+    fps: float
+    height: int
+    width: int
+
+
+@dataclass
+class _Decoding:
+    """A file being decoded. position: the frame that comes next, once a read has succeeded.
+    anchored: a keyframe has come by, so what follows has all the frames that it refers to."""
+
+    container: av.container.InputContainer
+    frames: Iterator[av.VideoFrame]
+    position: int
+    anchored: bool
+
+
+def _take(decoding, index, *, path, start: int, count: int) -> np.ndarray | None:
+    """Frames start .. start + count - 1, or None where the decoder does not deliver just those."""
+    out = np.empty((count, index.height, index.width, 3), np.uint8)
+    filled = 0
+    try:
+        for frame in decoding.frames:
+            if index.keyframes:
+                wanted = index.pts[start + filled]
+                if frame.pts is None or frame.pts > wanted:
+                    return None
+                decoding.anchored |= _contains(index.keyframes, frame.pts)
+                if frame.pts < wanted and filled == 0:
+                    continue
+                if frame.pts < wanted or not decoding.anchored:
+                    return None
+            elif decoding.position < start:
+                decoding.position += 1
+                continue
+            if frame.is_corrupt:
+                return None
+            out[filled] = _frame_to_rgb(frame, path=path, shape=out.shape[1:])
+            filled += 1
+            decoding.position = start + filled
+            if filled == count:
+                return out
+    except av.FFmpegError:
+        return None
+    return None
+
+
+def _contains(ascending: tuple[int, ...], value: int) -> bool:
+    place = bisect_right(ascending, value)
+    return place > 0 and ascending[place - 1] == value
+
+
+def _start_decoding(path, *, threads: int, seek_to: int | None = None) -> _Decoding:
+    container, stream = _open_video(path, threads=threads)
+    if seek_to is not None:
+        container.seek(seek_to, stream=stream, backward=True)
+    frames = _without_damaged_head(container.decode(stream))
+    return _Decoding(container, frames, position=0, anchored=seek_to is None)
+
+
+def _without_damaged_head(frames: Iterator[av.VideoFrame]) -> Iterator[av.VideoFrame]:
+    # A recording cut out of a longer one may start with frames that refer to what was cut off.
+    started = False
+    for frame in frames:
+        started = started or not frame.is_corrupt
+        if started:
+            yield frame
+
+
+def _frame_to_rgb(frame: av.VideoFrame, *, path, shape: tuple[int, ...]) -> np.ndarray:
+    """The frame as shown, uint8 [H, W, 3]; MediaError where that is not `shape`."""
+    untagged = int(frame.colorspace) in _COLORSPACE_UNTAGGED
+    guess = Colorspace.ITU709 if frame.height >= 720 else Colorspace.ITU601
+    rgb = frame.to_ndarray(
+        format="rgb24",
+        src_colorspace=guess if untagged else None,
+        interpolation=_EXACT_COLORS,
+    )
+    rgb = np.rot90(rgb, round(frame.rotation / 90))  # both count counter-clockwise
+    if rgb.shape != shape:
+        raise MediaError(
+            f"{path}: the frame size changes from {shape[1]}x{shape[0]} to "
+            f"{rgb.shape[1]}x{rgb.shape[0]}; re-encode it at one size"
+        )
+    return rgb
+
+
+# ---- opening and checking video
+
+
+def _index_video(path: str, *, threads: int) -> _VideoIndex:
+    if media_kind(path) != "video":
+        raise MediaError(f"{path}: an image; a video is needed here")
+    container, stream = _open_video(path, threads=threads)
+    with container:
+        try:
+            packets = [_PacketFacts.of(packet) for packet in container.demux(stream) if packet.size]
+        except av.FFmpegError as error:
+            raise MediaError(
+                f"{path}: damaged ({error.strerror}); re-encode or delete it"
+            ) from error
+        _require_whole(path, container, stream, packets=packets)
+        fps = float(stream.average_rate or stream.guessed_rate or 0)
+        codec, container_name = stream.codec_context.codec.canonical_name, container.format.name
+    height, width = _shown_size(path, threads=threads)
+    keyframes: tuple[int, ...] = ()
+    packed = codec == "mpeg4" and container_name == "avi"  # there, two frames may share a packet
+    if codec in _SEEKABLE_CODECS and not packed and _is_orderly(packets):
+        pts = tuple(sorted(_known_pts(packets)))
+        keyframes = tuple(sorted(_known_pts([packet for packet in packets if packet.is_keyframe])))
+    else:
+        pts = tuple(range(_count_decoded(path, threads=threads)))
+    return _VideoIndex(pts, keyframes, fps, height, width)
+
+
+@dataclass(frozen=True)
+class _PacketFacts:
+    pts: int | None
+    end: int | None
+    is_keyframe: bool
+    is_shown: bool
+    is_corrupt: bool
+
+    @classmethod
+    def of(cls, packet: av.Packet) -> "_PacketFacts":
+        start = packet.pts if packet.pts is not None else packet.dts
+        end = None if start is None else start + (packet.duration or 0)
+        return cls(packet.pts, end, packet.is_keyframe, not packet.is_discard, packet.is_corrupt)
+
+
+def _known_pts(packets: list[_PacketFacts]) -> list[int]:
+    return [packet.pts for packet in packets if packet.pts is not None]
+
+
+def _is_orderly(packets: list[_PacketFacts]) -> bool:
+    """Whether the packets alone say which frames there are and where decoding may start."""
+    pts = _known_pts(packets)
+    return (
+        len(set(pts)) == len(packets)
+        and all(packet.is_shown for packet in packets)
+        and packets[0].is_keyframe
+        and packets[0].pts == min(pts)
+    )
+
+
+def _open_video(path: str, *, threads: int):
+    """The opened container and its video stream; the caller closes the container."""
+    _require_file(path)
+    try:
+        container = av.open(path)
+    except av.FFmpegError as error:
+        raise MediaError(f"{path}: {_why_unreadable(path)}") from error
+    stream = container.streams.best("video")
+    if not isinstance(stream, av.VideoStream):
+        container.close()
+        raise MediaError(f"{path}: holds no video; delete it")
+    stream.codec_context.thread_count = threads
+    stream.codec_context.thread_type = "NONE" if threads == 1 else "AUTO"
+    try:
+        _require_sane_size(path, stream.height, stream.width)
+    except MediaError:
+        container.close()
+        raise
+    return container, stream
+
+
+def _why_unreadable(path: str) -> str:
+    with open(path, "rb") as file:
+        is_mp4 = file.read(8)[4:] == b"ftyp"
+    if is_mp4:
+        return "truncated or damaged: its frame table (moov) is missing; copy it again or delete it"
+    return "not a video, whatever its suffix; delete it"
+
+
+def _require_whole(path: str, container, stream, *, packets: list[_PacketFacts]) -> None:
+    """Raises MediaError where the file ends before what its own tables announce."""
+    readable = sum(not packet.is_corrupt for packet in packets)
+    announced = len(packets)
+    size = os.path.getsize(path)
+    ends = [packet.end for packet in packets if packet.end is not None]
+    entries = stream.index_entries
+    if container.format.name == "avi" and ends and max(ends) < stream.frames:
+        announced = stream.frames  # its clock counts frames, the skipped ones too
+    if container.format.name == "gif":
+        announced = max(announced, stream.frames)
+        if not _gif_ends_well(path):
+            readable = min(readable, len(packets) - 1)
+    if "mp4" in container.format.name and len(entries):
+        announced = max(announced, len(entries))
+        readable = min(readable, sum(entry.pos + entry.size <= size for entry in entries))
+    if announced == 0:
+        raise MediaError(f"{path}: empty or truncated: no frame is readable; delete it")
+    if readable < announced:
+        raise MediaError(
+            f"{path}: truncated: {readable} of {announced} frames are readable; "
+            "re-encode or delete it"
+        )
+    if size < _announced_bytes(path):
+        raise MediaError(
+            f"{path}: truncated: {size} of {_announced_bytes(path)} bytes are there, with "
+            f"{readable} frames; re-encode or delete it"
+        )
+
+
+def _gif_ends_well(path: str) -> bool:
+    """Whether the blocks of a GIF lead to its end mark: decoders fill what is cut off silently."""
+    data = Path(path).read_bytes()
+
+    def after_color_table(at: int, flags: int) -> int:
+        return at + (3 << ((flags & 7) + 1) if flags & 0x80 else 0)
+
+    try:
+        at = after_color_table(13, data[10])
+        while data[at] != 0x3B:
+            if data[at] == 0x2C:  # a frame: descriptor, color table, code size, data
+                at = after_color_table(at + 10, data[at + 9]) + 1
+            else:  # an extension: mark, label, data
+                at += 2
+            while data[at]:
+                at += data[at] + 1
+            at += 1
+    except IndexError:
+        return False
+    return True
+
+
+def _announced_bytes(path: str) -> int:
+    """The file size by the outermost length field of a RIFF (avi) or Matroska file, else 0."""
+    with open(path, "rb") as file:
+        head = file.read(4096)
+    if head[:4] == b"RIFF":
+        return 8 + int.from_bytes(head[4:8], "little")
+    if head[:4] != b"\x1a\x45\xdf\xa3":
+        return 0
+    start, length = _ebml_length(head, 4)  # the header element, and after it the segment
+    start, length = _ebml_length(head, (start + (length or 0)) + 4)
+    return 0 if length is None else start + length
+
+
+def _ebml_length(data: bytes, at: int) -> tuple[int, int | None]:
+    """Where an element's content starts and its length, None if left open as in a live stream."""
+    if at >= len(data) or data[at] == 0:
+        return at, None
+    width = 9 - data[at].bit_length()
+    value_bits = (1 << 7 * width) - 1
+    length = int.from_bytes(data[at : at + width], "big") & value_bits
+    return at + width, None if length == value_bits else length
+
+
+def _shown_size(path: str, *, threads: int) -> tuple[int, int]:
+    """Height and width of the first frame after its rotation; MediaError if it does not decode."""
+    decoding = _start_decoding(path, threads=threads)
+    with decoding.container:
+        try:
+            frame = next(decoding.frames, None)
+        except av.FFmpegError:
+            frame = None
+        if frame is None:
+            raise MediaError(f"{path}: damaged: no frame can be decoded; delete it")
+        turned = round(frame.rotation / 90) % 2 == 1
+        return (frame.width, frame.height) if turned else (frame.height, frame.width)
+
+
+def _count_decoded(path: str, *, threads: int) -> int:
+    """How many frames decoding gives: slow, for files whose packets do not tell."""
+    decoding = _start_decoding(path, threads=threads)
+    count = 0
+    with decoding.container:
+        try:
+            for frame in decoding.frames:
+                if frame.is_corrupt:
+                    raise MediaError(
+                        f"{path}: damaged after {count} frames; re-encode or delete it"
+                    )
+                count += 1
+        except av.FFmpegError as error:
+            raise MediaError(
+                f"{path}: damaged after {count} frames ({error.strerror}); re-encode or delete it"
+            ) from error
+    return count
+
+
+# ---- writing video
+
+
+def write_video(
+    path,
+    frames_THWC,
+    *,
+    fps: float,
+    crf: int = 18,
+    codec: str = "libx264",
+    gop: int = 16,
+    b_frames: int = 0,
+) -> None:
+    """Writes uint8 [T, H, W, 3] as a video of `fps` frames a second to .mp4, .mov, .m4v or .mkv.
+
+    codec 'libx264' (yuv 4:2:0, BT.709; odd sizes are padded by repeating the edge), 'libx264rgb'
+    (lossless with crf 0), or 'ffv1' (lossless, .mkv only). `crf` is x264's quality, lower is
+    better; `gop` the most frames from one keyframe to the next. The file appears whole or not at
+    all. Raises UsageError for bad arguments and RunError where the encoder fails.
+    """
+    frames_THWC = _require_rgb(frames_THWC, dims=4)
+    suffix = Path(path).suffix.lower()
+    if codec not in _WRITE_FORMATS:
+        raise UsageError(f"codec {codec!r} is not one of {' '.join(sorted(_WRITE_FORMATS))}")
+    if suffix not in _WRITE_SUFFIXES or (codec == "ffv1" and suffix != ".mkv"):
+        raise UsageError(f"{path}: {codec} goes into {'.mkv' if codec == 'ffv1' else '.mp4'}")
+    if not fps > 0:
+        raise UsageError(f"fps is {fps}; it must be above 0")
+    if codec == "libx264":
+        _, height, width, _ = frames_THWC.shape
+        pad = ((0, 0), (0, height % 2), (0, width % 2), (0, 0))
+        frames_THWC = np.pad(frames_THWC, pad, mode="edge")
+    with _written_whole(path) as temporary:
+        try:
+            _encode(
+                temporary, frames_THWC, fps=fps, crf=crf, codec=codec, gop=gop, b_frames=b_frames
+            )
+        except av.FFmpegError as error:
+            raise RunError(f"{path}: {codec} failed: {error}") from error
+
+
+def _encode(path: str, frames_THWC, *, fps, crf, codec, gop, b_frames) -> None:
+    _, height, width, _ = frames_THWC.shape
+    x264_options = {} if codec == "ffv1" else {"crf": str(crf)}
+    container_options = {} if path.endswith(".mkv") else {"movflags": "+faststart"}
+    with av.open(path, "w", options=container_options) as container:
+        rate = Fraction(fps).limit_denominator(1001)  # 23.976 is 24000 / 1001
+        stream = container.add_stream(codec, rate=rate, options=x264_options)
+        stream.height, stream.width = height, width
+        stream.pix_fmt = _WRITE_FORMATS[codec]
+        stream.codec_context.gop_size = gop
+        stream.codec_context.max_b_frames = b_frames
+        if codec == "libx264":
+            stream.codec_context.colorspace = Colorspace.ITU709
+        for pixels in frames_THWC:
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
+            if codec == "libx264":
+                frame = frame.reformat(
+                    format="yuv420p",
+                    dst_colorspace=Colorspace.ITU709,
+                    interpolation=_EXACT_COLORS,
+                )
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+
+
+# ---- checks that several of the above share
+
+
+@contextmanager
+def _written_whole(path) -> Iterator[str]:
+    """A temporary name beside `path`, moved there when the block ends well, else removed."""
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise UsageError(f"{path}: its folder does not exist; make it first")
+    temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex}{path.suffix}")
+    try:
+        yield str(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _require_file(path) -> None:
+    if not os.path.exists(path):
+        raise MediaError(f"{path}: no such file; check the path")
+    if not os.path.isfile(path):
+        raise MediaError(f"{path}: not a file; name one image or video")
+    if os.path.getsize(path) == 0:
+        raise MediaError(f"{path}: empty; copy it again or delete it")
+    if not os.access(path, os.R_OK):
+        raise MediaError(f"{path}: no permission to read it; mend its permissions")
+
+
+def _require_sane_size(path, height: int, width: int) -> None:
+    if height * width > MAX_PIXELS:
+        raise MediaError(
+            f"{path}: {width}x{height} is more than {MAX_PIXELS} pixels; scale it down or delete it"
+        )
+
+
+def _require_rgb(pixels, *, dims: int) -> np.ndarray:
+    pixels = np.asarray(pixels)
+    if pixels.dtype != np.uint8 or pixels.ndim != dims or pixels.shape[-1] != 3 or not pixels.size:
+        shape = "[H, W, 3]" if dims == 3 else "[T, H, W, 3]"
+        raise UsageError(f"expected uint8 {shape}, all above 0, got {pixels.dtype} {pixels.shape}")
+    return pixels

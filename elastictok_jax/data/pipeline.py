@@ -3,6 +3,8 @@
 Dimension key: B batch, S tokens, D values a patch, T frames.
 """
 
+import collections
+import threading
 from collections.abc import Iterator
 
 import grain
@@ -21,21 +23,45 @@ from elastictok_jax.models.patching import patchify
 Batch = dict[str, np.ndarray]
 
 
-def read_clip(clip: Clip, *, frames_per_block: int, resolution: int) -> np.ndarray:
-    """uint8 [T, R, R, 3] of a clip: whole blocks, shortest side resized to R, then cropped.
+OPEN_VIDEOS = 32  # per thread; opening a video demuxes it once for its index
 
-    An image, or a video shorter than a block, repeats its last frame.
-    """
-    wanted = clip.blocks * frames_per_block
-    count = min(wanted, clip.info.frames - clip.start)
-    frames = media.read_frames(clip.info.path, clip.start, count)
-    frames = media.resize_shortest(frames, resolution)
-    top = round(clip.down * (frames.shape[1] - resolution))
-    left = round(clip.across * (frames.shape[2] - resolution))
-    frames = frames[:, top : top + resolution, left : left + resolution]
-    if clip.flip:
-        frames = frames[:, :, ::-1]
-    return np.concatenate([frames, np.repeat(frames[-1:], wanted - count, axis=0)])
+
+class ClipReader:
+    """Reads clips, keeping the videos that a thread has used last open."""
+
+    def __init__(self, *, frames_per_block: int, resolution: int):
+        self._frames_per_block, self._resolution = frames_per_block, resolution
+        self._local = threading.local()  # a VideoReader serves one thread
+
+    def read(self, clip: Clip) -> np.ndarray:
+        """uint8 [T, R, R, 3]: whole blocks, shortest side resized to R, then cropped.
+
+        An image, or a video shorter than a block, repeats its last frame.
+        """
+        side, wanted = self._resolution, clip.blocks * self._frames_per_block
+        count = min(wanted, clip.info.frames - clip.start)
+        if clip.info.kind == "image":
+            frames = media.read_frames(clip.info.path)
+        else:
+            frames = self._open(clip.info.path).read(clip.start, count)
+        frames = media.resize_shortest(frames, side=side)
+        top = round(clip.down * (frames.shape[1] - side))
+        left = round(clip.across * (frames.shape[2] - side))
+        frames = frames[:, top : top + side, left : left + side]
+        if clip.flip:
+            frames = frames[:, :, ::-1]
+        return np.concatenate([frames, np.repeat(frames[-1:], wanted - count, axis=0)])
+
+    def _open(self, path: str) -> media.VideoReader:
+        if not hasattr(self._local, "videos"):
+            self._local.videos = collections.OrderedDict()
+        videos = self._local.videos
+        if path not in videos:
+            videos[path] = media.VideoReader(path)
+            if len(videos) > OPEN_VIDEOS:
+                videos.popitem(last=False)[1].close()
+        videos.move_to_end(path)
+        return videos[path]
 
 
 class BatchReader:
@@ -49,6 +75,9 @@ class BatchReader:
     def __init__(self, config: ml_collections.ConfigDict, *, split: str, rows: range):
         self.config, self.split, self.rows = config, split, rows
         self.source: Source = open_source(config, split=split)
+        self._clips = ClipReader(
+            frames_per_block=config.video.frames_per_block, resolution=config.video.resolution
+        )
         if not self.source.images and not self.source.videos:
             raise UsageError(
                 f"data source {config.data.source} has no {split} files: add files, or change "
@@ -65,10 +94,9 @@ class BatchReader:
         """Global row `row`: patches uint8 [S, D], segment_ids int32 [S]."""
         config = self.config
         clips = pack_row(self.source, row, split=self.split, config=config)
-        frames, side = config.video.frames_per_block, config.video.resolution
-        video = [read_clip(clip, frames_per_block=frames, resolution=side) for clip in clips]
-        patch = tuple(config.model.patch)
-        patches = patchify(np.concatenate(video), patch=patch, frames_per_block=frames)
+        video = np.concatenate([self._clips.read(clip) for clip in clips])
+        patch, frames = tuple(config.model.patch), config.video.frames_per_block
+        patches = patchify(video, patch=patch, frames_per_block=frames)
         lengths = [clip.blocks * block_tokens(config) for clip in clips]
         segments = np.repeat(np.arange(1, len(clips) + 1, dtype=np.int32), lengths)
         return {"patches": np.ascontiguousarray(patches), "segment_ids": segments}

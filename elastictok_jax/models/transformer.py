@@ -54,21 +54,29 @@ class LayerSpec:
             epsilon=self.norm_eps, dtype=self.dtype, scale_init=scale_init, name=name
         )
 
-    def linear(self, *features: int, axes: tuple[str, ...], name: str) -> "Linear":
+    def linear(
+        self,
+        *features: int,
+        axes: tuple[str, ...],
+        name: str,
+        kernel_view: Callable[[Array], Array] = lambda kernel: kernel,
+    ) -> "Linear":
         """Bias-free linear map into `features`; its kernel carries the logical `axes`."""
-        return Linear(features, axes, self.dtype, name=name)
+        return Linear(features, axes, self.dtype, kernel_view, name=name)
 
 
 class Linear(nn.Module):
     """Bias-free linear map of the last axes of its input, as many as `axes` has over `features`.
 
     The kernel keeps all axes apart ([W, H, K] for a query), so that each can lie on its own mesh
-    axis. Weights start fan-in scaled: the output is at about unit scale at any width.
+    axis. Weights start fan-in scaled: the output is at about unit scale at any width. What is
+    multiplied is `kernel_view(kernel)`.
     """
 
     features: tuple[int, ...]
     axes: tuple[str, ...]
     dtype: Any
+    kernel_view: Callable[[Array], Array]
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -82,7 +90,8 @@ class Linear(nn.Module):
         )
         shape = (*x.shape[-contracted:], *self.features)
         kernel = self.param("kernel", nn.with_logical_partitioning(init, self.axes), shape)
-        return jnp.tensordot(x.astype(self.dtype), kernel.astype(self.dtype), axes=contracted)
+        kernel = self.kernel_view(kernel.astype(self.dtype))
+        return jnp.tensordot(x.astype(self.dtype), kernel, axes=contracted)
 
 
 def rotary_turns(head_width: int, theta: float) -> np.ndarray:
@@ -96,14 +105,27 @@ def rotary_turns(head_width: int, theta: float) -> np.ndarray:
     return np.round(2.0**32 / (2 * np.pi) * theta**-exponents).astype(np.uint32)
 
 
+def pairs_to_halves(kernel: Array) -> Array:
+    """Reorders the last axis from pairs (2i, 2i + 1) to halves: all even dims, then all odd ones.
+
+    Done to a kernel rather than to activations, it is nearly free; queries and keys reordered
+    alike give the same scores.
+    """
+    *lead, dims = kernel.shape
+    return kernel.reshape(*lead, dims // 2, 2).swapaxes(-1, -2).reshape(kernel.shape)
+
+
 def rotate(x_BSHK: Array, positions_S: Array, *, theta: float) -> Array:
-    """Rotary embedding on interleaved pairs (2i, 2i + 1), in float32; keeps the dtype of `x`."""
+    """Rotary embedding in float32 of dims in halves order (`pairs_to_halves`); keeps the dtype.
+
+    Dims i and i + K/2 are the interleaved pair (2i, 2i + 1) of the published weights.
+    """
     turns_SK = positions_S.astype(jnp.uint32)[:, None] * rotary_turns(x_BSHK.shape[-1], theta)
     angle_SK = turns_SK.astype(jnp.float32) * jnp.float32(2 * np.pi / 2.0**32)
     cos_SHK, sin_SHK = jnp.cos(angle_SK)[:, None], jnp.sin(angle_SK)[:, None]
-    even, odd = x_BSHK[..., 0::2].astype(jnp.float32), x_BSHK[..., 1::2].astype(jnp.float32)
-    pairs = jnp.stack([even * cos_SHK - odd * sin_SHK, even * sin_SHK + odd * cos_SHK], axis=-1)
-    return pairs.reshape(x_BSHK.shape).astype(x_BSHK.dtype)
+    even, odd = jnp.split(x_BSHK.astype(jnp.float32), 2, axis=-1)
+    halves = [even * cos_SHK - odd * sin_SHK, even * sin_SHK + odd * cos_SHK]
+    return jnp.concatenate(halves, axis=-1).astype(x_BSHK.dtype)
 
 
 class SelfAttention(nn.Module):
@@ -116,8 +138,9 @@ class SelfAttention(nn.Module):
         spec = self.spec
         features = (spec.heads, spec.width // spec.heads)
         axes = ("embed", "heads", "head_width")
-        query_BSHK = spec.linear(*features, axes=axes, name="query")(x_BSW)
-        key_BSHK = spec.linear(*features, axes=axes, name="key")(x_BSW)
+        rotary = dict(axes=axes, kernel_view=pairs_to_halves)
+        query_BSHK = spec.linear(*features, name="query", **rotary)(x_BSW)
+        key_BSHK = spec.linear(*features, name="key", **rotary)(x_BSW)
         value_BSHK = spec.linear(*features, axes=axes, name="value")(x_BSW)
         mixed_BSHK = attention(
             rotate(query_BSHK, places.positions_S, theta=spec.rope_theta),

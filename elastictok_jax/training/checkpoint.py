@@ -15,11 +15,12 @@ import ml_collections
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
+from elastictok_jax import __version__
 from elastictok_jax.errors import RunError, UsageError
 from elastictok_jax.training.state import TrainState
 
 BEST_METRIC = "eval/mse"
-VERSIONED = ("elastictok_jax", "jax", "flax", "optax", "orbax-checkpoint")
+LIBRARIES = ("jax", "flax", "optax", "orbax-checkpoint")
 
 
 class Checkpointer:
@@ -68,7 +69,8 @@ class Checkpointer:
         Raises:
           RunError: if this save, or the one before it, failed to be written.
         """
-        versions = {name: importlib.metadata.version(name) for name in VERSIONED}
+        versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
+        versions["elastictok_jax"] = __version__
         try:
             self._manager.save(
                 step,

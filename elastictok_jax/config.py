@@ -140,19 +140,23 @@ def parse_value(key: str, value: Any, *, like: Any) -> Any:
     """`value` (often a string) as the type of `like`."""
     kind = type(like)
     try:
-        if isinstance(like, bool):
-            words = {"true": True, "1": True, "false": False, "0": False}
-            return words[str(value).lower()]
         if isinstance(like, tuple):
             items = value.strip("()[] ").split(",") if isinstance(value, str) else value
-            return tuple(type(like[0])(item) for item in items if str(item).strip())
-        if isinstance(like, int) and isinstance(value, str):
-            return int(value.replace("_", ""))
-        return kind(value)
+            return tuple(_parse_scalar(item, type(like[0])) for item in items if str(item).strip())
+        return _parse_scalar(value, kind)
     except (KeyError, TypeError, ValueError):
         raise UsageError(
             f"config key {key}: {value!r} is not {kind.__name__} (now {like!r})"
         ) from None
+
+
+def _parse_scalar(value: Any, kind: type) -> Any:
+    """`value` as a bool, int, float or str; raises KeyError, TypeError or ValueError."""
+    if kind is bool:
+        return {"true": True, "1": True, "false": False, "0": False}[str(value).lower()]
+    if kind is int and isinstance(value, float) and not value.is_integer():
+        raise ValueError(value)  # int() would cut it in silence
+    return kind(value)
 
 
 def flatten(config: ml_collections.ConfigDict, prefix: str = "") -> dict[str, Any]:
@@ -187,8 +191,12 @@ def resolve(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
             f"model.width = {model.width} over model.heads = {model.heads}: "
             "heads must divide width into even head widths (rotary pairs)"
         )
-    if any(level < 2 for level in model.fsq_levels):
+    if not model.fsq_levels or any(level < 2 for level in model.fsq_levels):
         raise UsageError(f"model.fsq_levels = {model.fsq_levels}: each must be at least 2")
+    if len(model.patch) != 3 or min(model.patch) < 1:
+        raise UsageError(
+            f"model.patch = {model.patch}: must be three positive sizes, (frames, height, width)"
+        )
     try:
         per_block = block_tokens(config)
     except ValueError as error:
@@ -238,7 +246,9 @@ def read_config(path: Path) -> ml_collections.ConfigDict:
     try:
         loaded = json.loads(path.read_text())
     except FileNotFoundError:
-        raise UsageError(f"{path} is missing: give a training workdir or an exported model") from None
+        raise UsageError(
+            f"{path} is missing: give a training workdir or an exported model"
+        ) from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"{path} is damaged ({error}): restore it from a copy") from None
     if not isinstance(loaded, dict):

@@ -2,7 +2,7 @@
 
 
 class UsageError(ValueError):
-    """Bad usage, configuration or input: the message names the thing and the mend. Exit status 2."""
+    """Bad usage, config or input: the message names the thing and the mend. Exit status 2."""
 
 
 class RunError(RuntimeError):

@@ -2,6 +2,7 @@
 
 import difflib
 import importlib.util
+import inspect
 import sys
 from pathlib import Path
 
@@ -29,7 +30,8 @@ def get_experiment(experiment: str) -> ml_collections.ConfigDict:
     The file's `get_config()` (or `get_config(arg)`) is called.
 
     Raises:
-      UsageError: if there is no such experiment, or the file does not define get_config.
+      UsageError: if there is no such experiment, or the file does not define get_config, or takes
+        no such argument.
     """
     name, colon, arg = experiment.partition(":")
     if name.endswith(".py"):
@@ -53,6 +55,12 @@ def get_experiment(experiment: str) -> ml_collections.ConfigDict:
         raise UsageError(f"experiment file {path} does not parse: {error}") from None
     if not hasattr(module, "get_config"):
         raise UsageError(f"experiment file {path} defines no get_config()")
-    config = module.get_config(arg) if colon else module.get_config()
+    arguments = (arg,) if colon else ()
+    try:
+        inspect.signature(module.get_config).bind(*arguments)
+    except TypeError:
+        mend = "it takes none: drop it" if colon else f"it needs one: give {name}:ARG"
+        raise UsageError(f"experiment {experiment}: wrong use of its argument, {mend}") from None
+    config = module.get_config(*arguments)
     config.name = path.stem + (f":{arg}" if colon else "")
     return config

@@ -104,11 +104,9 @@ class BatchReader:
 
 def local_rows(sharding: NamedSharding, batch_size: int) -> range:
     """The rows of a global batch that this process's devices hold."""
-    indices = sharding.addressable_devices_indices_map((batch_size,))
-    starts, stops = zip(
-        *(index[0].indices(batch_size)[:2] for index in indices.values()), strict=True
-    )
-    return range(min(starts), max(stops))
+    indices = sharding.addressable_devices_indices_map((batch_size, 1)).values()
+    spans = [index[0].indices(batch_size) for index in indices if index is not None]
+    return range(min(span[0] for span in spans), max(span[1] for span in spans))
 
 
 def read_ahead(reader: BatchReader, *, start: int, stop: int) -> Iterator[Batch]:

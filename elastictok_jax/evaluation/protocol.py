@@ -56,7 +56,9 @@ def held_out_clips(config: ml_collections.ConfigDict) -> list[Clip]:
     clips = []
     for info in (*source.videos, *source.images):
         frames = media.read_frames(info.path, count=min(info.frames, most))
-        frames = media.center_crop(media.resize_shortest(frames, side=side), height=side, width=side)
+        frames = media.center_crop(
+            media.resize_shortest(frames, side=side), height=side, width=side
+        )
         clips.append(Clip(_name(info), frames, info.fps if info.kind == "video" else 0.0))
     return clips
 

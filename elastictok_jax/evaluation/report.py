@@ -41,7 +41,7 @@ def draw_report(
     ratios = [len(results) + 2.1 for _, results in videos]
     ratios += [len(images[0][1]) + 1.6] if images else []
     ratios += [2.6] if curve else []
-    parts = list(np.atleast_1d(figure.subfigures(len(ratios), 1, height_ratios=ratios)))
+    parts = list(figure.subfigures(len(ratios), 1, height_ratios=ratios, squeeze=False)[:, 0])
     for item in videos:
         _draw_video(parts.pop(0), item, frames_per_block, tokens_per_block)
     if images:
@@ -80,16 +80,18 @@ def _draw_video(figure, item: CodedClip, frames_per_block: int, most: int) -> No
             _show(axes, frames[index])
             if column == 0:
                 colour = "black" if row == 0 else COLOURS[(row - 1) % len(COLOURS)]
-                axes.set_ylabel(label, rotation=0, ha="right", va="center", color=colour, fontsize=8)
+                axes.set_ylabel(
+                    label, rotation=0, ha="right", va="center", color=colour, fontsize=8
+                )
     strip = figure.add_subplot(grid[-1, :])
     for index, coded in enumerate(results):
-        blocks = len(coded.tokens.codes) // max(1, _tiles(coded, frames_per_block))
-        per_time = coded.tokens.lengths.reshape(blocks, -1).mean(axis=1)
-        edges = np.arange(blocks + 1) * frames_per_block
-        strip.stairs(per_time, edges, color=COLOURS[index % len(COLOURS)], linewidth=2)
-        missed = ~coded.tokens.met.reshape(blocks, -1).all(axis=1)
+        use = _over_time(coded.tokens.lengths, coded, frames_per_block).mean(axis=1)
+        missed = ~_over_time(coded.tokens.met, coded, frames_per_block).all(axis=1)
+        edges = np.arange(len(use) + 1) * frames_per_block
         centres = (edges[:-1] + edges[1:]) / 2
-        strip.plot(centres[missed], per_time[missed], "x", color=COLOURS[index % len(COLOURS)])
+        colour = COLOURS[index % len(COLOURS)]
+        strip.stairs(use, edges, color=colour, linewidth=2)
+        strip.plot(centres[missed], use[missed], "x", color=colour)
     strip.set_xlim(0, len(clip.frames))
     strip.set_ylim(0, most * 1.08)
     strip.set_ylabel("tokens", fontsize=8)
@@ -100,9 +102,9 @@ def _draw_video(figure, item: CodedClip, frames_per_block: int, most: int) -> No
     strip.tick_params(labelsize=7)
 
 
-def _tiles(coded: Coded, frames_per_block: int) -> int:
-    blocks = -(-coded.tokens.frames // frames_per_block)
-    return len(coded.tokens.codes) // blocks
+def _over_time(values: np.ndarray, coded: Coded, frames_per_block: int) -> np.ndarray:
+    """Values of all blocks as [time, tiles]."""
+    return values.reshape(-(-coded.tokens.frames // frames_per_block), -1)
 
 
 def _draw_images(figure, images: Sequence[CodedClip], most: int) -> None:
@@ -155,7 +157,7 @@ def side_by_side(
 ) -> np.ndarray:
     """uint8 [T, H', W', 3]: original and reconstructions, token strips below, now marked."""
     clip, results = item
-    panes = [("original", clip.frames, None)]
+    panes: list[tuple[str, np.ndarray, Coded | None]] = [("original", clip.frames, None)]
     panes += [
         (f"MSE {coded.target:g}: {coded.tokens.num_tokens} tokens", coded.reconstruction, coded)
         for coded in results
@@ -174,24 +176,35 @@ def side_by_side(
             canvas.paste(frame, (left, LABEL_HEIGHT))
             pen.text((left + 3, 1), label, fill="black")
             if coded is not None:
-                box = (left, LABEL_HEIGHT + height, width)
-                now = index // frames_per_block
-                colour = COLOURS[(place - 1) % len(COLOURS)]
-                _draw_strip(pen, coded, box, now, tokens_per_block, frames_per_block, colour)
+                use = _over_time(coded.tokens.lengths, coded, frames_per_block).mean(axis=1)
+                _draw_strip(
+                    pen,
+                    use / tokens_per_block,
+                    box=(left, LABEL_HEIGHT + height, width),
+                    now=index // frames_per_block,
+                    colour=COLOURS[(place - 1) % len(COLOURS)],
+                )
         pictures.append(np.asarray(canvas))
     return np.stack(pictures)
 
 
-def _draw_strip(pen, coded, box, now, most, frames_per_block, colour) -> None:
+def _draw_strip(
+    pen: ImageDraw.ImageDraw,
+    shares: np.ndarray,
+    *,
+    box: tuple[int, int, int],
+    now: int,
+    colour: str,
+) -> None:
     left, top, width = box
-    tiles = _tiles(coded, frames_per_block)
-    use = coded.tokens.lengths.reshape(-1, tiles).mean(axis=1) / most
-    for block, share in enumerate(use):
-        start = left + width * block / len(use)
-        stop = left + width * (block + 1) / len(use) - 1
+    for block, share in enumerate(shares):
+        start = left + width * block / len(shares)
+        stop = left + width * (block + 1) / len(shares) - 1
         tall = max(1.0, share * (STRIP_HEIGHT - 2))
         shade = colour if block == now else "#c8c8c8"
-        pen.rectangle((start, top + STRIP_HEIGHT - tall, max(start, stop), top + STRIP_HEIGHT), shade)
+        pen.rectangle(
+            (start, top + STRIP_HEIGHT - tall, max(start, stop), top + STRIP_HEIGHT), shade
+        )
 
 
 def write_side_by_side(

@@ -1,4 +1,4 @@
-"""What `elastictok evaluate` and `elastictok reconstruct` do: code clips, write figures and JSON."""
+"""`elastictok evaluate` and `elastictok reconstruct`: code clips, write figures and JSON."""
 
 import json
 import os

@@ -3,6 +3,8 @@
 Dimension key: B batch, S tokens, D values a patch, W width, Z latent dims.
 """
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -47,9 +49,9 @@ class Encoder(nn.Module):
         x_BSW = spec.linear(spec.width, axes=("patch", "embed"), name="in_proj")(patches_BSD)
         if self.conditioned:
             init = nn.with_logical_partitioning(nn.initializers.normal(0.02), ("embed",))
-            kept_W = self.param("kept_embed", init, (spec.width,)).astype(spec.dtype)
-            dropped_W = self.param("dropped_embed", init, (spec.width,)).astype(spec.dtype)
-            x_BSW += jnp.where(keep_BS[..., None], kept_W, dropped_W)
+            kept_W: Any = self.param("kept_embed", init, (spec.width,))
+            dropped_W: Any = self.param("dropped_embed", init, (spec.width,))
+            x_BSW += jnp.where(keep_BS[..., None], kept_W, dropped_W).astype(spec.dtype)
         x_BSW, _ = stacked_layers(self.layers, spec)(x_BSW, places)
         x_BSW = spec.norm("norm")(x_BSW)
         return spec.linear(self.features, axes=("embed", "latent"), name="out_proj")(x_BSW)

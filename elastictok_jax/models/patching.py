@@ -30,8 +30,7 @@ def patchify(video: np.ndarray, *, patch: tuple[int, int, int], frames_per_block
     Works on numpy and JAX arrays of any dtype. T must be whole blocks.
     """
     pt, ph, pw = patch
-    blocks = video.shape[-4] // frames_per_block
-    return rearrange(video, PATCHES, n=blocks, pt=pt, ph=ph, pw=pw)
+    return rearrange(video, PATCHES, t=frames_per_block // pt, pt=pt, ph=ph, pw=pw)
 
 
 def unpatchify(

@@ -25,6 +25,7 @@ REMAT_POLICIES: dict[str, Callable[..., Any] | None] = {
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
+
 @dataclasses.dataclass(frozen=True)
 class LayerSpec:
     """What encoder and decoder layers share: sizes and numerics.
@@ -50,9 +51,7 @@ class LayerSpec:
     def norm(self, name: str) -> nn.RMSNorm:
         """RMSNorm with a learned scale and statistics in float32."""
         scale_init = nn.with_logical_partitioning(nn.initializers.ones, ("norm",))
-        return nn.RMSNorm(
-            epsilon=self.norm_eps, dtype=self.dtype, scale_init=scale_init, name=name
-        )
+        return nn.RMSNorm(epsilon=self.norm_eps, dtype=self.dtype, scale_init=scale_init, name=name)
 
     def linear(
         self,
@@ -89,8 +88,8 @@ class Linear(nn.Module):
             out_axis=range(contracted, len(self.axes)),
         )
         shape = (*x.shape[-contracted:], *self.features)
-        kernel = self.param("kernel", nn.with_logical_partitioning(init, self.axes), shape)
-        kernel = self.kernel_view(kernel.astype(self.dtype))
+        weights: Any = self.param("kernel", nn.with_logical_partitioning(init, self.axes), shape)
+        kernel = self.kernel_view(weights.astype(self.dtype))
         return jnp.tensordot(x.astype(self.dtype), kernel, axes=contracted)
 
 
@@ -138,9 +137,9 @@ class SelfAttention(nn.Module):
         spec = self.spec
         features = (spec.heads, spec.width // spec.heads)
         axes = ("embed", "heads", "head_width")
-        rotary = dict(axes=axes, kernel_view=pairs_to_halves)
-        query_BSHK = spec.linear(*features, name="query", **rotary)(x_BSW)
-        key_BSHK = spec.linear(*features, name="key", **rotary)(x_BSW)
+        view = pairs_to_halves  # as `rotate` wants them
+        query_BSHK = spec.linear(*features, axes=axes, name="query", kernel_view=view)(x_BSW)
+        key_BSHK = spec.linear(*features, axes=axes, name="key", kernel_view=view)(x_BSW)
         value_BSHK = spec.linear(*features, axes=axes, name="value")(x_BSW)
         mixed_BSHK = attention(
             rotate(query_BSHK, places.positions_S, theta=spec.rope_theta),

@@ -10,6 +10,7 @@ in the same compiled program that measured the error, so what was reported is wh
 import hashlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -101,9 +102,9 @@ class ElasticTokenizer:
           UsageError: on bad input or options.
         """
         if isinstance(video, list | tuple) or np.ndim(video) == 5:
-            options = dict(tokens=tokens, max_mse=max_mse, search=search, fps=fps)
+            options: dict[str, Any] = dict(tokens=tokens, max_mse=max_mse, search=search, fps=fps)
             return [self.encode(clip, **options) for clip in video]  # type: ignore[misc]
-        frames_THWC = _checked_video(video)
+        frames_THWC = _checked_video(np.asarray(video))
         if (tokens is None) == (max_mse is None):
             raise UsageError("encode needs either tokens= or max_mse=, and not both")
         if search not in SEARCHES:
@@ -233,7 +234,11 @@ class ElasticTokenizer:
             raise UsageError(
                 f"tokens= has {np.size(tokens)} lengths for {grid.blocks * grid.tiles} blocks"
             ) from None
-        if lengths.dtype.kind not in "iu" or lengths.min() < 1 or lengths.max() > self.tokens_per_block:
+        if (
+            lengths.dtype.kind not in "iu"
+            or lengths.min() < 1
+            or lengths.max() > self.tokens_per_block
+        ):
             raise UsageError(
                 f"tokens={tokens}: give whole numbers from 1 to {self.tokens_per_block}, "
                 "the tokens of a block"
@@ -343,9 +348,7 @@ class _Grid:
             (0, 0),
         )
         video = np.pad(video_THWC, slack, mode="edge" if pad else "constant")
-        tiles = rearrange(
-            video, "t (r h) (k w) c -> (r k) t h w c", r=self.rows, k=self.columns
-        )
+        tiles = rearrange(video, "t (r h) (k w) c -> (r k) t h w c", r=self.rows, k=self.columns)
         patch = tuple(self._config.model.patch)
         return patchify(tiles, patch=patch, frames_per_block=frames)
 
@@ -359,9 +362,7 @@ class _Grid:
             height=side,
             width=side,
         )
-        video = rearrange(
-            tiles, "(r k) t h w c -> t (r h) (k w) c", r=self.rows, k=self.columns
-        )
+        video = rearrange(tiles, "(r k) t h w c -> t (r h) (k w) c", r=self.rows, k=self.columns)
         return video[: self.frames, : self.height, : self.width]
 
 
@@ -373,7 +374,6 @@ def _clipped_mse(pixels_LD, target_LD, weights_LD):
 
 
 def _checked_video(video: np.ndarray) -> np.ndarray:
-    video = np.asarray(video)
     if video.ndim == 3:
         video = video[None]
     if video.ndim != 4 or video.shape[-1] != 3 or 0 in video.shape or video.dtype != np.uint8:
@@ -399,7 +399,9 @@ def _fingerprint(config: ml_collections.ConfigDict, params) -> str:
 def _check_weights(path: Path, params, shapes) -> None:
     def flat(tree):
         leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-        return {jax.tree_util.keystr(p, simple=True, separator="/"): leaf.shape for p, leaf in leaves}
+        return {
+            jax.tree_util.keystr(p, simple=True, separator="/"): leaf.shape for p, leaf in leaves
+        }
 
     saved, asked = flat(params), flat(shapes)
     wrong = [

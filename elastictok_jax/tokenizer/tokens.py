@@ -95,7 +95,9 @@ class Tokens:
                         f"{path} has format {text.get('format')!r}, not {FORMAT!r}: "
                         "encode it again with this version"
                     )
-                arrays = {name: file.get_tensor(name) for name in ("codes", "lengths", "mse", "met")}
+                arrays = {
+                    name: file.get_tensor(name) for name in ("codes", "lengths", "mse", "met")
+                }
             fields = {name: kind(json.loads(text[name])) for name, kind in TEXT_FIELDS.items()}
             codes, lengths = arrays["codes"], arrays["lengths"].astype(np.int64)
             if np.issubdtype(codes.dtype, np.integer):

@@ -1,19 +1,17 @@
 """The training run: eval, save, next batch, step. Reads top to bottom."""
 
-import dataclasses
 import math
 import os
 import time
+from functools import partial
 from pathlib import Path
 
 import jax
 import ml_collections
-import numpy as np
 
 from elastictok_jax.config import flatten, read_config, resolve, sequence_tokens, to_json
 from elastictok_jax.data.pipeline import BatchReader, local_rows, read_ahead, to_device
-from elastictok_jax.errors import RunError, UsageError
-from elastictok_jax.models.patching import to_uint8, unpatchify
+from elastictok_jax.errors import UsageError
 from elastictok_jax.parallel.mesh import make_mesh
 from elastictok_jax.parallel.sharding import batch_sharding, in_mesh, replicated
 from elastictok_jax.training.checkpoint import Checkpointer
@@ -21,10 +19,10 @@ from elastictok_jax.training.interrupt import StopRequest
 from elastictok_jax.training.metrics import Console, MetricWriter
 from elastictok_jax.training.state import TrainState, abstract_state, sharded_init
 from elastictok_jax.training.step import make_eval_step, make_train_step
-from elastictok_jax.training.throughput import peak_flops, train_flops_per_token
+from elastictok_jax.training.steplog import StepLog
+from elastictok_jax.training.validation import evaluate, open_held_out
 from elastictok_jax.weights.lpips import load_lpips
 
-EVAL_FRACTIONS = (1.0, 0.5, 0.25)  # shares of a block's tokens
 FIXED_ON_RESUME = ("model.", "video.", "optimizer.ema_decay")
 
 
@@ -77,7 +75,9 @@ def train(config: ml_collections.ConfigDict, *, workdir: Path) -> bool:
     eval_step = in_mesh(jax.jit(make_eval_step(config)), mesh)
     log = StepLog(config, writer, console, workdir)
     batches = read_ahead(
-        reader, start=position["next_batch"], stop=position["next_batch"] + config.train.steps - start
+        reader,
+        start=position["next_batch"],
+        stop=position["next_batch"] + config.train.steps - start,
     )
     on_device = (to_device(batch, sharding) for batch in batches)
 
@@ -85,12 +85,21 @@ def train(config: ml_collections.ConfigDict, *, workdir: Path) -> bool:
         with StopRequest() as stop:
             for step in range(start, max(start, config.train.steps) + 1):
                 last = step >= config.train.steps or stop.requested
-                due = {key: step % config.train[key] == 0 for key in ("eval_every", "checkpoint_every")}
+                due = {
+                    key: step % config.train[key] == 0 for key in ("eval_every", "checkpoint_every")
+                }
                 eval_metrics = None
                 # A resumed step has its eval and its checkpoint already.
                 if step != latest and (due["eval_every"] or step == config.train.steps):
                     log.flush()
-                    eval_metrics = evaluate(eval_step, state, held_out, sharding, step, writer, config)
+                    eval_metrics = evaluate(
+                        eval_step,
+                        state.eval_params,
+                        held_out,
+                        place=partial(to_device, sharding=sharding),
+                        config=config,
+                        show=partial(writer.picture, step) if writer.shows_pictures else None,
+                    )
                     log.record_eval(step, eval_metrics)
                 if step != start and (due["checkpoint_every"] or last):
                     log.flush()  # refuses a non-finite state before it can be saved
@@ -119,14 +128,6 @@ def train(config: ml_collections.ConfigDict, *, workdir: Path) -> bool:
     finished = step >= config.train.steps
     console.line(f"{'finished' if finished else 'stopped'} at step {step}, saved in {workdir}")
     return finished
-
-
-def open_held_out(config: ml_collections.ConfigDict, rows: range) -> list[dict[str, np.ndarray]]:
-    """The held-out batches, the same at every evaluation; empty if nothing is held out."""
-    if config.data.source != "embedded" and config.data.eval_fraction == 0:
-        return []
-    reader = BatchReader(config, split="heldout", rows=rows)
-    return list(read_ahead(reader, start=0, stop=config.evaluation.batches))
 
 
 def prepare_workdir(workdir: Path, config: ml_collections.ConfigDict) -> None:
@@ -169,128 +170,3 @@ def describe(config, abstract: TrainState, *, start: int, workdir: Path) -> str:
         f"{config.data.batch_size} x {sequence_tokens(config)} tokens a step, "
         f"{jax.device_count()} x {kind}"
     )
-
-
-def evaluate(eval_step, state, held_out, sharding, step, writer, config) -> dict[str, float]:
-    """Held-out MSE at fixed shares of tokens; a picture where there is somewhere to show it."""
-    results: dict[str, float] = {}
-    columns = []
-    for fraction in EVAL_FRACTIONS if held_out else ():
-        sums: list = []
-        for index, batch in enumerate(held_out):
-            metrics, reconstruction = eval_step(
-                state.eval_params, to_device(batch, sharding), jax.device_put(np.float32(fraction))
-            )
-            sums.append(metrics)
-            if index == 0 and writer.shows_pictures:
-                columns.append(first_frames(np.asarray(to_uint8(reconstruction)), config))
-        total = jax.tree.map(lambda *values: float(np.sum(values)), *jax.device_get(sums))
-        suffix = "" if fraction == 1 else f"_at_{fraction:g}"
-        results[f"eval/mse{suffix}"] = total["error"] / total["tokens"]
-        if fraction == 1 and "usage" in total:
-            results["eval/codebook_usage"] = total["usage"] / len(held_out)
-            results["eval/codebook_perplexity"] = total["perplexity"] / len(held_out)
-    if columns:
-        original = first_frames(held_out[0]["patches"], config)
-        picture = np.concatenate([original, *columns], axis=1)
-        writer.picture(step, "eval/original_then_all_half_quarter_tokens", picture)
-    return results
-
-
-def first_frames(patches_BSD: np.ndarray, config: ml_collections.ConfigDict) -> np.ndarray:
-    """The first frame of each row, one below the other: uint8 [B R, R, 3]."""
-    side = config.video.resolution
-    video = unpatchify(
-        patches_BSD,
-        patch=tuple(config.model.patch),
-        frames_per_block=config.video.frames_per_block,
-        height=side,
-        width=side,
-    )
-    return np.concatenate(list(video[:, 0]), axis=0)
-
-
-@dataclasses.dataclass
-class StepLog:
-    """Holds the metrics of steps on the device and reads them only when a line is due.
-
-    A line is read one step late, when the next step is already on its way, so that the device
-    never waits for the host.
-    """
-
-    config: ml_collections.ConfigDict
-    writer: MetricWriter
-    console: Console
-    workdir: Path
-
-    def __post_init__(self) -> None:
-        self._pending: list[tuple[int, dict[str, jax.Array]]] = []
-        self._waited = 0.0
-        self._steps = 0
-        self._since: float | None = None  # None until the first step is compiled and done
-        self._flops_per_step = train_flops_per_token(self.config) * (
-            self.config.data.batch_size * sequence_tokens(self.config)
-        )
-        self._peak = peak_flops(self.config.model.dtype) * jax.device_count()
-
-    def record(self, step: int, metrics: dict[str, jax.Array], waited: float) -> None:
-        """Takes a step's metrics; reads and writes those of the steps before it when due."""
-        if self._pending and self._pending[-1][0] % self.config.train.log_every == 0:
-            self.flush()
-        self._pending.append((step, metrics))
-        self._waited += waited
-        self._steps += 1
-
-    def flush(self) -> None:
-        """Reads all pending metrics, checks that they are finite, and writes the due line.
-
-        Raises:
-          RunError: naming the first step whose loss or gradient is not finite.
-        """
-        if not self._pending:
-            return
-        read = jax.device_get(self._pending)
-        self._pending = []
-        for step, metrics in read:
-            if not (np.isfinite(metrics["loss"]) and np.isfinite(metrics["grad_norm"])):
-                raise RunError(
-                    f"loss is {float(metrics['loss'])} with gradient norm "
-                    f"{float(metrics['grad_norm'])} at step {step}: stopped. The checkpoints in "
-                    f"{self.workdir / 'checkpoints'} are from before it. To go on, run the same "
-                    "command again with --config.optimizer.learning_rate lower, or another "
-                    "--config.seed to see other batches"
-                )
-        for step, metrics in read:
-            if step % self.config.train.log_every == 0:
-                values = {key: float(value) for key, value in metrics.items()} | self._speed()
-                self.writer.scalars(step, values)
-                self.console.scalars(step, values)
-
-    def record_eval(self, step: int, values: dict[str, float]) -> None:
-        """Writes an evaluation; its time counts for no step."""
-        if values:
-            self.writer.scalars(step, values)
-            self.console.scalars(step, values)
-        self.pause()
-
-    def pause(self) -> None:
-        """Starts the clock anew: what was just done is no part of a step."""
-        self._since, self._steps, self._waited = time.perf_counter(), 0, 0.0
-
-    def _speed(self) -> dict[str, float]:
-        now = time.perf_counter()
-        if self._since is None or not self._steps:
-            self.pause()
-            return {}
-        seconds = (now - self._since) / self._steps
-        tokens = self.config.data.batch_size * sequence_tokens(self.config)
-        speed = {
-            "step_seconds": seconds,
-            "tokens_per_second": tokens / seconds,
-            "model_flop_utilisation": self._flops_per_step / seconds / self._peak,
-            "wait_fraction": self._waited / (now - self._since),
-        }
-        self.pause()
-        return speed
-
-

@@ -59,8 +59,8 @@ def abstract_state(config: ml_collections.ConfigDict, mesh: Mesh) -> TrainState:
     shapes = jax.eval_shape(lambda: init_state(config))
     boxed = jax.eval_shape(lambda: _boxed_params(config, jax.random.key(0)))
     weights, whole = param_shardings(boxed, mesh), replicated(mesh)
-    shardings = TrainState(
-        step=whole,
+    shardings: Any = TrainState(
+        step=whole,  # type: ignore[arg-type]
         params=weights,
         opt_state=optax.tree.map_params(
             make_optimizer(config),

@@ -74,7 +74,7 @@ def random_frames(
 
 
 def make_loss(config: ml_collections.ConfigDict) -> Callable[..., tuple[Array, Metrics]]:
-    """loss(params, batch, rows_B, key, totals, lpips_params) -> (loss, metrics).
+    """loss(params, batch, rows_B, *, key, totals, lpips_params) -> (loss, metrics).
 
     `totals` counts the valid tokens, blocks and rows of the whole batch: terms are shares of it,
     so that the sum over microbatches is exactly the loss of the batch (paper, section 3.3).
@@ -82,7 +82,7 @@ def make_loss(config: ml_collections.ConfigDict) -> Callable[..., tuple[Array, M
     model, per_block = build_model(config), block_tokens(config)
     weights = config.loss
 
-    def loss(params, batch: Batch, rows_B: Array, key: Array, totals: Metrics, lpips_params):
+    def loss(params, batch: Batch, rows_B: Array, *, key: Array, totals: Metrics, lpips_params):
         mask_key, noise_key, frame_key = jax.random.split(key, 3)
         segments_BS = batch["segment_ids"]
         blocks = segments_BS.shape[1] // per_block
@@ -95,7 +95,7 @@ def make_loss(config: ml_collections.ConfigDict) -> Callable[..., tuple[Array, M
         keep_BS = masking.keep_mask(lengths_BN, tokens_per_block=per_block)
         valid_BS = segments_BS != 0
         target_BSD = to_float(batch["patches"])
-        output = model.apply(
+        output: Any = model.apply(
             {"params": params},
             target_BSD,
             keep_BS,
@@ -148,7 +148,8 @@ def make_train_step(
         grad = jax.grad(loss, has_aux=True)
 
         def gradients(piece: tuple[Batch, Array]):
-            return grad(state.params, *piece, key, totals, lpips_params)
+            shared = dict(key=key, totals=totals, lpips_params=lpips_params)
+            return grad(state.params, *piece, **shared)
 
         # Row r goes to microbatch r % pieces, so that rows stay on the devices that hold them.
         rows_B = jnp.arange(valid_BS.shape[0], dtype=jnp.int32)
@@ -207,7 +208,7 @@ def make_eval_step(
         keep_BS = masking.keep_mask(lengths_BN, tokens_per_block=per_block)
         target_BSD = to_float(batch["patches"])
         places = token_places(batch, tokens_per_block=per_block)
-        output = model.apply({"params": params}, target_BSD, keep_BS, places)
+        output: Any = model.apply({"params": params}, target_BSD, keep_BS, places)
         reconstruction_BSD = jnp.clip(output.reconstruction, -1.0, 1.0)
         metrics = {
             "error": squared_error_sum(reconstruction_BSD, target_BSD, valid_BS),

@@ -1,0 +1,26 @@
+"""Settings that all tests share. Compiled programs are kept between runs and by subprocesses."""
+
+import getpass
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+# Set before any test imports jax, and in os.environ so that subprocesses share what is compiled.
+# Results are bit for bit those of a fresh compile; the cache's key covers program, flags and jax.
+_CACHE = f"elastictok-jax-{getpass.getuser()}-py{sys.version_info.major}.{sys.version_info.minor}"
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(tempfile.gettempdir()) / _CACHE))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+
+import pytest  # noqa: E402
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--update-golden", action="store_true", help="write tests/golden instead of comparing"
+    )
+
+
+@pytest.fixture
+def update_golden(request):
+    return request.config.getoption("--update-golden")

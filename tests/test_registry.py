@@ -1,0 +1,121 @@
+"""Every experiment loads, documents itself, and drifts only where a golden file shows it."""
+
+import ast
+import json
+from pathlib import Path
+
+import pytest
+from flax import traverse_util
+
+from elastictok_jax import config as config_lib
+from elastictok_jax import registry
+from elastictok_jax.errors import UsageError
+from elastictok_jax.models.elastictok import abstract_params
+
+GOLDEN = Path(__file__).parent / "golden"
+NAMES = registry.experiment_names()
+EXPERIMENT = """
+from elastictok_jax.config import default_config
+
+def get_config(arg="none"):
+    config = default_config()
+    config.data.source = arg
+    return config
+"""
+
+
+def describe(name):
+    """Resolved config and parameter tree of an experiment, as JSON shows them."""
+    config = config_lib.resolve(registry.get_experiment(name))
+    flat = traverse_util.flatten_dict(abstract_params(config))
+    return {
+        "config": json.loads(config_lib.to_json(config)),
+        "parameters": {"/".join(key): list(leaf.shape) for key, leaf in sorted(flat.items())},
+    }
+
+
+def test_there_are_experiments():
+    assert "quickstart" in NAMES
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_experiment_is_as_its_golden_file_says(name, update_golden):
+    path, got = GOLDEN / f"{name}.json", describe(name)
+    if update_golden:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(got, indent=1) + "\n")
+    assert path.is_file(), "run pytest --update-golden and review the new file"
+    assert got == json.loads(path.read_text()), "if meant: pytest --update-golden, then review"
+
+
+def test_every_golden_file_has_an_experiment():
+    assert {path.stem for path in GOLDEN.glob("*.json")} <= set(NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_docstring_says_what_to_expect(name):
+    source = (registry.experiments_folder() / f"{name}.py").read_text()
+    doc = ast.get_docstring(ast.parse(source)) or ""
+    missing = [
+        word
+        for word in ("Paper", "Command", "Hardware", "Time", "Result")
+        if f"\n{word}:" not in f"\n{doc}"
+    ]
+    assert not missing
+    assert f"elastictok train {name}" in doc or f"elastictok sweep {name}" in doc
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_experiment_is_named_after_its_file(name):
+    assert registry.get_experiment(name).name == name
+
+
+def test_experiment_file_with_and_without_argument(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(EXPERIMENT)
+    plain = registry.get_experiment(str(path))
+    assert (plain.name, plain.data.source) == ("mine", "none")
+    given = registry.get_experiment(f"{path}:big:1")
+    assert (given.name, given.data.source) == ("mine:big:1", "big:1")
+    path.write_text(EXPERIMENT.replace('"none"', '"again"'))
+    assert registry.get_experiment(str(path)).data.source == "again"  # read anew each time
+
+
+def test_each_call_gives_a_config_of_its_own():
+    first = registry.get_experiment("quickstart")
+    first.model.width = 3
+    assert registry.get_experiment("quickstart").model.width != 3
+
+
+def test_unknown_name_suggests_the_nearest():
+    with pytest.raises(UsageError, match=r"no experiment named quickstrat: did you mean quickst"):
+        registry.get_experiment("quickstrat")
+    with pytest.raises(UsageError, match=r"zzzz: registered are .*quickstart.*path/file\.py"):
+        registry.get_experiment("zzzz")
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (None, "does not exist"),
+        ("x = 1\n", r"defines no get_config\(\)"),
+        ("def get_config(:\n", r"does not parse: .*line 1"),
+    ],
+)
+def test_bad_experiment_files(tmp_path, source, message):
+    path = tmp_path / "bad.py"
+    if source is not None:
+        path.write_text(source)
+    with pytest.raises(UsageError, match=message) as caught:
+        registry.get_experiment(str(path))
+    assert str(path) in str(caught.value)
+
+
+def test_argument_where_none_is_taken_and_none_where_one_is_needed(tmp_path):
+    path = tmp_path / "plain.py"
+    path.write_text("def get_config():\n    pass\n")
+    with pytest.raises(UsageError, match=r"plain\.py:big: .*it takes none: drop it"):
+        registry.get_experiment(f"{path}:big")
+    path.write_text("def get_config(size):\n    pass\n")
+    with pytest.raises(UsageError, match=r"it needs one: give .*plain\.py:ARG"):
+        registry.get_experiment(str(path))

@@ -1,0 +1,217 @@
+"""The loop around the step: compiles once, stops on a bad loss, resumes, keeps, writes."""
+
+import json
+import logging
+import shutil
+from pathlib import Path
+
+import jax
+import pytest
+from tensorboardX.proto.event_pb2 import Event
+
+from elastictok_jax import cli
+from elastictok_jax.config import override, read_config
+from elastictok_jax.errors import RunError, UsageError
+from elastictok_jax.registry import get_experiment
+from elastictok_jax.tokenizer.api import ElasticTokenizer
+from elastictok_jax.training.loop import train
+from elastictok_jax.training.metrics import MetricWriter, read_metrics
+
+OPTIONS = {
+    "model.width": 16,
+    "model.mlp_width": 32,
+    "model.encoder_layers": 1,
+    "model.decoder_layers": 1,
+    "model.heads": 1,
+    "video.resolution": 16,
+    "masking.min_tokens": 1,
+    "loss.lpips_weight": 0.0,
+    "optimizer.warmup_steps": 2,
+    "optimizer.schedule": "constant",
+    "optimizer.ema_decay": 0.9,
+    "train.steps": 6,
+    "train.log_every": 2,
+    "train.eval_every": 3,
+    "train.checkpoint_every": 2,
+    "data.batch_size": 2 * jax.device_count(),
+    "data.sequence_blocks": 2,
+    "evaluation.batches": 1,
+    "evaluation.report": False,
+}
+
+
+def tiny(options: dict | None = None):
+    config = get_experiment("quickstart")
+    override(config, OPTIONS | (options or {}))
+    return config
+
+
+def checkpoint_steps(workdir: Path) -> list[int]:
+    return sorted(int(path.name) for path in (workdir / "checkpoints").iterdir())
+
+
+def compilations(caplog, name: str) -> int:
+    return sum(f"Compiling jit({name})" in record.getMessage() for record in caplog.records)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """A run of 6 steps with TensorBoard on, and its log of compilations beside it."""
+    workdir = tmp_path_factory.mktemp("finished") / "run"
+    records = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: records.append(record.getMessage())
+    logger = logging.getLogger("jax")
+    logger.addHandler(handler)
+    try:
+        with jax.log_compiles():
+            assert train(tiny({"train.tensorboard": True}), workdir=workdir)
+    finally:
+        logger.removeHandler(handler)
+    (workdir.parent / "compilations.json").write_text(json.dumps(records))
+    return workdir
+
+
+@pytest.fixture
+def workdir(finished, tmp_path) -> Path:
+    """A copy of the finished run, to be changed."""
+    shutil.copytree(finished, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def test_step_and_evaluation_compile_once(finished):
+    records = json.loads((finished.parent / "compilations.json").read_text())
+    for name in ("train_step", "eval_step"):
+        assert sum(f"Compiling jit({name})" in record for record in records) == 1
+
+
+def test_resumed_run_compiles_once_and_logs_each_step_once(workdir, caplog):
+    config = tiny({"train.steps": 10})
+    with jax.log_compiles(), caplog.at_level(logging.WARNING, logger="jax"):
+        assert train(config, workdir=workdir)
+    assert compilations(caplog, "train_step") == 1
+    assert compilations(caplog, "eval_step") == 1
+    lines = read_metrics(workdir / "metrics.jsonl")
+    assert [line["step"] for line in lines if "loss" in line] == [2, 4, 6, 8, 10]
+    assert [line["step"] for line in lines if "eval/mse" in line] == [0, 3, 6, 9, 10]
+    for line in lines:
+        assert 0 <= line.get("wait_fraction", 0) <= 1
+    # What the run ends with is what is on disk.
+    assert read_config(workdir / "config.json").train.steps == 10
+    assert checkpoint_steps(workdir)[-1] == 10
+
+
+def test_finished_run_is_left_as_it_is(workdir):
+    before = (workdir / "metrics.jsonl").read_text()
+    assert train(tiny(), workdir=workdir)
+    assert (workdir / "metrics.jsonl").read_text() == before
+    assert checkpoint_steps(workdir)[-1] == 6
+
+
+def test_non_finite_loss_stops_and_keeps_what_was_good(workdir, capsys):
+    worse = {"optimizer.learning_rate": 1e30, "train.steps": 50}
+    with pytest.raises(RunError, match=r"loss is nan .* at step (7|8|9|10): stopped"):
+        train(tiny(worse), workdir=workdir)
+    assert checkpoint_steps(workdir)[-1] < 10
+
+    words = [f"--config.{key}={value}" for key, value in (OPTIONS | worse).items()]
+    capsys.readouterr()
+    status = cli.main(["train", "quickstart", "--workdir", str(workdir), *words])
+    assert status == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("elastictok: error: loss is nan")
+    assert str(workdir / "checkpoints") in last
+    assert "--config.optimizer.learning_rate lower" in last
+    assert "--config.seed" in last
+
+    # The checkpoint from before is whole: it loads, and the advice works.
+    ElasticTokenizer.from_pretrained(workdir)
+    capsys.readouterr()
+    assert train(tiny({"train.steps": 8}), workdir=workdir)
+    assert "resuming at step 6:" in capsys.readouterr().err
+
+
+def test_resume_with_another_model_is_refused(workdir):
+    before = (workdir / "config.json").read_text()
+    with pytest.raises(UsageError) as error:
+        train(tiny({"model.width": 32}), workdir=workdir)
+    message = str(error.value)
+    assert "model.width 16 -> 32" in message
+    assert "another --workdir" in message
+    assert "model.mlp_width" not in message  # only what differs is named
+    assert (workdir / "config.json").read_text() == before
+
+
+def test_keeps_the_newest_and_the_best(tmp_path):
+    # A learning rate that wrecks the model late: the best is an early one.
+    options = {
+        "train.steps": 10,
+        "train.eval_every": 2,
+        "train.keep_last": 2,
+        "train.keep_best": 1,
+        "optimizer.learning_rate": 0.3,
+        "optimizer.ema_decay": 0.0,
+    }
+    workdir = tmp_path / "run"
+    assert train(tiny(options), workdir=workdir)
+    lines = read_metrics(workdir / "metrics.jsonl")
+    errors = {line["step"]: line["eval/mse"] for line in lines if "eval/mse" in line}
+    saved = {step: error for step, error in errors.items() if step > 0}
+    assert sorted(saved) == [2, 4, 6, 8, 10]
+    best = min(saved, key=saved.get)
+    assert best < 8, f"the best is among the newest, which proves nothing: {saved}"
+    assert checkpoint_steps(workdir) == [best, 8, 10]
+
+
+def test_metrics_are_cut_back_to_the_restored_step(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    lines = [{"step": step, "loss": 1.0 / (step + 1)} for step in range(1, 6)]
+    whole = [json.dumps(line) + "\n" for line in lines]
+    path.write_text("".join(whole) + '{"step": 6, "lo')  # the kill came in the middle of a line
+    assert read_metrics(path) == lines
+    writer = MetricWriter(tmp_path, tiny(), start_step=3)
+    writer.scalars(4, {"loss": 0.5})
+    writer.close()
+    assert path.read_text() == "".join(whole[:3]) + '{"step": 4, "loss": 0.5}\n'
+
+
+def test_resume_without_a_checkpoint_starts_anew(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 0, "eval/mse": 1.0}\n{"step": 1, "loss": 1.0}\n')
+    MetricWriter(tmp_path, tiny(), start_step=0).close()
+    assert [line["step"] for line in read_metrics(path)] == [0]
+
+
+def test_tensorboard_has_the_same_scalars_and_a_picture(finished):
+    scalars, pictures = {}, []
+    (events,) = (finished / "tensorboard").iterdir()
+    for event in read_events(events):
+        for value in event.summary.value:
+            if value.HasField("simple_value"):
+                scalars[event.step, value.tag] = value.simple_value
+            if value.HasField("image"):
+                pictures.append((event.step, value.tag, value.image))
+    lines = read_metrics(finished / "metrics.jsonl")
+    expected = {
+        (line["step"], key): value for line in lines for key, value in line.items() if key != "step"
+    }
+    assert scalars.keys() == expected.keys()
+    for key, value in scalars.items():
+        assert value == pytest.approx(expected[key], rel=1e-6)
+    assert [step for step, _, _ in pictures] == [0, 3, 6]
+    for _, tag, image in pictures:
+        assert tag == "eval/original_then_all_half_quarter_tokens"
+        rows = OPTIONS["data.batch_size"]
+        assert (image.height, image.width) == (16 * rows, 16 * 4)
+        assert image.encoded_image_string.startswith(b"\x89PNG")
+
+
+def read_events(path: Path):
+    """TensorBoard's records: length (8 bytes), checksum (4), the event, checksum (4)."""
+    data = path.read_bytes()
+    while data:
+        size = int.from_bytes(data[:8], "little")
+        event = Event()
+        event.ParseFromString(data[12 : 12 + size])
+        yield event
+        data = data[16 + size :]

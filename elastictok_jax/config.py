@@ -98,6 +98,7 @@ def default_config() -> ml_collections.ConfigDict:
     data.flip = True
     data.decode_threads = 4
     data.prefetch = 4  # batches
+    data.cache_mib = 1024  # of decoded frames kept in memory; what does not fit is decoded anew
 
     config.evaluation = evaluation = ml_collections.ConfigDict()
     evaluation.batches = 4  # held-out batches each train.eval_every steps
@@ -170,6 +171,21 @@ def flatten(config: ml_collections.ConfigDict, prefix: str = "") -> dict[str, An
     return flat
 
 
+def _check_model(model: ml_collections.ConfigDict) -> None:
+    """Raises UsageError where sizes of the model do not fit each other."""
+    if model.width % model.heads or (model.width // model.heads) % 2:
+        raise UsageError(
+            f"model.width = {model.width} over model.heads = {model.heads}: "
+            "heads must divide width into even head widths (rotary pairs)"
+        )
+    if not model.fsq_levels or any(level < 2 for level in model.fsq_levels):
+        raise UsageError(f"model.fsq_levels = {model.fsq_levels}: each must be at least 2")
+    if len(model.patch) != 3 or min(model.patch) < 1:
+        raise UsageError(
+            f"model.patch = {model.patch}: must be three positive sizes, (frames, height, width)"
+        )
+
+
 def resolve(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     """A validated, frozen-key copy.
 
@@ -185,24 +201,13 @@ def resolve(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     for key in POSITIVE:
         if not flat[key] > 0:
             raise UsageError(f"{key} = {flat[key]!r}: must be greater than 0")
-    model = config.model
-    if model.width % model.heads or (model.width // model.heads) % 2:
-        raise UsageError(
-            f"model.width = {model.width} over model.heads = {model.heads}: "
-            "heads must divide width into even head widths (rotary pairs)"
-        )
-    if not model.fsq_levels or any(level < 2 for level in model.fsq_levels):
-        raise UsageError(f"model.fsq_levels = {model.fsq_levels}: each must be at least 2")
-    if len(model.patch) != 3 or min(model.patch) < 1:
-        raise UsageError(
-            f"model.patch = {model.patch}: must be three positive sizes, (frames, height, width)"
-        )
+    _check_model(config.model)
     try:
         per_block = block_tokens(config)
     except ValueError as error:
         raise UsageError(
             f"{error}: choose video.resolution and video.frames_per_block as multiples "
-            f"of model.patch = {tuple(model.patch)}"
+            f"of model.patch = {tuple(config.model.patch)}"
         ) from None
     if config.masking.min_tokens > per_block:
         raise UsageError(

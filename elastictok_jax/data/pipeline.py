@@ -5,7 +5,7 @@ Dimension key: B batch, S tokens, D values a patch, T frames.
 
 import collections
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import grain
 import jax
@@ -27,11 +27,29 @@ OPEN_VIDEOS = 32  # per thread; opening a video demuxes it once for its index
 
 
 class ClipReader:
-    """Reads clips, keeping the videos that a thread has used last open."""
+    """Reads clips at the training resolution.
 
-    def __init__(self, *, frames_per_block: int, resolution: int):
+    Files are decoded once and kept, resized, as long as they fit in `cache_bytes`, in the order
+    of `files`; from the others just the frames of a clip are decoded, each time.
+    """
+
+    def __init__(
+        self,
+        files: Iterable[media.MediaInfo],
+        *,
+        frames_per_block: int,
+        resolution: int,
+        cache_bytes: int,
+    ):
         self._frames_per_block, self._resolution = frames_per_block, resolution
         self._local = threading.local()  # a VideoReader serves one thread
+        self._kept: dict[str, np.ndarray] = {}
+        self._locks = {}
+        for info in files:
+            pixels = resolution**2 * max(info.height, info.width) // min(info.height, info.width)
+            cache_bytes -= info.frames * pixels * 3
+            if cache_bytes >= 0:
+                self._locks[info.path] = threading.Lock()
 
     def read(self, clip: Clip) -> np.ndarray:
         """uint8 [T, R, R, 3]: whole blocks, shortest side resized to R, then cropped.
@@ -40,17 +58,29 @@ class ClipReader:
         """
         side, wanted = self._resolution, clip.blocks * self._frames_per_block
         count = min(wanted, clip.info.frames - clip.start)
-        if clip.info.kind == "image":
-            frames = media.read_frames(clip.info.path)
-        else:
-            frames = self._open(clip.info.path).read(clip.start, count)
-        frames = media.resize_shortest(frames, side=side)
+        frames = self._read(clip.info, clip.start, count)
         top = round(clip.down * (frames.shape[1] - side))
         left = round(clip.across * (frames.shape[2] - side))
         frames = frames[:, top : top + side, left : left + side]
         if clip.flip:
             frames = frames[:, :, ::-1]
         return np.concatenate([frames, np.repeat(frames[-1:], wanted - count, axis=0)])
+
+    def _read(self, info: media.MediaInfo, start: int, count: int) -> np.ndarray:
+        """Frames start, ..., start + count - 1, shortest side resized."""
+        if info.path not in self._locks:
+            return self._decode(info, start, count)
+        with self._locks[info.path]:  # one thread decodes it, the others wait for that
+            if info.path not in self._kept:
+                self._kept[info.path] = self._decode(info, 0, info.frames)
+        return self._kept[info.path][start : start + count]
+
+    def _decode(self, info: media.MediaInfo, start: int, count: int) -> np.ndarray:
+        if info.kind == "image":
+            frames = media.read_frames(info.path)
+        else:
+            frames = self._open(info.path).read(start, count)
+        return media.resize_shortest(frames, side=self._resolution)
 
     def _open(self, path: str) -> media.VideoReader:
         if not hasattr(self._local, "videos"):
@@ -76,7 +106,10 @@ class BatchReader:
         self.config, self.split, self.rows = config, split, rows
         self.source: Source = open_source(config, split=split)
         self._clips = ClipReader(
-            frames_per_block=config.video.frames_per_block, resolution=config.video.resolution
+            (*self.source.videos, *self.source.images),
+            frames_per_block=config.video.frames_per_block,
+            resolution=config.video.resolution,
+            cache_bytes=config.data.cache_mib * 2**20,
         )
         if not self.source.images and not self.source.videos:
             raise UsageError(

@@ -13,7 +13,7 @@ from flax import struct
 
 from elastictok_jax.attention.api import TokenPlaces
 from elastictok_jax.models.bottlenecks import FSQ, VAE
-from elastictok_jax.models.transformer import LayerSpec, stacked_layers
+from elastictok_jax.models.transformer import SMALL_INIT, LayerSpec, stacked_layers
 
 Array = jax.Array
 
@@ -70,7 +70,9 @@ class Decoder(nn.Module):
         x_BSW = spec.linear(spec.width, axes=("latent", "embed"), name="in_proj")(latents_BSZ)
         x_BSW, _ = stacked_layers(self.layers, spec)(x_BSW, places)
         x_BSW = spec.norm("norm")(x_BSW)
-        x_BSD = spec.linear(self.features, axes=("embed", "patch"), name="out_proj")(x_BSW)
+        x_BSD = spec.linear(
+            self.features, axes=("embed", "patch"), name="out_proj", scale=SMALL_INIT
+        )(x_BSW)
         return jnp.tanh(x_BSD.astype(jnp.float32))
 
 

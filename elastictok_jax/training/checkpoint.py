@@ -7,6 +7,7 @@ name and renamed when whole, so a killed process never leaves a checkpoint that 
 
 import importlib.metadata
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ class Checkpointer:
             [
                 preservation_policy.LatestN(keep_last),
                 preservation_policy.BestN(
-                    get_metric_fn=lambda metrics: metrics[BEST_METRIC],
+                    get_metric_fn=_error,
                     reverse=True,  # the last of the descending order is kept: the lowest error
                     n=keep_best,
                     keep_checkpoints_without_metrics=False,
@@ -46,6 +47,8 @@ class Checkpointer:
             self.folder.absolute(),
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=policy,
+                best_fn=_error,  # without it metrics are not written, and a resumed run knows none
+                best_mode="min",
                 cleanup_tmp_directories=True,
                 enable_async_checkpointing=True,
             ),
@@ -81,7 +84,7 @@ class Checkpointer:
                         {"config": json.loads(config.to_json_best_effort()), "versions": versions}
                     ),
                 ),
-                metrics=metrics,
+                metrics=metrics or {},
             )
         except Exception as error:
             raise self._failed(error) from error
@@ -164,6 +167,10 @@ class Checkpointer:
                 + "; ".join(wrong)
                 + ". Use the config it was trained with, or another --workdir"
             )
+
+
+def _error(metrics: dict[str, float]) -> float:
+    return metrics.get(BEST_METRIC, math.inf)  # not every checkpoint is evaluated
 
 
 def _flat_shapes(tree: Any) -> dict[str, tuple[int, ...]]:

@@ -120,7 +120,7 @@ def train(config: ml_collections.ConfigDict, *, workdir: Path) -> bool:
                     state, metrics = train_step(state, batch, lpips_params)
                 log.record(step + 1, metrics, waited)
                 console.advance()
-        checkpoints.finish()
+            checkpoints.finish()  # inside, so that a first signal does not end the last save
     finally:
         checkpoints.close()
         writer.close()

@@ -176,7 +176,7 @@ def make_train_step(
                 lambda average, value: average + rate * (value - average), ema_params, params
             )
         metrics |= {
-            "grad_norm": optax.global_norm(grads),
+            "grad_norm": optax.tree.norm(grads),
             "learning_rate": schedule(state.step),
             "padding_fraction": 1.0 - jnp.mean(valid_BS),
         }

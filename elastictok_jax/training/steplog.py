@@ -31,7 +31,8 @@ class StepLog:
         self._pending: list[tuple[int, dict[str, jax.Array]]] = []
         self._waited = 0.0
         self._steps = 0
-        self._since: float | None = None  # None until the first step is compiled and done
+        self._since = time.perf_counter()
+        self._compiled = False  # the first step's time is mostly the compiler's
         self._flops_per_step = train_flops_per_token(self.config) * (
             self.config.data.batch_size * sequence_tokens(self.config)
         )
@@ -39,11 +40,14 @@ class StepLog:
 
     def record(self, step: int, metrics: dict[str, jax.Array], waited: float) -> None:
         """Takes a step's metrics; reads and writes those of the steps before it when due."""
+        self._waited += waited  # this wait lies before the flush that ends the line's time
         if self._pending and self._pending[-1][0] % self.config.train.log_every == 0:
             self.flush()
         self._pending.append((step, metrics))
-        self._waited += waited
         self._steps += 1
+        if not self._compiled:
+            self._compiled = True
+            self.pause()
 
     def flush(self) -> None:
         """Reads all pending metrics, checks that they are finite, and writes the due line.
@@ -83,8 +87,7 @@ class StepLog:
 
     def _speed(self) -> dict[str, float]:
         now = time.perf_counter()
-        if self._since is None or not self._steps:
-            self.pause()
+        if not self._steps:
             return {}
         seconds = (now - self._since) / self._steps
         tokens = self.config.data.batch_size * sequence_tokens(self.config)

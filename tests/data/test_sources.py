@@ -111,10 +111,10 @@ def test_embedded_splits_share_no_file_and_no_frame():
     for parts in (contents, frames, names):
         assert not parts["train"] & parts["heldout"]
     # Both kinds of clips are in both splits, and nothing in the folder is left out.
-    for split in files:
+    for split, paths in files.items():
         source = open_source(config_for("embedded"), split=split)
         assert source.images and source.videos
-        assert len(source.images) + len(source.videos) == len(files[split])
+        assert len(source.images) + len(source.videos) == len(paths)
 
 
 def test_nothing_to_read_is_said(tmp_path):

@@ -3,6 +3,7 @@
 Dimension key: B batch, S tokens, D values a patch, N blocks, L tokens a block, F frames.
 """
 
+import functools
 import math
 import warnings
 
@@ -25,6 +26,10 @@ from elastictok_jax.weights.lpips import load_lpips
 F, SIDE, PATCH = 4, 16, (2, 8, 8)
 L, D = 8, 2 * 8 * 8 * 3
 BLOCKS = 2
+# The arithmetic is what is tested here; unoptimised code for it compiles ten times as fast.
+QUICK = {"xla_backend_optimization_level": 0}
+if jax.default_backend() == "cpu":
+    QUICK["xla_cpu_use_fusion_emitters"] = False
 # Row 0 is full, row 1 ends in a block of padding, row 2 is padding alone, row 3 has two clips.
 SEGMENTS_BS = np.repeat(np.array([[1, 1], [1, 0], [0, 0], [1, 2]], np.int32), L, axis=1)
 
@@ -56,16 +61,30 @@ def some_batch(seed: int = 0):
     return {"patches": jnp.asarray(patches_BSD), "segment_ids": jnp.asarray(SEGMENTS_BS)}
 
 
-def run_step(config, batch, lpips_params=None, state=None):
-    step = jax.jit(make_train_step(config))
-    return step(init_state(config) if state is None else state, batch, lpips_params or {})
+@functools.cache
+def initial(bottleneck: str, vae_dim: int):
+    config = tiny(model__bottleneck=bottleneck, model__vae_dim=vae_dim)
+    return jax.jit(lambda: init_state(config), compiler_options=QUICK)()
+
+
+def start_of(config):
+    """The state at step 0 of `tiny` with this config's bottleneck, and no EMA."""
+    return initial(config.model.bottleneck, config.model.vae_dim)
+
+
+def jitted(config, **options):
+    return jax.jit(make_train_step(config), compiler_options=QUICK, **options)
+
+
+def run_step(config, batch):
+    return jitted(config)(start_of(config), batch, {})
 
 
 def assert_close(tree, other, *, rtol: float, atol: float) -> None:
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol, atol=atol), tree, other)
 
 
-def kept(config, fraction: float):
+def kept(fraction: float):
     lengths_BN = jnp.full((4, BLOCKS), round(fraction * L), jnp.int32)
     return keep_mask(lengths_BN, tokens_per_block=L)
 
@@ -89,14 +108,20 @@ def test_microbatches_add_up_to_the_batch(bottleneck):
         moments, expected = (s.opt_state[1][0].mu for s in (state, whole))
         assert max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(expected)) > 1e-3
         assert_close(moments, expected, rtol=1e-4, atol=1e-7)
-        # The learning rate is 1e-3, and a step moves each weight by at most about that.
-        assert_close(state.params, whole.params, rtol=0, atol=2e-5)
+        # AdamW's first step is the sign of the gradient: where that is not mere rounding, the
+        # weights agree too (they move by the learning rate, 1e-3).
+        jax.tree.map(
+            lambda a, b, moment: np.testing.assert_allclose(
+                a[abs(moment) > 1e-6], b[abs(moment) > 1e-6], rtol=0, atol=1e-5
+            ),
+            *jax.tree.map(np.asarray, (state.params, whole.params, expected)),
+        )
 
 
 def test_weight_decay_touches_kernels_alone():
     batch = some_batch()
     rate, decay = 1e-3, 0.5
-    start = init_state(tiny()).params
+    start = start_of(tiny()).params
     without, _ = run_step(tiny(optimizer__weight_decay=0.0), batch)
     with_decay, _ = run_step(tiny(optimizer__weight_decay=decay), batch)
     names = set()
@@ -142,13 +167,14 @@ def test_ema_and_donation():
     """Two steps of the jitted step as the loop jits it: averages by hand, old buffers gone."""
     decay = 0.15  # less than (1 + 1) / (10 + 1), so that both sides of the minimum are taken
     config = tiny(optimizer__ema_decay=decay)
-    step = jax.jit(make_train_step(config), donate_argnums=0)
-    state = init_state(config)
+    step = jitted(config, donate_argnums=0)
+    start = start_of(config)
+    state = jax.tree.map(jnp.copy, start.replace(ema_params=start.params))
     average = jax.tree.map(np.array, state.params)
     for number, memory in ((0, 0.1), (1, decay)):
         old = state
         with warnings.catch_warnings():
-            warnings.simplefilter("error")  # "Some donated buffers were not usable"
+            warnings.filterwarnings("error", message=".*donated buffers were not usable")
             state, metrics = step(old, some_batch(number), {})
         assert all(leaf.is_deleted() for leaf in jax.tree.leaves(old))
         average = jax.tree.map(
@@ -166,10 +192,11 @@ def test_ema_and_donation():
 def test_mse_is_of_valid_pixels_alone():
     config = tiny(masking__kind="fixed", masking__fraction=1.0)
     batch = some_batch()
-    state = init_state(config)
-    _, metrics = run_step(config, batch, state=state)
+    state = start_of(config)
+    step = jitted(config)
+    new_state, metrics = step(state, batch, {})
 
-    keep_BS, places = kept(config, 1.0), token_places(batch, tokens_per_block=L)
+    keep_BS, places = kept(1.0), token_places(batch, tokens_per_block=L)
     target_BSD = to_pixels(batch["patches"])
     output = build_model(config).apply(
         {"params": state.params}, jnp.asarray(target_BSD, jnp.float32), keep_BS, places
@@ -184,8 +211,8 @@ def test_mse_is_of_valid_pixels_alone():
 
     # What stands in the padding changes neither the loss nor any weight.
     garbage = np.where(SEGMENTS_BS[..., None] == 0, 255 - batch["patches"], batch["patches"])
-    states = [run_step(config, {**batch, "patches": x})[0] for x in (batch["patches"], garbage)]
-    jax.tree.map(np.testing.assert_array_equal, *(s.params for s in states))
+    other, _ = step(state, {**batch, "patches": garbage}, {})
+    jax.tree.map(np.testing.assert_array_equal, other.params, new_state.params)
 
 
 def test_vae_kl_sums_over_kept_tokens_and_averages_over_blocks():
@@ -198,10 +225,10 @@ def test_vae_kl_sums_over_kept_tokens_and_averages_over_blocks():
         loss__kl_weight=weight,
     )
     batch = some_batch()
-    state = init_state(config)
-    new_state, metrics = run_step(config, batch, state=state)
+    state = start_of(config)
+    new_state, metrics = run_step(config, batch)
 
-    keep_BS, places = kept(config, 0.5), token_places(batch, tokens_per_block=L)
+    keep_BS, places = kept(0.5), token_places(batch, tokens_per_block=L)
     encoded_BSZ = build_model(config).apply(
         {"params": state.params},
         jnp.asarray(to_pixels(batch["patches"]), jnp.float32),
@@ -228,11 +255,11 @@ def test_masks_and_noise_follow_seed_and_step():
     """The same state gives the same step, bit for bit; another seed or step another one."""
     batch = some_batch()
     config, other = tiny(model__bottleneck="vae"), tiny(model__bottleneck="vae", seed=1)
-    state = init_state(config)
-    step = jax.jit(make_train_step(config))
+    state = start_of(config)
+    step = jitted(config)
     first, again = (step(state, batch, {})[1] for _ in range(2))
     later = step(state.replace(step=state.step + 1), batch, {})[1]
-    reseeded = run_step(other, batch, state=state)[1]
+    reseeded = jitted(other)(state, batch, {})[1]
     assert all(float(first[key]) == float(again[key]) for key in first)
     for changed in (later, reseeded):
         assert float(changed["mse"]) != float(first["mse"])
@@ -272,8 +299,8 @@ def test_lpips_compares_one_frame_and_ignores_padding():
     patches_BSD = np.random.default_rng(3).integers(0, 256, (2, BLOCKS * L, D), dtype=np.uint8)
     # Frames far apart in brightness, so that no two distances are alike.
     patches_BSD[0, : L // 2] //= 4
-    state = init_state(config)
-    step = jax.jit(make_train_step(config))
+    state = start_of(config)
+    step = jitted(config)
 
     def metrics_of(patches_BSD):
         batch = {"patches": jnp.asarray(patches_BSD), "segment_ids": jnp.asarray(segments_BS)}

@@ -27,6 +27,11 @@ POSITIVE = (
     *("model.vae_dim", "model.rope_theta", "video.frames_per_block", "video.resolution"),
     *("optimizer.learning_rate", "optimizer.clip_norm", "optimizer.accumulate_steps"),
     *("masking.min_tokens", "masking.deviation", "evaluation.batches", "data.decode_threads"),
+    *("evaluation.max_blocks", "data.prefetch", "optimizer.final_fraction"),
+)
+NOT_NEGATIVE = (
+    *("loss.lpips_weight", "loss.kl_weight", "optimizer.weight_decay", "optimizer.warmup_steps"),
+    *("optimizer.b1", "optimizer.b2", "train.keep_best", "data.cache_mib", "seed"),
 )
 
 
@@ -201,6 +206,9 @@ def resolve(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     for key in POSITIVE:
         if not flat[key] > 0:
             raise UsageError(f"{key} = {flat[key]!r}: must be greater than 0")
+    for key in NOT_NEGATIVE:
+        if not flat[key] >= 0:
+            raise UsageError(f"{key} = {flat[key]!r}: must not be negative")
     _check_model(config.model)
     try:
         per_block = block_tokens(config)

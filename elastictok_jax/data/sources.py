@@ -46,8 +46,8 @@ def list_media(folder: Path) -> list[Path]:
 def held_out(names: list[str], *, fraction: float) -> set[str]:
     """Names that are kept from training: those whose hash falls below `fraction`.
 
-    A file's split depends on its own name alone, so adding files moves none; where chance picks
-    none of several files, the one with the lowest hash is taken.
+    A file's split depends on its own name alone, so adding files moves none. The exception is a
+    small folder where chance picks none: there the file with the lowest hash is held out.
     """
 
     def place(name: str) -> float:

@@ -115,15 +115,19 @@ class VAE:
         return codes_BSZ
 
 
-def codebook_statistics(
-    codes_BS: Array, weights_BS: Array, *, codebook_size: int
-) -> dict[str, Array]:
-    """How much of the codebook is in use, by one scatter-add into a table of `codebook_size`.
+def codebook_counts(codes_BS: Array, weights_BS: Array, *, codebook_size: int) -> Array:
+    """float32 [codebook_size]: how often each code occurs, by one scatter-add into the table."""
+    return jnp.zeros(codebook_size, jnp.float32).at[codes_BS].add(weights_BS.astype(jnp.float32))
+
+
+def codebook_statistics(counts: np.ndarray) -> dict[str, float]:
+    """How much of the codebook is in use.
 
     Returns:
-      usage: float32, share of codes seen; perplexity: float32, exp of the entropy of their use.
+      usage: share of codes seen; perplexity: exp of the entropy of their use, 1 for no tokens.
     """
-    counts = jnp.zeros(codebook_size, jnp.float32).at[codes_BS].add(weights_BS.astype(jnp.float32))
-    share = counts / jnp.maximum(jnp.sum(counts), 1.0)
-    entropy = -jnp.sum(jnp.where(share > 0, share * jnp.log(jnp.maximum(share, 1e-30)), 0.0))
-    return {"usage": jnp.mean(counts > 0), "perplexity": jnp.exp(entropy)}
+    share = counts[counts > 0] / max(counts.sum(), 1.0)
+    return {
+        "usage": float(np.mean(counts > 0)),
+        "perplexity": float(np.exp(-np.sum(share * np.log(share)))),
+    }

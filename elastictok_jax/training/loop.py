@@ -1,5 +1,6 @@
 """The training run: eval, save, next batch, step. Reads top to bottom."""
 
+import contextlib
 import math
 import os
 import time
@@ -42,7 +43,14 @@ def train(config: ml_collections.ConfigDict, *, workdir: Path) -> bool:
       UsageError: bad config, data or workdir; nothing is changed on disk then.
       RunError: non-finite loss, or a checkpoint that cannot be written.
     """
-    config = resolve(config)
+    with contextlib.ExitStack() as stack:
+        stop = stack.enter_context(StopRequest())  # first in, so that it outlasts the last save
+        return _train(resolve(config), workdir, stop, stack)
+
+
+def _train(
+    config: ml_collections.ConfigDict, workdir: Path, stop: StopRequest, stack: contextlib.ExitStack
+) -> bool:
     mesh = make_mesh(config)
     sharding = batch_sharding(mesh)
     rows = local_rows(sharding, config.data.batch_size)
@@ -56,15 +64,19 @@ def train(config: ml_collections.ConfigDict, *, workdir: Path) -> bool:
     checkpoints = Checkpointer(
         workdir, keep_last=config.train.keep_last, keep_best=config.train.keep_best
     )
+    stack.callback(checkpoints.close)
     abstract = abstract_state(config, mesh)
     latest = checkpoints.latest_step()
     if latest is None:
         state, position = sharded_init(config, abstract), {"next_batch": 0}
     else:
         state, position = checkpoints.restore(latest, abstract)
-    start = latest or 0
+    start, first_batch = latest or 0, position["next_batch"]
+    steps = max(start, config.train.steps)
     writer = MetricWriter(workdir, config, start_step=start)
-    console = Console(total=config.train.steps, start=start)
+    stack.callback(writer.close)
+    console = Console(total=steps, start=start)
+    stack.callback(console.close)
     console.line(describe(config, abstract, start=start, workdir=workdir))
 
     state_sharding = jax.tree.map(lambda leaf: leaf.sharding, abstract)
@@ -74,60 +86,49 @@ def train(config: ml_collections.ConfigDict, *, workdir: Path) -> bool:
     )
     eval_step = in_mesh(jax.jit(make_eval_step(config)), mesh)
     log = StepLog(config, writer, console, workdir)
-    batches = read_ahead(
-        reader,
-        start=position["next_batch"],
-        stop=position["next_batch"] + config.train.steps - start,
-    )
-    on_device = (to_device(batch, sharding) for batch in batches)
+    batches = read_ahead(reader, start=first_batch, stop=first_batch + steps - start)
 
-    try:
-        with StopRequest() as stop:
-            for step in range(start, max(start, config.train.steps) + 1):
-                last = step >= config.train.steps or stop.requested
-                due = {
-                    key: step % config.train[key] == 0 for key in ("eval_every", "checkpoint_every")
-                }
-                eval_metrics = None
-                # A resumed step has its eval and its checkpoint already.
-                if step != latest and (due["eval_every"] or step == config.train.steps):
-                    log.flush()
-                    eval_metrics = evaluate(
-                        eval_step,
-                        state.eval_params,
-                        held_out,
-                        place=partial(to_device, sharding=sharding),
-                        config=config,
-                        show=partial(writer.picture, step) if writer.shows_pictures else None,
-                    )
-                    log.record_eval(step, eval_metrics)
-                if step != start and (due["checkpoint_every"] or last):
-                    log.flush()  # refuses a non-finite state before it can be saved
-                    checkpoints.save(
-                        step,
-                        state,
-                        data_position={"next_batch": position["next_batch"] + step - start},
-                        config=config,
-                        metrics=eval_metrics,
-                    )
-                    log.pause()
-                if last:
-                    break
-                waited = time.perf_counter()
-                batch = next(on_device)
-                waited = time.perf_counter() - waited
-                with jax.transfer_guard("disallow"):
-                    state, metrics = train_step(state, batch, lpips_params)
-                log.record(step + 1, metrics, waited)
-                console.advance()
-            checkpoints.finish()  # inside, so that a first signal does not end the last save
-    finally:
-        checkpoints.close()
-        writer.close()
-        console.close()
-    finished = step >= config.train.steps
-    console.line(f"{'finished' if finished else 'stopped'} at step {step}, saved in {workdir}")
-    return finished
+    for step in range(start, steps + 1):
+        last = step == steps or stop.requested
+        eval_metrics = None
+        # A resumed step has its evaluation and its checkpoint already.
+        if step != latest and (step % config.train.eval_every == 0 or step == steps):
+            log.flush()
+            eval_metrics = evaluate(
+                eval_step,
+                state.eval_params,
+                held_out,
+                place=partial(to_device, sharding=sharding),
+                config=config,
+                show=partial(writer.picture, step) if writer.shows_pictures else None,
+            )
+            log.record_eval(step, eval_metrics)
+        if step != start and (step % config.train.checkpoint_every == 0 or last):
+            log.flush()  # refuses a non-finite state before it can be saved
+            next_batch = first_batch + step - start
+            checkpoints.save(
+                step,
+                state,
+                data_position={"next_batch": next_batch},
+                config=config,
+                metrics=eval_metrics,
+            )
+            log.pause()
+        if last:
+            break
+        waited = time.perf_counter()
+        batch = to_device(next(batches), sharding)
+        waited = time.perf_counter() - waited
+        with jax.transfer_guard("disallow"):
+            state, metrics = train_step(state, batch, lpips_params)
+        log.record(step + 1, metrics, waited)
+        console.advance()
+
+    checkpoints.finish()
+    saved = checkpoints.latest_step()
+    kept = "nothing to save yet" if saved is None else f"step {saved} is saved in {workdir}"
+    console.line(f"{'finished' if step == steps else 'stopped'} at step {step}: {kept}")
+    return step == steps
 
 
 def prepare_workdir(workdir: Path, config: ml_collections.ConfigDict) -> None:

@@ -17,7 +17,7 @@ from elastictok_jax.attention.api import TokenPlaces
 from elastictok_jax.config import block_tokens
 from elastictok_jax.losses.lpips import lpips
 from elastictok_jax.losses.reconstruction import kl_sum, squared_error_sum
-from elastictok_jax.models.bottlenecks import FSQ, codebook_statistics
+from elastictok_jax.models.bottlenecks import FSQ, codebook_counts
 from elastictok_jax.models.elastictok import build_model
 from elastictok_jax.models.patching import to_float, unpatchify
 from elastictok_jax.training.optimizer import make_optimizer, make_schedule
@@ -195,7 +195,7 @@ def make_eval_step(
 
     Every block keeps round(fraction * L) tokens. Sums are over valid tokens of the batch:
     "error" (clipped to [-1, 1] first, as the tokenizer reports it) and "tokens"; for FSQ also
-    the "usage" and "perplexity" of the codebook.
+    "codebook_counts" of the kept tokens.
     """
     model, per_block = build_model(config), block_tokens(config)
 
@@ -215,7 +215,7 @@ def make_eval_step(
             "tokens": jnp.sum(valid_BS).astype(jnp.float32),
         }
         if isinstance(model.bottleneck, FSQ):
-            metrics |= codebook_statistics(
+            metrics["codebook_counts"] = codebook_counts(
                 output.codes, keep_BS & valid_BS, codebook_size=model.bottleneck.codebook_size
             )
         return metrics, reconstruction_BSD

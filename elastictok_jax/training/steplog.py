@@ -13,6 +13,10 @@ from elastictok_jax.errors import RunError
 from elastictok_jax.training.metrics import Console, MetricWriter
 from elastictok_jax.training.throughput import peak_flops, train_flops_per_token
 
+# Steps that the host may run ahead: enough that the device never idles, few enough that batches
+# do not pile up in its memory.
+IN_FLIGHT = 2
+
 
 @dataclasses.dataclass
 class StepLog:
@@ -43,6 +47,8 @@ class StepLog:
         self._waited += waited  # this wait lies before the flush that ends the line's time
         if self._pending and self._pending[-1][0] % self.config.train.log_every == 0:
             self.flush()
+        if len(self._pending) >= IN_FLIGHT:
+            jax.block_until_ready(self._pending[-IN_FLIGHT][1])
         self._pending.append((step, metrics))
         self._steps += 1
         if not self._compiled:

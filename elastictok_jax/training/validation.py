@@ -7,6 +7,7 @@ import ml_collections
 import numpy as np
 
 from elastictok_jax.data.pipeline import BatchReader, read_ahead
+from elastictok_jax.models.bottlenecks import codebook_statistics
 from elastictok_jax.models.patching import to_uint8, unpatchify
 
 FRACTIONS = (1.0, 0.5, 0.25)  # shares of a block's tokens
@@ -43,12 +44,12 @@ def evaluate(
             sums.append(metrics)
             if index == 0 and show:
                 columns.append(_first_frames(np.asarray(to_uint8(reconstruction)), config))
-        total = jax.tree.map(lambda *values: float(np.sum(values)), *jax.device_get(sums))
+        total = jax.tree.map(lambda *values: np.sum(values, axis=0), *jax.device_get(sums))
         suffix = "" if fraction == 1 else f"_at_{fraction:g}"
-        results[f"eval/mse{suffix}"] = total["error"] / total["tokens"]
-        if fraction == 1 and "usage" in total:
-            results["eval/codebook_usage"] = total["usage"] / len(batches)
-            results["eval/codebook_perplexity"] = total["perplexity"] / len(batches)
+        results[f"eval/mse{suffix}"] = float(total["error"] / total["tokens"])
+        if fraction == 1 and "codebook_counts" in total:
+            statistics = codebook_statistics(total["codebook_counts"])
+            results |= {f"eval/codebook_{name}": value for name, value in statistics.items()}
     if columns and show:
         show("eval/original_and_all_half_quarter_tokens", np.concatenate(columns, axis=1))
     return results

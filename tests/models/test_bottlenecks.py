@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from jax.extend.core import jaxprs_in_params
 
-from elastictok_jax.models.bottlenecks import FSQ, VAE, codebook_statistics
+from elastictok_jax.models.bottlenecks import FSQ, VAE, codebook_counts, codebook_statistics
 
 PUBLISHED = FSQ((8, 8, 8, 5, 5, 5))
 level_lists = st.sampled_from([(2,), (3, 2), (5, 4), (8, 8, 8, 5, 5, 5), (7, 2, 6)])
@@ -152,8 +152,10 @@ def test_vae_is_finite_for_absurd_log_variances():
 )
 @settings(max_examples=40, deadline=None)
 def test_codebook_statistics_equal_numpy(codes, weights):
-    got = codebook_statistics(jnp.asarray(codes), jnp.asarray(weights), codebook_size=10)
     counts = np.bincount(codes[weights], minlength=10)
+    counted = codebook_counts(jnp.asarray(codes), jnp.asarray(weights), codebook_size=10)
+    np.testing.assert_array_equal(counted, counts)
+    got = codebook_statistics(np.asarray(counted))
     share = counts[counts > 0] / max(counts.sum(), 1)
     assert float(got["usage"]) == pytest.approx(np.mean(counts > 0), abs=1e-6)
     entropy = -np.sum(share * np.log(share))
@@ -168,9 +170,9 @@ def array_sizes(jaxpr):
             yield from array_sizes(inner)
 
 
-def test_codebook_statistics_never_hold_tokens_times_codes():
+def test_codebook_counts_never_hold_tokens_times_codes():
     tokens, codes = 1_000_000, 64_000
-    traced = jax.make_jaxpr(lambda c, w: codebook_statistics(c, w, codebook_size=codes))(
+    traced = jax.make_jaxpr(lambda c, w: codebook_counts(c, w, codebook_size=codes))(
         jax.ShapeDtypeStruct((1, tokens), jnp.int32), jax.ShapeDtypeStruct((1, tokens), bool)
     )
     largest = max(array_sizes(traced.jaxpr))

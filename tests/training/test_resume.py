@@ -138,7 +138,9 @@ def undisturbed(tmp_path_factory) -> Path:
     workdir = tmp_path_factory.mktemp("undisturbed") / "run"
     run = Run(workdir)
     assert run.wait() == 0, run.text
-    assert run.text.splitlines()[-1] == f"finished at step {STEPS}, saved in {workdir}"
+    assert (
+        run.text.splitlines()[-1] == f"finished at step {STEPS}: step {STEPS} is saved in {workdir}"
+    )
     state, position = final_state(workdir)
     assert position == {"next_batch": STEPS}
     moved = [name for name in state if (state[name] != 0).any()]
@@ -173,7 +175,9 @@ def test_sigterm_saves_stops_and_goes_on(undisturbed, tmp_path):
     run.until(lambda: run.steps_logged >= 13)
     run.process.send_signal(signal.SIGTERM)
     assert run.wait() == 0, run.text
-    stopped = int(re.search(r"^stopped at step (\d+), saved in", run.text, flags=re.M)[1])
+    stopped = int(
+        re.search(r"^stopped at step (\d+): step \1 is saved in", run.text, flags=re.M)[1]
+    )
     assert 13 <= stopped < STEPS
     assert whole(run.checkpoints)[-1] == stopped
     assert read_metrics(workdir / "metrics.jsonl")[-1]["step"] == stopped
@@ -191,7 +195,9 @@ def test_ctrl_c_saves_and_exits_well(tmp_path):
     run.until(lambda: run.steps_logged >= 3)
     run.process.send_signal(signal.SIGINT)
     assert run.wait() == 0, run.text
-    stopped = int(re.search(r"^stopped at step (\d+), saved in", run.text, flags=re.M)[1])
+    stopped = int(
+        re.search(r"^stopped at step (\d+): step \1 is saved in", run.text, flags=re.M)[1]
+    )
     assert whole(run.checkpoints)[-1] == stopped
     meta = json.loads((run.checkpoints / str(stopped) / "meta" / "metadata").read_text())
     assert meta["config"]["train"]["steps"] == STEPS

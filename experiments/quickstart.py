@@ -27,7 +27,7 @@ def get_config():
     config.masking.min_tokens = 8
     config.loss.lpips_weight = 0.0  # LPIPS would take half of the time
     config.loss.lpips_net = "alex"
-    config.optimizer.learning_rate = 3e-3
+    config.optimizer.learning_rate = 1.5e-3
     config.optimizer.warmup_steps = 150  # a faster start saturates the latents
     config.optimizer.final_fraction = 0.05
     config.optimizer.ema_decay = 0.98

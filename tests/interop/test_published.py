@@ -20,8 +20,8 @@ from elastictok_jax.interop.published import (
     convert_config,
     import_params,
     import_published,
-    read_published,
 )
+from elastictok_jax.interop.published_stream import read_published
 from elastictok_jax.interop.safetensors import load_params
 from elastictok_jax.models import elastictok
 
@@ -371,6 +371,7 @@ def test_missing_file_is_a_usage_error(tmp_path, fsq_abstract):
 def test_config_is_converted():
     assert convert_config(settings_of("vae_video"), conditioned=False) == {
         "model.width": 64,
+        "model.dtype": "float32",
         "model.mlp_width": 96,
         "model.encoder_layers": 2,
         "model.decoder_layers": 2,

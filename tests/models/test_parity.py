@@ -28,7 +28,6 @@ def case(request, tmp_path_factory):
         folder / FILES[request.param], config_file=folder / "config.json", output=output
     )
     config = config_lib.read_config(output / "config.json")
-    config_lib.override(config, {"model.dtype": "float32"})
     params, _ = load_params(output / "model.safetensors")
     with np.load(folder / "io.npz") as arrays:
         return config, params, dict(arrays)

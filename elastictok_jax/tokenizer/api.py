@@ -64,7 +64,7 @@ class ElasticTokenizer:
             return cls(config, params)
         if not (folder / "checkpoints").is_dir():
             raise UsageError(f"model {model} has no checkpoints yet: train it first")
-        checkpoints = Checkpointer(folder, keep_last=1, keep_best=1)
+        checkpoints = Checkpointer.for_reading(folder)
         try:
             step = checkpoints.latest_step()
             if step is None:

@@ -31,7 +31,6 @@ class Checkpointer:
     """
 
     def __init__(self, workdir: Path, *, keep_last: int, keep_best: int):
-        self.folder = workdir / "checkpoints"
         policy = preservation_policy.AnyPreservationPolicy(
             [
                 preservation_policy.LatestN(keep_last),
@@ -43,15 +42,26 @@ class Checkpointer:
                 ),
             ]
         )
+        self._open(
+            workdir,
+            preservation_policy=policy,
+            best_fn=_error,  # without it metrics are not written, and a resumed run knows none
+            best_mode="min",
+            cleanup_tmp_directories=True,
+            enable_async_checkpointing=True,
+        )
+
+    @classmethod
+    def for_reading(cls, workdir: Path) -> "Checkpointer":
+        """Only restores: touches nothing, not even what a running training is just writing."""
+        reader = cls.__new__(cls)
+        reader._open(workdir, read_only=True)
+        return reader
+
+    def _open(self, workdir: Path, **options: Any) -> None:
+        self.folder = workdir / "checkpoints"
         self._manager = ocp.CheckpointManager(
-            self.folder.absolute(),
-            options=ocp.CheckpointManagerOptions(
-                preservation_policy=policy,
-                best_fn=_error,  # without it metrics are not written, and a resumed run knows none
-                best_mode="min",
-                cleanup_tmp_directories=True,
-                enable_async_checkpointing=True,
-            ),
+            self.folder.absolute(), options=ocp.CheckpointManagerOptions(**options)
         )
 
     def latest_step(self) -> int | None:

@@ -7,7 +7,6 @@ BIN := .venv/bin
 
 quickstart: .venv/installed  ## train on the embedded footage, evaluate, draw the report
 	$(BIN)/elastictok train quickstart --workdir runs/quickstart
-	@echo "look at runs/quickstart/reports/report.png and report.mp4"
 
 test: check  ## static checks and the fast tests
 	$(BIN)/python -m pytest -n 2

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import logging
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,13 @@ OVERRIDE = "--config."
 def main(argv: list[str] | None = None) -> int:
     """Runs a verb. Returns 0 on success, 2 on bad usage, config or input, 1 on a failed run."""
     argv = sys.argv[1:] if argv is None else argv
-    words, overrides = split_overrides(argv)
-    parser = build_parser()
-    args = parser.parse_args(words)
-    if overrides and not getattr(args, "takes_config", False):
-        parser.error(f"{args.verb} takes no {OVERRIDE}KEY options")
+    logging.getLogger("absl").setLevel(logging.ERROR)  # what orbax says of its options
     try:
+        words, overrides = split_overrides(argv)
+        parser = build_parser()
+        args = parser.parse_args(words)
+        if overrides and not getattr(args, "takes_config", False):
+            parser.error(f"{args.verb} takes no {OVERRIDE}KEY options")
         return args.run(args, overrides) or 0
     except (UsageError, RunError) as error:
         print(f"elastictok: error: {error}", file=sys.stderr)
@@ -33,14 +35,19 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def split_overrides(argv: list[str]) -> tuple[list[str], dict[str, str]]:
-    """Takes `--config.KEY=VALUE` and `--config.KEY VALUE` out of a command line."""
+    """Takes `--config.KEY=VALUE` out of a command line.
+
+    Raises:
+      UsageError: if one has no `=VALUE`.
+    """
     words: list[str] = []
     overrides: dict[str, str] = {}
-    rest = iter(argv)
-    for word in rest:
+    for word in argv:
         if word.startswith(OVERRIDE):
             key, equals, value = word.removeprefix(OVERRIDE).partition("=")
-            overrides[key] = value if equals else next(rest, "")
+            if not equals:
+                raise UsageError(f"{word} has no value: write {word}=VALUE")
+            overrides[key] = value
         else:
             words.append(word)
     return words, overrides
@@ -99,12 +106,14 @@ def build_parser() -> argparse.ArgumentParser:
 
 def run_train(args: argparse.Namespace, overrides: dict[str, str]) -> None:
     from elastictok_jax.config import override
+    from elastictok_jax.data.sources import has_held_out
     from elastictok_jax.registry import get_experiment
     from elastictok_jax.training.loop import train
 
     config = get_experiment(args.experiment)
     override(config, overrides)
-    if train(config, workdir=args.workdir) and config.evaluation.report:
+    finished = train(config, workdir=args.workdir)
+    if finished and config.evaluation.report and has_held_out(config):
         from elastictok_jax.evaluation.run import evaluate_model
 
         evaluate_model(args.workdir, output=args.workdir / "reports")

@@ -2,19 +2,22 @@
 
 import difflib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import ml_collections
 
 from elastictok_jax import masking
+from elastictok_jax.attention.api import BACKENDS
 from elastictok_jax.errors import UsageError
 from elastictok_jax.models.patching import tokens_per_block
+from elastictok_jax.models.transformer import REMAT_POLICIES
 
 CHOICES = {
     "model.bottleneck": ("fsq", "vae"),
-    "model.attention": ("auto", "dense", "blockwise"),
-    "model.remat": ("none", "dots", "full"),
+    "model.attention": BACKENDS,
+    "model.remat": tuple(REMAT_POLICIES),
     "model.dtype": ("float32", "bfloat16"),
     "masking.kind": masking.KINDS,
     "loss.lpips_net": ("alex", "vgg"),
@@ -27,11 +30,23 @@ POSITIVE = (
     *("model.vae_dim", "model.rope_theta", "video.frames_per_block", "video.resolution"),
     *("optimizer.learning_rate", "optimizer.clip_norm", "optimizer.accumulate_steps"),
     *("masking.min_tokens", "masking.deviation", "evaluation.batches", "data.decode_threads"),
-    *("evaluation.max_blocks", "data.prefetch", "optimizer.final_fraction"),
+    *("evaluation.max_blocks", "data.prefetch", "model.norm_eps"),
 )
 NOT_NEGATIVE = (
     *("loss.lpips_weight", "loss.kl_weight", "optimizer.weight_decay", "optimizer.warmup_steps"),
-    *("optimizer.b1", "optimizer.b2", "train.keep_best", "data.cache_mib", "seed"),
+    *("train.keep_best", "data.cache_mib", "seed"),
+    "masking.mean",
+)
+RANGES: tuple[tuple[Callable[[float], bool], str, tuple[str, ...]], ...] = (
+    (lambda x: x > 0, "greater than 0", POSITIVE),
+    (lambda x: x >= 0, "0 or more", NOT_NEGATIVE),
+    (lambda x: 0 <= x <= 1, "in [0, 1]", ("data.image_weight", "optimizer.final_fraction")),
+    (lambda x: 0 < x <= 1, "in (0, 1]", ("masking.fraction",)),
+    (
+        lambda x: 0 <= x < 1,
+        "in [0, 1)",
+        ("optimizer.b1", "optimizer.b2", "optimizer.ema_decay", "data.eval_fraction"),
+    ),
 )
 
 
@@ -203,12 +218,10 @@ def resolve(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     for key, allowed in CHOICES.items():
         if flat[key] not in allowed:
             raise UsageError(f"{key} = {flat[key]!r}: choose one of {', '.join(allowed)}")
-    for key in POSITIVE:
-        if not flat[key] > 0:
-            raise UsageError(f"{key} = {flat[key]!r}: must be greater than 0")
-    for key in NOT_NEGATIVE:
-        if not flat[key] >= 0:
-            raise UsageError(f"{key} = {flat[key]!r}: must not be negative")
+    for inside, words, keys in RANGES:
+        for key in keys:
+            if not inside(flat[key]):
+                raise UsageError(f"{key} = {flat[key]!r}: must be {words}")
     _check_model(config.model)
     try:
         per_block = block_tokens(config)
@@ -229,14 +242,9 @@ def resolve(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
             f"masking.kind = powers_of_two: no power of two in [{config.masking.min_tokens}, "
             f"{per_block}]: lower masking.min_tokens"
         )
-    if not 0 < config.masking.fraction <= 1:
-        raise UsageError(f"masking.fraction = {config.masking.fraction}: must be in (0, 1]")
-    if not 0 <= config.optimizer.ema_decay < 1:
-        raise UsageError(f"optimizer.ema_decay = {config.optimizer.ema_decay}: must be in [0, 1)")
-    if not 0 <= config.data.eval_fraction < 1:
-        raise UsageError(f"data.eval_fraction = {config.data.eval_fraction}: must be in [0, 1)")
-    if not 0 <= config.data.image_weight <= 1:
-        raise UsageError(f"data.image_weight = {config.data.image_weight}: must be in [0, 1]")
+    targets = config.evaluation.targets
+    if not targets or not all(target > 0 for target in targets):
+        raise UsageError(f"evaluation.targets = {targets}: give errors above 0, e.g. 0.003,0.015")
     if config.data.batch_size % config.optimizer.accumulate_steps:
         raise UsageError(
             f"data.batch_size = {config.data.batch_size} is not a multiple of "

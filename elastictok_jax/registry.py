@@ -12,10 +12,10 @@ from elastictok_jax.errors import UsageError
 
 
 def experiments_folder() -> Path:
-    """Where registered experiments lie: beside the package in a checkout, inside it once built."""
+    """Where registered experiments lie: inside the package once built, beside it in a checkout."""
     package = Path(__file__).parent
-    checkout = package.parent / "experiments"
-    return checkout if checkout.is_dir() else package / "experiments"
+    installed = package / "experiments"
+    return installed if installed.is_dir() else package.parent / "experiments"
 
 
 def experiment_names() -> list[str]:

@@ -19,7 +19,7 @@ def get_config():
     config.model.encoder_layers = 3
     config.model.decoder_layers = 3
     config.model.heads = 2
-    config.model.patch = (4, 4, 8)
+    config.model.patch = (2, 8, 8)
     config.model.rope_theta = 1e4
     config.model.dtype = "float32"
     config.model.remat = "none"
@@ -30,15 +30,15 @@ def get_config():
     config.optimizer.learning_rate = 2e-3
     config.optimizer.warmup_steps = 150  # a faster start saturates the latents
     config.optimizer.final_fraction = 0.05
-    config.optimizer.ema_decay = 0.98
-    config.train.steps = 1700
+    config.optimizer.ema_decay = 0.99
+    config.train.steps = 1600
     config.train.log_every = 50
     config.train.eval_every = 200
     config.train.checkpoint_every = 200
     config.data.batch_size = 2
     config.data.decode_threads = 2
     config.evaluation.batches = 8
-    config.evaluation.targets = (0.02, 0.04, 0.08)
-    config.evaluation.max_blocks = 12
+    config.evaluation.targets = (0.04, 0.06, 0.1)
+    config.evaluation.max_blocks = 8
     config.evaluation.report = True
     return config

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -133,9 +134,9 @@ def test_config_option_on_a_verb_without_config(capsys):
     assert "experiments takes no --config.KEY options" in capsys.readouterr().err
 
 
-def test_both_ways_to_write_an_option():
+def test_options_are_told_from_words():
     words, overrides = cli.split_overrides(
-        ["train", "--config.seed=1", "x", "--config.data.source", "a=b", "--workdir", "w"]
+        ["train", "--config.seed=1", "x", "--config.data.source=a=b", "--workdir", "w"]
     )
     assert words == ["train", "x", "--workdir", "w"]
     assert overrides == {"seed": "1", "data.source": "a=b"}
@@ -164,7 +165,7 @@ def test_unknown_experiment(refused, tmp_path):
         ("model.widht=3", "unknown config key model.widht: did you mean model.width?"),
         ("train.steps=many", "config key train.steps: 'many' is not int (now "),
         ("train.steps=0", "train.steps = 0: must be greater than 0"),
-        ("train.steps", "config key train.steps: '' is not int"),
+        ("train.steps", "--config.train.steps has no value: write --config.train.steps=VALUE"),
         ("model.bottleneck=vq", "model.bottleneck = 'vq': choose one of fsq, vae"),
         ("model.heads=5", "heads must divide width"),
         ("video.resolution=60", "as multiples of model.patch = (2, 8, 8)"),
@@ -292,3 +293,19 @@ def test_input_that_is_no_clip(refused, tmp_path):
     line = refused("reconstruct", image, *reconstruct[:-1], "0")
     assert "--max-mse 0.0: give an error above 0" in line
     assert not (tmp_path / "out").exists()
+
+
+def test_nothing_held_out_trains_and_is_not_evaluated(tmp_path, capsys):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    shutil.copy(EMBEDDED / "heldout" / "photo_chelsea.jpg", folder)
+    sizes = ["model.width=16", "model.mlp_width=16", "model.heads=1", "model.encoder_layers=1"]
+    sizes += ["model.decoder_layers=1", "video.resolution=16", "masking.min_tokens=1"]
+    sizes += ["data.batch_size=1", "data.sequence_blocks=1", "data.eval_fraction=0"]
+    sizes += ["train.steps=2", f"data.source={folder}", "evaluation.report=true"]
+    options = [f"--config.{size}" for size in sizes]
+    assert cli.main(["train", "quickstart", "--workdir", str(tmp_path / "run"), *options]) == 0
+    assert not (tmp_path / "run" / "reports").exists()
+    capsys.readouterr()
+    assert cli.main(["evaluate", str(tmp_path / "run"), "-o", str(tmp_path / "out")]) == 2
+    assert "nothing held out" in capsys.readouterr().err

@@ -3,8 +3,6 @@
 Dimension key: B batch, S tokens, H heads, K head width.
 """
 
-from typing import Literal
-
 import jax
 from flax import struct
 
@@ -12,8 +10,7 @@ from elastictok_jax.attention.blockwise import blockwise_attention
 from elastictok_jax.attention.dense import dense_attention
 
 Array = jax.Array
-Backend = Literal["auto", "dense", "blockwise"]
-BACKENDS: tuple[str, ...] = ("auto", "dense", "blockwise")
+BACKENDS = ("auto", "dense", "blockwise")
 
 
 @struct.dataclass

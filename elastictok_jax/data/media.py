@@ -45,6 +45,7 @@ _EXACT_COLORS = (
 )
 _COLORSPACE_UNTAGGED = (0, 2)
 _KEYFRAMES_TO_TRY = 4
+_PIECE = 32  # frames decoded before they are resized
 
 
 class MediaError(UsageError):
@@ -92,17 +93,24 @@ def probe(path) -> MediaInfo:
         )
 
 
-def read_frames(path, *, start: int = 0, count: int | None = None) -> np.ndarray:
+def read_frames(
+    path, *, start: int = 0, count: int | None = None, side: int | None = None
+) -> np.ndarray:
     """Frames start .. start + count - 1 of a video, or an image as one frame: uint8 [T, H, W, 3].
 
-    `count` None reads to the end. Raises MediaError as `probe` does, and for frames out of range.
+    `count` None reads to the end; `side` resizes as `resize_shortest` does. Raises MediaError as
+    `probe` does, and for frames out of range.
     """
     if media_kind(path) == "image":
         if start != 0 or count not in (None, 1):
             raise MediaError(f"{path}: an image has one frame; ask for start 0 and count 1")
-        return read_image(path)[None]
+        image = read_image(path)[None]
+        return image if side is None else resize_shortest(image, side=side)
     with VideoReader(path) as reader:
-        return reader.read(start, reader.frame_count - start if count is None else count)
+        count = reader.frame_count - start if count is None else count
+        if side is None:
+            return reader.read(start, count)
+        return reader.read_resized(start, count, side=side)
 
 
 # ---- images
@@ -230,6 +238,14 @@ class VideoReader:
         if self._decoding is not None:
             self._decoding.container.close()
             self._decoding = None
+
+    def read_resized(self, start: int, count: int, *, side: int) -> np.ndarray:
+        """`read`, then `resize_shortest`, holding few frames at full size at a time."""
+        pieces = [
+            resize_shortest(self.read(first, min(_PIECE, start + count - first)), side=side)
+            for first in range(start, start + count, _PIECE)
+        ]
+        return np.concatenate(pieces)
 
     def read(self, start: int, count: int) -> np.ndarray:
         """Frames start .. start + count - 1: uint8 [count, H, W, 3].

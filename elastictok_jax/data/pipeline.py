@@ -6,6 +6,7 @@ Dimension key: B batch, S tokens, D values a patch, T frames.
 import collections
 import threading
 from collections.abc import Iterable, Iterator
+from functools import partial
 
 import grain
 import jax
@@ -47,8 +48,9 @@ class ClipReader:
         self._locks = {}
         for info in files:
             pixels = resolution**2 * max(info.height, info.width) // min(info.height, info.width)
-            cache_bytes -= info.frames * pixels * 3
-            if cache_bytes >= 0:
+            size = info.frames * pixels * 3
+            if size <= cache_bytes:
+                cache_bytes -= size
                 self._locks[info.path] = threading.Lock()
 
     def read(self, clip: Clip) -> np.ndarray:
@@ -77,10 +79,8 @@ class ClipReader:
 
     def _decode(self, info: media.MediaInfo, start: int, count: int) -> np.ndarray:
         if info.kind == "image":
-            frames = media.read_frames(info.path)
-        else:
-            frames = self._open(info.path).read(start, count)
-        return media.resize_shortest(frames, side=self._resolution)
+            return media.read_frames(info.path, side=self._resolution)
+        return self._open(info.path).read_resized(start, count, side=self._resolution)
 
     def _open(self, path: str) -> media.VideoReader:
         if not hasattr(self._local, "videos"):
@@ -100,10 +100,13 @@ class BatchReader:
     Args:
       split: "train" or "heldout".
       rows: the rows of each global batch that this process needs.
+      first_row: the global row that batch 0 begins with.
     """
 
-    def __init__(self, config: ml_collections.ConfigDict, *, split: str, rows: range):
-        self.config, self.split, self.rows = config, split, rows
+    def __init__(
+        self, config: ml_collections.ConfigDict, *, split: str, rows: range, first_row: int = 0
+    ):
+        self.config, self.split, self.rows, self.first_row = config, split, rows, first_row
         self.source: Source = open_source(config, split=split)
         self._clips = ClipReader(
             (*self.source.videos, *self.source.images),
@@ -119,7 +122,7 @@ class BatchReader:
 
     def __call__(self, index: int) -> Batch:
         """Batch `index`: patches uint8 [b, S, D], segment_ids int32 [b, S], b = len(rows)."""
-        first = index * self.config.data.batch_size
+        first = self.first_row + index * self.config.data.batch_size
         rows = [self.read_row(first + row) for row in self.rows]
         return {key: np.stack([row[key] for row in rows]) for key in rows[0]}
 
@@ -154,6 +157,5 @@ def read_ahead(reader: BatchReader, *, start: int, stop: int) -> Iterator[Batch]
 
 def to_device(batch: Batch, sharding: NamedSharding) -> dict[str, jax.Array]:
     """This process's rows as shards of global [B, S, ...] arrays."""
-    return {
-        key: jax.make_array_from_process_local_data(sharding, value) for key, value in batch.items()
-    }
+    place = partial(jax.make_array_from_process_local_data, sharding)
+    return {key: place(value) for key, value in batch.items()}

@@ -20,6 +20,11 @@ class Source:
     images: tuple[media.MediaInfo, ...]
     videos: tuple[media.MediaInfo, ...]
 
+    def fingerprint(self) -> str:
+        """16 hex digits of the names and lengths of the files: what decides which row is what."""
+        listed = [(Path(info.path).name, info.frames) for info in (*self.videos, *self.images)]
+        return hashlib.sha256(repr(listed).encode()).hexdigest()[:16]
+
 
 def list_media(folder: Path) -> list[Path]:
     """All image and video files below `folder`, sorted; hidden ones are left out.
@@ -33,7 +38,9 @@ def list_media(folder: Path) -> list[Path]:
     files = sorted(
         path
         for path in folder.rglob("*")
-        if path.suffix.lower() in suffixes and path.is_file() and not path.name.startswith(".")
+        if path.suffix.lower() in suffixes
+        and path.is_file()
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
     )
     if not files:
         raise UsageError(
@@ -59,6 +66,11 @@ def held_out(names: list[str], *, fraction: float) -> set[str]:
     if not chosen and fraction > 0 and len(names) > 1:
         chosen = {min(names, key=place)}
     return chosen
+
+
+def has_held_out(config: ml_collections.ConfigDict) -> bool:
+    """Whether any file is kept from training."""
+    return config.data.source == "embedded" or config.data.eval_fraction > 0
 
 
 def open_source(config: ml_collections.ConfigDict, *, split: str) -> Source:

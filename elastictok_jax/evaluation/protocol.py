@@ -1,6 +1,7 @@
 """Token use and error at several targets, per block, on clips the model has not seen (paper, 4)."""
 
 import dataclasses
+import os
 from collections.abc import Iterable, Sequence
 
 import ml_collections
@@ -8,6 +9,7 @@ import numpy as np
 
 from elastictok_jax.data import media
 from elastictok_jax.data.sources import open_source
+from elastictok_jax.errors import UsageError
 from elastictok_jax.evaluation.metrics import mse, psnr
 from elastictok_jax.tokenizer.api import ElasticTokenizer
 from elastictok_jax.tokenizer.tokens import Tokens
@@ -49,22 +51,28 @@ class Coded:
 
 def held_out_clips(config: ml_collections.ConfigDict) -> list[Clip]:
     """The held-out files as the model sees them: resized, cropped at the centre, cut to
-    `evaluation.max_blocks` blocks."""
+    `evaluation.max_blocks` blocks.
+
+    Raises:
+      UsageError: if nothing is held out.
+    """
     source = open_source(config, split="heldout")
+    files = (*source.videos, *source.images)
+    if not files:
+        raise UsageError(
+            f"data source {config.data.source} has nothing held out to evaluate on: train with "
+            "data.eval_fraction above 0"
+        )
+    folder = os.path.commonpath([os.path.dirname(info.path) for info in files])
     side = config.video.resolution
     most = config.evaluation.max_blocks * config.video.frames_per_block
     clips = []
-    for info in (*source.videos, *source.images):
-        frames = media.read_frames(info.path, count=min(info.frames, most))
-        frames = media.center_crop(
-            media.resize_shortest(frames, side=side), height=side, width=side
-        )
-        clips.append(Clip(_name(info), frames, info.fps if info.kind == "video" else 0.0))
+    for info in files:
+        frames = media.read_frames(info.path, count=min(info.frames, most), side=side)
+        frames = media.center_crop(frames, height=side, width=side)
+        name = os.path.splitext(os.path.relpath(info.path, folder))[0]
+        clips.append(Clip(name, frames, info.fps if info.kind == "video" else 0.0))
     return clips
-
-
-def _name(info: media.MediaInfo) -> str:
-    return info.path.rsplit("/", 1)[-1].rsplit(".", 1)[0]
 
 
 def code_clip(

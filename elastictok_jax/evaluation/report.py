@@ -15,7 +15,7 @@ from elastictok_jax.evaluation.metrics import mse, psnr
 from elastictok_jax.evaluation.protocol import Clip, Coded
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00")  # safe for colour-blind eyes
-FRAMES_SHOWN = 8
+FRAMES_SHOWN = 10
 STRIP_HEIGHT = 24  # pixels, in the side-by-side video
 LABEL_HEIGHT = 14
 
@@ -36,7 +36,7 @@ def draw_report(
     images = [item for item in coded if len(item[0].frames) == 1]
     rows = sum(len(results) + 2.1 for _, results in videos)
     rows += (len(images[0][1]) + 1.6 if images else 0) + (2.6 if curve else 0)
-    figure = plt.figure(figsize=(13, 1.28 * rows + 0.8), layout="constrained")
+    figure = plt.figure(figsize=(12, 1.0 * rows + 0.8), layout="constrained")
     figure.suptitle(title, fontsize=13)
     ratios = [len(results) + 2.1 for _, results in videos]
     ratios += [len(images[0][1]) + 1.6] if images else []
@@ -61,7 +61,7 @@ def _label(coded: Coded, original: np.ndarray) -> str:
 
 
 def _show(axes, image_HWC: np.ndarray) -> None:
-    axes.imshow(image_HWC, interpolation="nearest")
+    axes.imshow(image_HWC, interpolation="bicubic")
     axes.set_xticks([])
     axes.set_yticks([])
     for spine in axes.spines.values():

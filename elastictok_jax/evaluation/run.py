@@ -71,9 +71,8 @@ def reconstruct_file(
     if not max_mse > 0:
         raise UsageError(f"--max-mse {max_mse}: give an error above 0, e.g. 0.007")
     info = media.probe(source)
-    frames = media.read_frames(source, count=min(info.frames, max_frames or info.frames))
-    if resolution:
-        frames = media.resize_shortest(frames, side=resolution)
+    count = min(info.frames, max_frames or info.frames)
+    frames = media.read_frames(source, count=count, side=resolution)
     tokenizer = ElasticTokenizer.from_pretrained(model)
     make_folder(output)
     clip = Clip(Path(source).stem, frames, info.fps if info.kind == "video" else 0.0)

@@ -15,9 +15,9 @@ from flax import traverse_util
 
 from elastictok_jax import config as config_lib
 from elastictok_jax.errors import UsageError
-from elastictok_jax.interop import safetensors
 from elastictok_jax.interop.published_stream import Key, published_keys, read_published
 from elastictok_jax.models import elastictok
+from elastictok_jax.weights import safetensors
 
 Shape = tuple[int, ...]
 

@@ -19,16 +19,16 @@ import numpy as np
 from einops import rearrange
 
 from elastictok_jax.attention.api import TokenPlaces
-from elastictok_jax.config import block_tokens, read_config, to_json
+from elastictok_jax.config import block_tokens, read_config
 from elastictok_jax.errors import UsageError
-from elastictok_jax.interop.safetensors import load_params
 from elastictok_jax.masking import keep_mask
 from elastictok_jax.models.bottlenecks import FSQ
 from elastictok_jax.models.elastictok import abstract_params, build_model
 from elastictok_jax.models.patching import patchify, to_float, to_uint8, unpatchify
 from elastictok_jax.tokenizer.search import SEARCHES, Choice
 from elastictok_jax.tokenizer.tokens import Tokens
-from elastictok_jax.training.checkpoint import Checkpointer
+from elastictok_jax.training.checkpoint import Checkpointer, shape_mismatches
+from elastictok_jax.weights.safetensors import load_params
 
 
 class ElasticTokenizer:
@@ -43,7 +43,7 @@ class ElasticTokenizer:
         self.fingerprint = _fingerprint(config, params)
         self._encode_block = jax.jit(self._encode_block_fn)
         self._decode_block = jax.jit(self._decode_block_fn)
-        self._measure = jax.jit(_clipped_mse)
+        self._measure = jax.jit(_decoded_mse)
 
     @classmethod
     def from_pretrained(cls, model: str | Path) -> "ElasticTokenizer":
@@ -60,7 +60,9 @@ class ElasticTokenizer:
         exported = folder / "model.safetensors"
         if exported.exists():
             params, _ = load_params(exported)
-            _check_weights(exported, params, shapes)
+            wrong = shape_mismatches(params, shapes)
+            if wrong:
+                raise UsageError(f"{exported} does not fit its config.json: {'; '.join(wrong)}")
             return cls(config, params)
         if not (folder / "checkpoints").is_dir():
             raise UsageError(f"model {model} has no checkpoints yet: train it first")
@@ -94,8 +96,10 @@ class ElasticTokenizer:
             [B, T, H, W, 3], gives a list.
           tokens: tokens a block, one for all or one each, from 1 to L.
           max_mse: highest error of a block, on the [-1, 1] scale. Each block gets the fewest
-            tokens the search finds, and never misses a target that some length reaches.
-          search: "binary" (about log2 L evaluations) or "full" (the exact minimum).
+            tokens the search finds, from `masking.min_tokens` to L, and never misses a target
+            that some such length reaches.
+          search: "binary" (about log2 L evaluations) or "full" (the exact minimum). Where all
+            tokens miss the target, either tries every length before it is given up.
           fps: kept in the tokens.
 
         Raises:
@@ -366,9 +370,9 @@ class _Grid:
         return video[: self.frames, : self.height, : self.width]
 
 
-def _clipped_mse(pixels_LD, target_LD, weights_LD):
-    """Mean squared error on the [-1, 1] scale over the pixels whose weight is one."""
-    error = (jnp.clip(pixels_LD, -1.0, 1.0) - to_float(target_LD)) ** 2
+def _decoded_mse(pixels_LD, target_LD, weights_LD):
+    """Error of the uint8 pixels that `decode` gives, over those whose weight is one."""
+    error = (to_float(to_uint8(pixels_LD)) - to_float(target_LD)) ** 2
     weights = weights_LD.astype(jnp.float32)
     return jnp.sum(error * weights) / jnp.sum(weights)
 
@@ -388,26 +392,10 @@ def _fingerprint(config: ml_collections.ConfigDict, params) -> str:
     """16 hex digits of the model's config and weights."""
     digest = hashlib.sha256()
     for part in (config.model, config.video):
-        digest.update(to_json(part).encode())
+        meaning = {k: v for k, v in part.to_dict().items() if k not in ("attention", "remat")}
+        digest.update(repr(sorted(meaning.items())).encode())
     digest.update(str(config.data.sequence_blocks).encode())
     for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
         digest.update(jax.tree_util.keystr(path).encode())
         digest.update(np.ascontiguousarray(np.asarray(leaf, np.float32)).tobytes())
     return digest.hexdigest()[:16]
-
-
-def _check_weights(path: Path, params, shapes) -> None:
-    def flat(tree):
-        leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-        return {
-            jax.tree_util.keystr(p, simple=True, separator="/"): leaf.shape for p, leaf in leaves
-        }
-
-    saved, asked = flat(params), flat(shapes)
-    wrong = [
-        f"{name}: {saved.get(name, 'missing')} in the file, {asked.get(name, 'none')} in the config"
-        for name in sorted(saved.keys() | asked.keys())
-        if saved.get(name) != asked.get(name)
-    ]
-    if wrong:
-        raise UsageError(f"{path} does not fit its config.json: {'; '.join(wrong)}")

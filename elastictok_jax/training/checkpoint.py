@@ -73,7 +73,7 @@ class Checkpointer:
         step: int,
         state: TrainState,
         *,
-        data_position: dict[str, int],
+        data_position: dict[str, Any],
         config: ml_collections.ConfigDict,
         metrics: dict[str, float] | None,
     ) -> None:
@@ -99,13 +99,13 @@ class Checkpointer:
         except Exception as error:
             raise self._failed(error) from error
 
-    def restore(self, step: int, abstract: TrainState) -> tuple[TrainState, dict[str, int]]:
+    def restore(self, step: int, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
         """The state at `step`, placed as `abstract` says, and the data position.
 
         Raises:
           UsageError: naming every weight that differs, with both shapes.
         """
-        self._check_shapes(step, abstract)
+        self._check_shapes(step, shape_mismatches(self._saved(step), abstract))
         restore_args = ocp.checkpoint_utils.construct_restore_args(abstract)
         restored = self._manager.restore(
             step,
@@ -118,10 +118,10 @@ class Checkpointer:
 
     def restore_params(self, step: int, abstract_params: Any) -> Any:
         """The weights to evaluate (the average where there is one), without the optimizer."""
-        shapes = self._shapes(step)
-        name = "ema_params" if any(key.startswith("ema_params/") for key in shapes) else "params"
+        saved = self._saved(step)
+        name = "ema_params" if saved["ema_params"] else "params"
         wanted = {name: abstract_params}
-        self._check_shapes(step, wanted, partial=True)
+        self._check_shapes(step, shape_mismatches({name: saved[name]}, wanted))
         restored = self._manager.restore(
             step,
             args=ocp.args.Composite(
@@ -157,30 +157,32 @@ class Checkpointer:
             "free space or mend the disk, then run the same command again"
         )
 
-    def _shapes(self, step: int) -> dict[str, tuple[int, ...]]:
-        handler = ocp.PyTreeCheckpointHandler()
-        metadata = handler.metadata(self.folder.absolute() / str(step) / "state")
-        return _flat_shapes(metadata.tree)
+    def _saved(self, step: int) -> Any:
+        metadata = ocp.PyTreeCheckpointHandler().metadata(
+            self.folder.absolute() / str(step) / "state"
+        )
+        return metadata.tree
 
-    def _check_shapes(self, step: int, wanted: Any, *, partial: bool = False) -> None:
-        saved, asked = self._shapes(step), _flat_shapes(wanted)
-        wrong = []
-        for name in sorted(saved.keys() | asked.keys()):
-            if partial and name not in asked:
-                continue
-            if saved.get(name) != asked.get(name):
-                old, new = (str(side.get(name, "none")) for side in (saved, asked))
-                wrong.append(f"{name}: {old} saved, {new} asked for")
+    def _check_shapes(self, step: int, wrong: list[str]) -> None:
         if wrong:
             raise UsageError(
-                f"checkpoint {self.folder / str(step)} does not fit the config: "
-                + "; ".join(wrong)
-                + ". Use the config it was trained with, or another --workdir"
+                f"checkpoint {self.folder / str(step)} does not fit the config: {'; '.join(wrong)}"
+                ". Use the config it was trained with, or another --workdir"
             )
 
 
 def _error(metrics: dict[str, float]) -> float:
     return metrics.get(BEST_METRIC, math.inf)  # not every checkpoint is evaluated
+
+
+def shape_mismatches(saved: Any, wanted: Any) -> list[str]:
+    """Every weight that is missing, extra or of another shape, with both shapes."""
+    old, new = _flat_shapes(saved), _flat_shapes(wanted)
+    return [
+        f"{name}: {old.get(name, 'none')} saved, {new.get(name, 'none')} asked for"
+        for name in sorted(old.keys() | new.keys())
+        if old.get(name) != new.get(name)
+    ]
 
 
 def _flat_shapes(tree: Any) -> dict[str, tuple[int, ...]]:

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import sys
 from types import FrameType, TracebackType
 
 
@@ -33,9 +32,12 @@ class StopRequest:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         name = signal.Signals(number).name
         if self.requested:
-            sys.stderr.write(f"second {name}: exiting at once\n")
-            sys.stderr.flush()
+            _say(f"second {name}: exiting at once")
             os._exit(128 + number)
         self.requested = True
-        sys.stderr.write(f"{name}: saving, then stopping (again to exit at once)\n")
-        sys.stderr.flush()
+        _say(f"{name}: saving, then stopping (again to exit at once)")
+
+
+def _say(text: str) -> None:
+    # Not through sys.stderr, which the signal may have interrupted in the middle of a write.
+    os.write(2, f"{text}\n".encode())

@@ -4,27 +4,34 @@ import contextlib
 import math
 import os
 import time
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import ml_collections
 
 from elastictok_jax.config import flatten, read_config, resolve, sequence_tokens, to_json
-from elastictok_jax.data.pipeline import BatchReader, local_rows, read_ahead, to_device
-from elastictok_jax.errors import UsageError
+from elastictok_jax.data.pipeline import Batch, BatchReader, local_rows, read_ahead, to_device
+from elastictok_jax.errors import RunError, UsageError
 from elastictok_jax.parallel.mesh import make_mesh
 from elastictok_jax.parallel.sharding import batch_sharding, in_mesh, replicated
 from elastictok_jax.training.checkpoint import Checkpointer
 from elastictok_jax.training.interrupt import StopRequest
-from elastictok_jax.training.metrics import Console, MetricWriter
+from elastictok_jax.training.metrics import Console, MetricWriter, require_sinks
 from elastictok_jax.training.state import TrainState, abstract_state, sharded_init
 from elastictok_jax.training.step import make_eval_step, make_train_step
 from elastictok_jax.training.steplog import StepLog
 from elastictok_jax.training.validation import evaluate, open_held_out
 from elastictok_jax.weights.lpips import load_lpips
 
-FIXED_ON_RESUME = ("model.", "video.", "optimizer.ema_decay")
+# What the state and its meaning hang on. Execution (dtype, remat, attention, mesh) may change.
+FIXED_ON_RESUME = (
+    *("model.width", "model.mlp_width", "model.encoder_layers", "model.decoder_layers"),
+    *("model.heads", "model.patch", "model.bottleneck", "model.fsq_levels", "model.vae_dim"),
+    *("model.rope_theta", "model.norm_eps", "model.conditioned", "video."),
+)
 
 
 def train(config: ml_collections.ConfigDict, *, workdir: Path) -> bool:
@@ -33,15 +40,16 @@ def train(config: ml_collections.ConfigDict, *, workdir: Path) -> bool:
     What a run starts from, in order of precedence:
       1. The newest whole checkpoint in `workdir/checkpoints` gives the state and data position.
       2. The config passed here gives everything else. It may change on resume, except for the
-         keys that shape the state (FIXED_ON_RESUME), which must equal `workdir/config.json`.
+         keys that the state hangs on (FIXED_ON_RESUME), which must equal `workdir/config.json`.
       3. With no checkpoint, the state is a function of `config.seed`.
 
     Returns:
       True when finished, False when stopped early by SIGTERM or Ctrl-C (saved either way).
 
     Raises:
-      UsageError: bad config, data or workdir; nothing is changed on disk then.
-      RunError: non-finite loss, or a checkpoint that cannot be written.
+      UsageError: bad config, data or workdir; what was saved there stays as it is.
+      RunError: non-finite loss, a file that cannot be decoded, or a checkpoint that cannot be
+        written.
     """
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(StopRequest())  # first in, so that it outlasts the last save
@@ -54,6 +62,7 @@ def _train(
     mesh = make_mesh(config)
     sharding = batch_sharding(mesh)
     rows = local_rows(sharding, config.data.batch_size)
+    require_sinks(config)
     reader = BatchReader(config, split="train", rows=rows)
     held_out = open_held_out(config, rows)
     lpips_params = {}
@@ -67,17 +76,23 @@ def _train(
     stack.callback(checkpoints.close)
     abstract = abstract_state(config, mesh)
     latest = checkpoints.latest_step()
+    files = reader.source.fingerprint()
     if latest is None:
-        state, position = sharded_init(config, abstract), {"next_batch": 0}
+        state = sharded_init(config, abstract)
+        position: dict[str, Any] = {"next_row": 0, "files": files}
     else:
         state, position = checkpoints.restore(latest, abstract)
-    start, first_batch = latest or 0, position["next_batch"]
+    write_config(workdir, config)
+    start, reader.first_row = latest or 0, position["next_row"]
     steps = max(start, config.train.steps)
     writer = MetricWriter(workdir, config, start_step=start)
     stack.callback(writer.close)
     console = Console(total=steps, start=start)
     stack.callback(console.close)
     console.line(describe(config, abstract, start=start, workdir=workdir))
+    if position["files"] != files:
+        console.line("note: the data files have changed since this run was saved: it goes on,")
+        console.line("      but not as it would have with the old ones")
 
     state_sharding = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     train_step = in_mesh(
@@ -86,7 +101,7 @@ def _train(
     )
     eval_step = in_mesh(jax.jit(make_eval_step(config)), mesh)
     log = StepLog(config, writer, console, workdir)
-    batches = read_ahead(reader, start=first_batch, stop=first_batch + steps - start)
+    batches = read_ahead(reader, start=0, stop=steps - start)
 
     for step in range(start, steps + 1):
         last = step == steps or stop.requested
@@ -105,11 +120,11 @@ def _train(
             log.record_eval(step, eval_metrics)
         if step != start and (step % config.train.checkpoint_every == 0 or last):
             log.flush()  # refuses a non-finite state before it can be saved
-            next_batch = first_batch + step - start
+            next_row = reader.first_row + (step - start) * config.data.batch_size
             checkpoints.save(
                 step,
                 state,
-                data_position={"next_batch": next_batch},
+                data_position={"next_row": next_row, "files": files},
                 config=config,
                 metrics=eval_metrics,
             )
@@ -117,7 +132,7 @@ def _train(
         if last:
             break
         waited = time.perf_counter()
-        batch = to_device(next(batches), sharding)
+        batch = to_device(next_batch(batches, checkpoints), sharding)
         waited = time.perf_counter() - waited
         with jax.transfer_guard("disallow"):
             state, metrics = train_step(state, batch, lpips_params)
@@ -131,8 +146,23 @@ def _train(
     return step == steps
 
 
+def next_batch(batches: Iterator[Batch], checkpoints: Checkpointer) -> Batch:
+    """The next batch.
+
+    Raises:
+      RunError: if a file that was whole at the start cannot be read any more.
+    """
+    try:
+        return next(batches)
+    except UsageError as error:
+        raise RunError(
+            f"{error}. Stopped: step {checkpoints.latest_step() or 0} is the newest saved; mend "
+            "the file, then run the same command again"
+        ) from error
+
+
 def prepare_workdir(workdir: Path, config: ml_collections.ConfigDict) -> None:
-    """Makes `workdir` and writes config.json.
+    """Makes `workdir` and sees that it can be written.
 
     Raises:
       UsageError: if it cannot be written, or was begun with a config of another state.
@@ -152,13 +182,21 @@ def prepare_workdir(workdir: Path, config: ml_collections.ConfigDict) -> None:
             )
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(to_json(config))
-        os.replace(temporary, path)
+        if not path.exists():
+            write_config(workdir, config)
+        with path.open("a"):
+            pass
     except OSError as error:
         raise UsageError(
             f"workdir {workdir} cannot be written ({error.strerror}): choose a writable --workdir"
         ) from None
+
+
+def write_config(workdir: Path, config: ml_collections.ConfigDict) -> None:
+    """Writes config.json whole or not at all."""
+    temporary = workdir / "config.tmp"
+    temporary.write_text(to_json(config))
+    os.replace(temporary, workdir / "config.json")
 
 
 def describe(config, abstract: TrainState, *, start: int, workdir: Path) -> str:

@@ -1,5 +1,6 @@
 """Where metrics go: JSONL always, TensorBoard and wandb by extra, and the console."""
 
+import importlib.util
 import json
 import os
 import sys
@@ -23,7 +24,9 @@ class MetricWriter:
         self.path = workdir / "metrics.jsonl"
         _cut_back(self.path, start_step)
         self._file = self.path.open("a", buffering=1)
-        self._tensorboard = _open_tensorboard(workdir) if config.train.tensorboard else None
+        self._tensorboard = None
+        if config.train.tensorboard:
+            self._tensorboard = _open_tensorboard(workdir, start_step=start_step)
         self._wandb = _open_wandb(workdir, config) if config.train.wandb_project else None
 
     @property
@@ -104,25 +107,36 @@ def _cut_back(path: Path, step: int) -> None:
     os.replace(temporary, path)
 
 
-def _open_tensorboard(workdir: Path):
-    try:
-        from tensorboardX import SummaryWriter
-    except ImportError:
-        raise UsageError(
-            "train.tensorboard needs the extra: pip install 'elastictok_jax[tensorboard]'"
-        ) from None
-    return SummaryWriter(str(workdir / "tensorboard"))
+def require_sinks(config: ml_collections.ConfigDict) -> None:
+    """Sees that the packages of the sinks that are asked for are installed.
+
+    Raises:
+      UsageError: naming the extra to install.
+    """
+    asked = {
+        "tensorboardX": ("train.tensorboard", "tensorboard", config.train.tensorboard),
+        "wandb": ("train.wandb_project", "wandb", config.train.wandb_project),
+    }
+    for package, (key, extra, wanted) in asked.items():
+        if wanted and importlib.util.find_spec(package) is None:
+            raise UsageError(f"{key} needs the extra: pip install 'elastictok_jax[{extra}]'")
+
+
+def _open_tensorboard(workdir: Path, *, start_step: int):
+    from tensorboardX import SummaryWriter
+
+    return SummaryWriter(str(workdir / "tensorboard"), purge_step=start_step + 1)
 
 
 def _open_wandb(workdir: Path, config: ml_collections.ConfigDict):
-    try:
-        import wandb
-    except ImportError:
-        raise UsageError(
-            "train.wandb_project needs the extra: pip install 'elastictok_jax[wandb]'"
-        ) from None
+    import wandb
+
+    kept = workdir / "wandb_run_id"  # a resumed run goes on in the same one
+    if not kept.exists():
+        kept.write_text(wandb.util.generate_id())
     return wandb.init(
         project=config.train.wandb_project,
+        id=kept.read_text().strip(),
         name=config.name,
         dir=str(workdir),
         config=config.to_dict(),

@@ -1,5 +1,7 @@
 """Batch k is a function of (seed, k), whoever reads it, from wherever, with whatever threads."""
 
+import tracemalloc
+
 import jax
 import numpy as np
 import pytest
@@ -132,3 +134,28 @@ def test_to_device_places_the_rows_of_this_process(from_the_start):
     for key, value in from_the_start[0].items():
         assert placed[key].sharding == sharding
         np.testing.assert_array_equal(placed[key], value)
+
+
+def test_what_is_kept_in_memory_changes_nothing(from_the_start):
+    for cache_mib in (0, 1):  # nothing fits; some files do
+        reader = BatchReader(tiny(data__cache_mib=cache_mib), split="train", rows=range(ROWS))
+        assert stack([reader(k) for k in range(2)]) == stack(from_the_start[:2])
+
+
+def test_first_row_moves_the_whole_sequence_of_batches(from_the_start):
+    reader = BatchReader(tiny(), split="train", rows=range(ROWS), first_row=2 * ROWS)
+    assert stack([reader(0), reader(1)]) == stack(from_the_start[2:4])
+
+
+def test_a_large_video_is_resized_in_pieces(tmp_path):
+    """Decoding to keep in memory never holds a whole clip at its full size."""
+    side, frames = 720, 160
+    video = np.zeros((8, side, side, 3), np.uint8)
+    media.write_video(tmp_path / "big.mp4", np.concatenate([video] * (frames // 8)), fps=24)
+    with media.VideoReader(tmp_path / "big.mp4") as reader:
+        tracemalloc.start()
+        small = reader.read_resized(0, frames, side=16)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert small.shape == (frames, 16, 16, 3)
+    assert peak < side * side * 3 * frames / 2

@@ -13,8 +13,8 @@ from elastictok_jax.data import media
 from elastictok_jax.data.sources import EMBEDDED
 from elastictok_jax.evaluation.metrics import mse, psnr
 from elastictok_jax.evaluation.run import evaluate_model, reconstruct_file
-from elastictok_jax.interop.safetensors import save_params
 from elastictok_jax.training.state import init_state
+from elastictok_jax.weights.safetensors import save_params
 
 
 @pytest.fixture(scope="module")

@@ -10,9 +10,9 @@ import pytest
 from elastictok_jax import config as config_lib
 from elastictok_jax.attention.api import TokenPlaces
 from elastictok_jax.interop.published import import_published
-from elastictok_jax.interop.safetensors import load_params
 from elastictok_jax.models.elastictok import build_model
 from elastictok_jax.models.patching import patchify, to_float
+from elastictok_jax.weights.safetensors import load_params
 
 REFERENCE = Path(__file__).parents[1] / "reference_parity"
 FILES = {"fsq_image": "streaming_params", "vae_video": "streaming_train_state"}

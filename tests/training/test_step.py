@@ -45,6 +45,7 @@ def tiny(**overrides):
         "video.resolution": SIDE,
         "masking.min_tokens": 1,
         "loss.lpips_weight": 0.0,
+        "optimizer.learning_rate": 1e-3,
         "optimizer.warmup_steps": 0,
         "optimizer.schedule": "constant",
         "optimizer.ema_decay": 0.0,

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from elastictok_jax.errors import UsageError
-from elastictok_jax.interop.safetensors import load_params, save_params
+from elastictok_jax.weights.safetensors import load_params, save_params
 
 PARAMS = {
     "encoder": {

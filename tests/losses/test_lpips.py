@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from elastictok_jax.data import media
+from elastictok_jax.data.sources import EMBEDDED
 from elastictok_jax.errors import UsageError
 from elastictok_jax.losses.lpips import lpips, lpips_shapes
 from elastictok_jax.weights.lpips import load_lpips, wave_images
@@ -181,3 +183,16 @@ def test_an_empty_batch_has_no_distances(alex):
 def test_bad_input_is_named(alex, x, y, net, told):
     with pytest.raises(UsageError, match=told):
         lpips(alex, x, y, net=net)
+
+
+@pytest.mark.parametrize("name", ["astronaut", "coffee"])
+def test_real_photographs(alex, name):
+    """What people see as worse is farther: noise over a shift of brightness of the same error."""
+    photo = media.read_frames(EMBEDDED / "train" / f"photo_{name}.jpg", side=128)
+    photo = jnp.asarray(media.center_crop(photo, height=128, width=128) / 127.5 - 1, jnp.float32)
+    noise = 0.1 * jax.random.normal(jax.random.key(0), photo.shape)
+    noisy = float(lpips(alex, photo, photo + noise)[0])
+    brighter = float(lpips(alex, photo, photo + 0.1)[0])
+    flipped = float(lpips(alex, photo, photo[:, :, ::-1])[0])
+    assert float(lpips(alex, photo, photo)[0]) == 0
+    assert 0 < 3 * brighter < noisy < flipped

@@ -47,6 +47,7 @@ setup(
         "jax>=0.10",
         "matplotlib>=3.8",
         "ml-collections>=1.0",
+        "ml_dtypes>=0.5",
         "msgpack>=1.0",
         "numpy>=2.0",
         "optax>=0.2.8",

@@ -26,10 +26,8 @@ from elastictok_jax.weights.lpips import load_lpips
 F, SIDE, PATCH = 4, 16, (2, 8, 8)
 L, D = 8, 2 * 8 * 8 * 3
 BLOCKS = 2
-# The arithmetic is what is tested here; unoptimised code for it compiles ten times as fast.
+# The arithmetic is what is tested here; unoptimised code for it compiles faster.
 QUICK = {"xla_backend_optimization_level": 0}
-if jax.default_backend() == "cpu":
-    QUICK["xla_cpu_use_fusion_emitters"] = False
 # Row 0 is full, row 1 ends in a block of padding, row 2 is padding alone, row 3 has two clips.
 SEGMENTS_BS = np.repeat(np.array([[1, 1], [1, 0], [0, 0], [1, 2]], np.int32), L, axis=1)
 

@@ -2,7 +2,8 @@
 
 import dataclasses
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 
 import ml_collections
 import numpy as np
@@ -76,12 +77,26 @@ def held_out_clips(config: ml_collections.ConfigDict) -> list[Clip]:
 
 
 def code_clip(
-    tokenizer: ElasticTokenizer, clip: Clip, *, targets: Iterable[float], search: str = "binary"
+    tokenizer: ElasticTokenizer,
+    clip: Clip,
+    *,
+    targets: Iterable[float],
+    search: str = "binary",
+    progress: Callable[[str, int, int], None],
 ) -> list[Coded]:
-    """The clip encoded to each target and decoded from its tokens."""
+    """The clip encoded to each target and decoded from its tokens.
+
+    `progress` is called after each block with (what is coded, blocks done, all blocks).
+    """
     coded = []
     for target in targets:
-        tokens = tokenizer.encode(clip.frames, max_mse=target, search=search, fps=clip.fps)
+        tokens = tokenizer.encode(
+            clip.frames,
+            max_mse=target,
+            search=search,
+            fps=clip.fps,
+            progress=partial(progress, f"{clip.name} to {target:g}"),
+        )
         assert isinstance(tokens, Tokens)
         coded.append(Coded(target, tokens, tokenizer.decode(tokens)))
     return coded

@@ -5,8 +5,6 @@ import os
 import sys
 from pathlib import Path
 
-from tqdm import tqdm
-
 from elastictok_jax.data import media
 from elastictok_jax.errors import UsageError
 from elastictok_jax.evaluation.protocol import Clip, code_clip, held_out_clips, summarise
@@ -26,10 +24,8 @@ def evaluate_model(model: str | Path, *, output: Path) -> dict[str, object]:
     config = tokenizer.config
     make_folder(output)
     clips = held_out_clips(config)
-    coded = [
-        (clip, code_clip(tokenizer, clip, targets=config.evaluation.targets))
-        for clip in tqdm(clips, desc="held-out clips", disable=not sys.stderr.isatty())
-    ]
+    targets = config.evaluation.targets
+    coded = [(c, code_clip(tokenizer, c, targets=targets, progress=show_blocks)) for c in clips]
     curve = read_metrics(Path(model) / "metrics.jsonl")
     sizes = dict(
         frames_per_block=config.video.frames_per_block,
@@ -76,7 +72,7 @@ def reconstruct_file(
     tokenizer = ElasticTokenizer.from_pretrained(model)
     make_folder(output)
     clip = Clip(Path(source).stem, frames, info.fps if info.kind == "video" else 0.0)
-    coded = code_clip(tokenizer, clip, targets=[max_mse], search=search)
+    coded = code_clip(tokenizer, clip, targets=[max_mse], search=search, progress=show_blocks)
     sizes = dict(
         frames_per_block=tokenizer.config.video.frames_per_block,
         tokens_per_block=tokenizer.tokens_per_block,
@@ -88,6 +84,14 @@ def reconstruct_file(
     write_json(output / "reconstruction.json", results)
     print(f"reconstruction in {output}", file=sys.stderr)
     return results
+
+
+def show_blocks(what: str, done: int, total: int) -> None:
+    """A counter on a terminal; in a log, one line when all blocks are coded."""
+    terminal = sys.stderr.isatty()
+    if terminal or done == total:
+        start, end = ("\r", "\n" if done == total else "") if terminal else ("", "\n")
+        print(f"{start}coding {what}: {done}/{total} blocks", end=end, file=sys.stderr, flush=True)
 
 
 def make_folder(folder: Path) -> None:

@@ -29,7 +29,8 @@ def mesh_sizes(config: ml_collections.ConfigDict, *, devices: int) -> dict[str, 
         sizes[free[0]] = devices // fixed
     elif fixed != devices:
         raise UsageError(
-            f"{text}: {fixed} devices are asked for and {devices} are at hand; set one to -1"
+            f"{text}: {fixed} devices are asked for and {devices} are at hand; set one to -1 "
+            "to take what is left"
         )
     return sizes
 

@@ -8,7 +8,7 @@ in the same compiled program that measured the error, so what was reported is wh
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +87,7 @@ class ElasticTokenizer:
         max_mse: float | None = None,
         search: str = "binary",
         fps: float = 0.0,
+        progress: Callable[[int, int], None] | None = None,
     ) -> Tokens | list[Tokens]:
         """Encodes a clip with a given number of tokens or to a given error.
 
@@ -101,12 +102,15 @@ class ElasticTokenizer:
           search: "binary" (about log2 L evaluations) or "full" (the exact minimum). Where all
             tokens miss the target, either tries every length before it is given up.
           fps: kept in the tokens.
+          progress: called after each block with (blocks done, all blocks of the clip).
 
         Raises:
           UsageError: on bad input or options.
         """
         if isinstance(video, list | tuple) or np.ndim(video) == 5:
-            options: dict[str, Any] = dict(tokens=tokens, max_mse=max_mse, search=search, fps=fps)
+            options: dict[str, Any] = dict(
+                tokens=tokens, max_mse=max_mse, search=search, fps=fps, progress=progress
+            )
             return [self.encode(clip, **options) for clip in video]  # type: ignore[misc]
         frames_THWC = _checked_video(np.asarray(video))
         if (tokens is None) == (max_mse is None):
@@ -128,6 +132,8 @@ class ElasticTokenizer:
             ):
                 codes.append(block[0])
                 choices.append(block[1])
+                if progress is not None:
+                    progress(len(codes), grid.blocks * grid.tiles)
         order = grid.time_first
         return Tokens(
             codes=[codes[index] for index in order],

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from elastictok_jax.errors import UsageError
 
@@ -71,11 +71,11 @@ class Tokens:
         arrays = {"codes": codes, "lengths": self.lengths, "mse": self.mse, "met": self.met}
         text = {name: json.dumps(getattr(self, name)) for name in TEXT_FIELDS}
         text |= {"format": FORMAT, "fingerprint": self.fingerprint}
-        temporary = f"{path}.tmp"
+        temporary = Path(f"{path}.tmp")
         try:
-            save_file(arrays, temporary, metadata=text)
+            temporary.write_bytes(save(arrays, metadata=text))
             os.replace(temporary, path)
-        except (OSError, SafetensorError) as error:
+        except OSError as error:
             raise UsageError(f"{path} cannot be written ({error}): choose another place") from None
 
     @classmethod

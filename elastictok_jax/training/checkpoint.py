@@ -7,6 +7,7 @@ name and renamed when whole, so a killed process never leaves a checkpoint that 
 
 import importlib.metadata
 import json
+import logging
 import math
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,13 @@ class Checkpointer:
     def for_reading(cls, workdir: Path) -> "Checkpointer":
         """Only restores: touches nothing, not even what a running training is just writing."""
         reader = cls.__new__(cls)
-        reader._open(workdir, read_only=True)
+        log = logging.getLogger("absl")
+        level = log.level
+        log.setLevel(logging.ERROR)  # orbax warns that read-only means read-only
+        try:
+            reader._open(workdir, read_only=True)
+        finally:
+            log.setLevel(level)
         return reader
 
     def _open(self, workdir: Path, **options: Any) -> None:

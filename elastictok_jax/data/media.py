@@ -208,8 +208,7 @@ class VideoReader:
             frames = reader.read(reader.frame_count - 8, 8)  # uint8 [8, H, W, 3]
 
     Opening demuxes the file once and decodes its first frame; MediaError says what is wrong with
-    it. A reader can be pickled: path and index travel, and the file is opened again where it
-    arrives. Reading on from where the last read ended costs no seek. `threads` is the number of
+    it. Reading on from where the last read ended costs no seek. `threads` is the number of
     decoding threads, 0 for one a core. Not for use from several Python threads at once.
     """
 
@@ -229,9 +228,6 @@ class VideoReader:
 
     def __exit__(self, *exception) -> None:
         self.close()
-
-    def __getstate__(self) -> dict:
-        return {**self.__dict__, "_decoding": None}
 
     def close(self) -> None:
         """Closes the file; a later read opens it again."""

@@ -1,6 +1,5 @@
 """Reading and writing media on real files: exactness, damage, and what a picture may be."""
 
-import pickle
 from pathlib import Path
 
 import av
@@ -133,13 +132,6 @@ def test_threads_do_not_change_pixels(files):
     path = files["long_gop.mp4"]
     with media.VideoReader(path, threads=0) as reader:
         np.testing.assert_array_equal(reader.read(0, reader.frame_count), decode_in_order(path))
-
-
-def test_reader_travels_by_pickle_while_open(files):
-    with media.VideoReader(files["long_gop.mp4"]) as reader:
-        expected = reader.read(20, 5)
-        with pickle.loads(pickle.dumps(reader)) as arrived:
-            np.testing.assert_array_equal(arrived.read(20, 5), expected)
 
 
 @pytest.mark.parametrize(("start", "count"), [(-1, 1), (47, 2), (49, 0), (0, -1)])

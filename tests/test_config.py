@@ -25,16 +25,16 @@ def changed(**overrides):
         ("optimizer.learning_rate", "3e-4", 3e-4),
         ("optimizer.clip_norm", "2", 2.0),
         ("optimizer.clip_norm", 2, 2.0),
-        ("data.flip", "false", False),
-        ("data.flip", "True", True),
-        ("data.flip", "0", False),
-        ("data.flip", False, False),
+        ("data.sources.main.flip", "false", False),
+        ("data.sources.main.flip", "True", True),
+        ("data.sources.main.flip", "0", False),
+        ("data.sources.main.flip", False, False),
         ("model.patch", "2,8,8", (2, 8, 8)),
         ("model.patch", "(2, 8, 8)", (2, 8, 8)),
         ("model.patch", [2, 8, 8], (2, 8, 8)),
         ("model.fsq_levels", "[8,5,]", (8, 5)),
         ("evaluation.targets", "0.1,1", (0.1, 1.0)),
-        ("data.source", "/a/folder", "/a/folder"),
+        ("data.sources.main.path", "/a/folder", "/a/folder"),
         ("mesh.data", "-1", -1),
     ],
 )
@@ -74,7 +74,7 @@ def test_unknown_key_suggests_the_nearest():
         ("train.steps", "many"),
         ("train.steps", "1.5"),
         ("optimizer.learning_rate", "fast"),
-        ("data.flip", "maybe"),
+        ("data.sources.main.flip", "maybe"),
         ("model.patch", "a,b,c"),
         ("model.patch", 3),
         ("train.steps", None),
@@ -134,7 +134,17 @@ def test_what_must_be_positive(key, value):
         ({"masking.fraction": 1.1}, "masking.fraction = 1.1: must be in (0, 1]"),
         ({"optimizer.ema_decay": 1}, "optimizer.ema_decay = 1.0: must be in [0, 1)"),
         ({"data.eval_fraction": 1}, "data.eval_fraction = 1.0: must be in [0, 1)"),
-        ({"data.image_weight": -0.1}, "data.image_weight = -0.1: must be in [0, 1]"),
+        ({"data.max_bad_fraction": -0.1}, "data.max_bad_fraction = -0.1: must be in [0, 1]"),
+        ({"data.sources.web.weight": 2}, "data.sources.web.path is empty: give a prepared data"),
+        ({"data.sources.main.kind": "gif"}, "main.kind = 'gif': choose one of any, image, video"),
+        ({"data.sources.main.crop": "top"}, "main.crop = 'top': choose one of random, center"),
+        ({"data.sources.main.weight": -1}, "data.sources.main: weight and fps must be 0 or more"),
+        ({"data.sources.main.sequences": 0}, "sequences at least 1"),
+        ({"data.sources.main.weight": 0}, "no source has a weight above 0"),
+        (
+            {"data.sources.main.resolution": 128},
+            "data.sources.main.resolution = 128 is less than video.resolution = 256",
+        ),
         (
             {"optimizer.accumulate_steps": 3},
             "data.batch_size = 8 is not a multiple of optimizer.accumulate_steps = 3",
@@ -170,19 +180,37 @@ def test_derived_sizes_are_those_of_the_paper():
     width=st.sampled_from([64, 512]),
     levels=st.lists(st.integers(2, 9), min_size=1, max_size=6),
     rate=st.floats(1e-8, 1.0),
-    source=st.text(max_size=20),
+    source=st.text(min_size=1, max_size=20),
 )
 @settings(max_examples=25, deadline=None)
 def test_json_round_trip(tmp_path_factory, width, levels, rate, source):
     config = config_lib.default_config()
     values = {"model.width": width, "model.fsq_levels": levels}
-    values |= {"optimizer.learning_rate": rate, "data.source": source}
+    values |= {"optimizer.learning_rate": rate, "data.sources.main.path": source}
     config_lib.override(config, values)
     config = config_lib.resolve(config)
     path = tmp_path_factory.mktemp("config") / "config.json"
     path.write_text(config_lib.to_json(config))
     back = config_lib.read_config(path)
     assert config_lib.flatten(back) == config_lib.flatten(config)
+    assert config_lib.to_json(back) == path.read_text()
+
+
+def test_a_key_of_a_new_source_adds_it():
+    config = changed(data__sources__web__path="/a/folder", data__sources__web__weight=3)
+    assert set(config.data.sources) == {"main", "web"}
+    assert (config.data.sources.web.weight, config.data.sources.web.kind) == (3.0, "any")
+    with pytest.raises(UsageError, match=r"web\.wieght: did you mean data\.sources\.web\.weight"):
+        changed(data__sources__web__wieght=3)
+
+
+def test_a_config_file_has_the_sources_it_names_and_no_more(tmp_path):
+    config = changed(data__sources__web__path="/a/folder", data__sources__web__weight=3)
+    del config.data.sources["main"]
+    path = tmp_path / "config.json"
+    path.write_text(config_lib.to_json(config_lib.resolve(config)))
+    back = config_lib.read_config(path)
+    assert list(back.data.sources) == ["web"]
     assert config_lib.to_json(back) == path.read_text()
 
 

@@ -14,14 +14,19 @@ from elastictok_jax.models.elastictok import abstract_params
 
 GOLDEN = Path(__file__).parent / "golden"
 NAMES = registry.experiment_names()
+STAGES = ["mixture:stage=video"]
 EXPERIMENT = """
 from elastictok_jax.config import default_config
 
 def get_config(arg="none"):
     config = default_config()
-    config.data.source = arg
+    config.data.sources.main.path = arg
     return config
 """
+
+
+def golden_name(name):
+    return f"{name.replace(':', '-')}.json"
 
 
 def describe(name):
@@ -38,9 +43,9 @@ def test_there_are_experiments():
     assert "quickstart" in NAMES
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", NAMES + STAGES)
 def test_experiment_is_as_its_golden_file_says(name, update_golden):
-    path, got = GOLDEN / f"{name}.json", describe(name)
+    path, got = GOLDEN / golden_name(name), describe(name)
     if update_golden:
         path.parent.mkdir(exist_ok=True)
         path.write_text(json.dumps(got, indent=1) + "\n")
@@ -49,7 +54,7 @@ def test_experiment_is_as_its_golden_file_says(name, update_golden):
 
 
 def test_every_golden_file_has_an_experiment():
-    assert {path.stem for path in GOLDEN.glob("*.json")} <= set(NAMES)
+    assert {path.name for path in GOLDEN.glob("*")} == {golden_name(n) for n in NAMES + STAGES}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -74,11 +79,13 @@ def test_experiment_file_with_and_without_argument(tmp_path):
     path = tmp_path / "mine.py"
     path.write_text(EXPERIMENT)
     plain = registry.get_experiment(str(path))
-    assert (plain.name, plain.data.source) == ("mine", "none")
+    assert (plain.name, plain.data.sources.main.path) == ("mine", "none")
     given = registry.get_experiment(f"{path}:big:1")
-    assert (given.name, given.data.source) == ("mine:big:1", "big:1")
+    assert (given.name, given.data.sources.main.path) == ("mine:big:1", "big:1")
     path.write_text(EXPERIMENT.replace('"none"', '"again"'))
-    assert registry.get_experiment(str(path)).data.source == "again"  # read anew each time
+    assert (
+        registry.get_experiment(str(path)).data.sources.main.path == "again"
+    )  # read anew each time
 
 
 def test_each_call_gives_a_config_of_its_own():

@@ -7,14 +7,16 @@ checked against the timestamps of the whole file. Pixels are taken as they are s
 resampling for a pixel aspect ratio other than 1.
 """
 
+import io
 import os
 import uuid
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -27,8 +29,6 @@ IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp"})
 VIDEO_SUFFIXES = frozenset(
     {".gif", ".mp4", ".mkv", ".mov", ".webm", ".avi", ".mpg", ".mpeg", ".m4v"}
 )
-MAX_PIXELS = 2**26  # 8192 x 8192: anything larger is taken for a decompression bomb
-
 # One packet is one shown frame and keyframes can be trusted: the others are read in order.
 _SEEKABLE_CODECS = frozenset(
     {"h264", "hevc", "vp9", "av1", "mpeg1video", "mpeg2video", "mpeg4", "ffv1", "mjpeg"}
@@ -45,7 +45,7 @@ _EXACT_COLORS = (
 )
 _COLORSPACE_UNTAGGED = (0, 2)
 _KEYFRAMES_TO_TRY = 4
-_PIECE = 32  # frames decoded before they are resized
+_WORTH_A_SEEK = 32  # frames not asked for between two that are
 
 
 class MediaError(UsageError):
@@ -65,6 +65,22 @@ class MediaInfo:
     width: int
 
 
+@dataclass(frozen=True)
+class Limits:
+    """What is more than this is taken for a decompression bomb, and refused before it is decoded.
+
+    Attributes:
+      pixels: of one frame; frames, seconds: of one video.
+    """
+
+    pixels: int = 2**26
+    frames: int = 2**21
+    seconds: float = 24 * 3600.0
+
+
+LIMITS = Limits()
+
+
 def media_kind(path) -> str:
     """'image' or 'video' by the suffix of `path`; MediaError for any other suffix."""
     suffix = Path(path).suffix.lower()
@@ -76,17 +92,17 @@ def media_kind(path) -> str:
     raise MediaError(f"{path}: unknown suffix {suffix!r}; use one of {known}")
 
 
-def probe(path) -> MediaInfo:
+def probe(path, *, limits: Limits = LIMITS) -> MediaInfo:
     """Says what the file at `path` holds, and checks it without decoding a video whole.
 
     A video is demuxed, its size on disk is compared with what its index asks for, and its first
     and last frames are decoded. Raises MediaError for a file that is missing, empty, not media,
-    truncated or without frames.
+    truncated, without frames or beyond `limits`.
     """
     if media_kind(path) == "image":
-        height, width, _ = read_image(path).shape
+        height, width, _ = read_image(path, limits=limits).shape
         return MediaInfo(str(path), "image", 1, 0.0, height, width)
-    with VideoReader(path) as reader:
+    with VideoReader(path, limits=limits) as reader:
         reader.read(reader.frame_count - 1, 1)  # opening it has decoded the first
         return MediaInfo(
             str(path), "video", reader.frame_count, reader.fps, reader.height, reader.width
@@ -108,25 +124,34 @@ def read_frames(
         return image if side is None else resize_shortest(image, side=side)
     with VideoReader(path) as reader:
         count = reader.frame_count - start if count is None else count
-        if side is None:
-            return reader.read(start, count)
-        return reader.read_resized(start, count, side=side)
+        return reader.read(start, count, side=side)
 
 
 # ---- images
 
 
-def read_image(path) -> np.ndarray:
+def read_image(path, *, limits: Limits = LIMITS) -> np.ndarray:
     """The picture at `path`: uint8 [H, W, 3].
 
     Turned as its EXIF orientation says, grey and palette widened to RGB, 16 bits reduced to 8,
     transparency laid over white; of an animation, the first frame. Raises MediaError for a file
-    that is missing, empty, not an image, truncated, or of more than MAX_PIXELS pixels.
+    that is missing, empty, not an image, truncated, or of more than `limits.pixels` pixels.
     """
     _require_file(path)
+    return _decode_image(path, name=path, limits=limits)
+
+
+def decode_image(data: bytes, *, name: str) -> np.ndarray:
+    """`read_image` of an encoded picture in memory; `name` is what errors call it."""
+    return _decode_image(io.BytesIO(data), name=name, limits=LIMITS)
+
+
+def _decode_image(file, *, name, limits: Limits) -> np.ndarray:
+    path = name
     try:
-        with Image.open(path) as image:
-            _require_sane_size(path, image.height, image.width)  # before any pixel is decoded
+        with Image.open(file) as image:
+            # Before any pixel is decoded.
+            _require_sane_size(path, image.height, image.width, limits=limits)
             return np.asarray(_to_rgb(ImageOps.exif_transpose(image)))
     except UsageError:
         raise
@@ -172,15 +197,28 @@ def resize_shortest(frames_THWC, *, side: int) -> np.ndarray:
     frames_THWC = _require_rgb(frames_THWC, dims=4)
     if side < 1:
         raise UsageError(f"side is {side}; it must be at least 1 pixel")
-    _, height, width, _ = frames_THWC.shape
+    count, height, width, _ = frames_THWC.shape
+    new_height, new_width = _resized(height, width, side=side)
+    if (new_height, new_width) == (height, width):
+        return frames_THWC
+    resized = np.empty((count, new_height, new_width, 3), np.uint8)
+    for frame, out in zip(frames_THWC, resized, strict=True):
+        out[:] = _resize(frame, height=new_height, width=new_width)
+    return resized
+
+
+def _resized(height: int, width: int, *, side: int) -> tuple[int, int]:
     short = min(height, width)
     if short == side:
-        return frames_THWC
-    new_height, new_width = (max(side, round(edge * side / short)) for edge in (height, width))
-    resized = np.empty((len(frames_THWC), new_height, new_width, 3), np.uint8)
-    for frame, out in zip(frames_THWC, resized, strict=True):
-        out[:] = Image.fromarray(frame).resize((new_width, new_height), Image.Resampling.LANCZOS)
-    return resized
+        return height, width
+    return max(side, round(height * side / short)), max(side, round(width * side / short))
+
+
+def _resize(frame_HWC: np.ndarray, *, height: int, width: int) -> np.ndarray:
+    if frame_HWC.shape[:2] == (height, width):
+        return frame_HWC
+    resized = Image.fromarray(np.ascontiguousarray(frame_HWC))
+    return np.asarray(resized.resize((width, height), Image.Resampling.LANCZOS))
 
 
 def center_crop(frames_THWC, *, height: int, width: int) -> np.ndarray:
@@ -212,10 +250,10 @@ class VideoReader:
     decoding threads, 0 for one a core. Not for use from several Python threads at once.
     """
 
-    def __init__(self, path, *, threads: int = 1):
+    def __init__(self, path, *, threads: int = 1, limits: Limits = LIMITS):
         self.path = str(path)
         self._threads = threads
-        self._index = _index_video(self.path, threads=threads)
+        self._index = _index_video(self.path, threads=threads, limits=limits)
         self._decoding: _Decoding | None = None
 
     frame_count = property(lambda self: len(self._index.pts), doc="Frames in the file.")
@@ -235,38 +273,52 @@ class VideoReader:
             self._decoding.container.close()
             self._decoding = None
 
-    def read_resized(self, start: int, count: int, *, side: int) -> np.ndarray:
-        """`read`, then `resize_shortest`, holding few frames at full size at a time."""
-        pieces = [
-            resize_shortest(self.read(first, min(_PIECE, start + count - first)), side=side)
-            for first in range(start, start + count, _PIECE)
-        ]
-        return np.concatenate(pieces)
-
-    def read(self, start: int, count: int) -> np.ndarray:
-        """Frames start .. start + count - 1: uint8 [count, H, W, 3].
-
-        Raises MediaError for frames out of range and for frames that cannot be decoded.
-        """
+    def read(self, start: int, count: int, *, side: int | None = None) -> np.ndarray:
+        """Frames start .. start + count - 1: uint8 [count, H, W, 3]; see `read_at`."""
         if start < 0 or count < 0 or start + count > self.frame_count:
             raise MediaError(
                 f"{self.path}: frames {start} to {start + count - 1} asked for, "
                 f"but it has 0 to {self.frame_count - 1}"
             )
-        if count == 0:
-            return np.empty((0, self.height, self.width, 3), np.uint8)
-        for decoding in self._ways_to(start):
+        return self.read_at(range(start, start + count), side=side)
+
+    def read_at(self, indices: Iterable[int], *, side: int | None = None) -> np.ndarray:
+        """Frames at ascending `indices`: uint8 [T, H, W, 3]; `side` resizes as `resize_shortest`.
+
+        One frame at a time is held at full size. Raises MediaError for frames out of range and
+        for frames that cannot be decoded.
+        """
+        wanted = [int(index) for index in indices]
+        height, width = self.height, self.width
+        if side is not None:
+            height, width = _resized(height, width, side=side)
+        out = np.empty((len(wanted), height, width, 3), np.uint8)
+        if wanted and (wanted[0] < 0 or wanted[-1] >= self.frame_count):
+            raise MediaError(
+                f"{self.path}: frames {wanted[0]} to {wanted[-1]} asked for, "
+                f"but it has 0 to {self.frame_count - 1}"
+            )
+        first = 0
+        for last in range(1, len(wanted) + 1):
+            if last == len(wanted) or wanted[last] - wanted[last - 1] > _WORTH_A_SEEK:
+                self._read_run(wanted[first:last], out=out[first:last])
+                first = last
+        return out
+
+    def _read_run(self, wanted: list[int], *, out: np.ndarray) -> None:
+        """Fills `out` with the frames at `wanted`, which are close together."""
+        for decoding in self._ways_to(wanted[0]):
             self._decoding = decoding
             try:
-                frames = _take(decoding, self._index, path=self.path, start=start, count=count)
+                done = _take(decoding, self._index, path=self.path, wanted=wanted, out=out)
             except BaseException:
                 self.close()  # how many frames it has given is unknown now
                 raise
-            if frames is not None:
-                return frames
+            if done:
+                return
         self.close()
         raise MediaError(
-            f"{self.path}: damaged: of frames {start} to {start + count - 1} not all can be "
+            f"{self.path}: damaged: of frames {wanted[0]} to {wanted[-1]} not all can be "
             "decoded; re-encode or delete it"
         )
 
@@ -312,34 +364,39 @@ class _Decoding:
     anchored: bool
 
 
-def _take(decoding, index, *, path, start: int, count: int) -> np.ndarray | None:
-    """Frames start .. start + count - 1, or None where the decoder does not deliver just those."""
-    out = np.empty((count, index.height, index.width, 3), np.uint8)
-    filled = 0
+def _take(decoding, index, *, path, wanted: list[int], out: np.ndarray) -> bool:
+    """Fills `out` with the frames at `wanted`; False where the decoder does not deliver them."""
+    filled, number = 0, None  # number: of the frame that comes next, once that is sure
+    shape = (index.height, index.width, 3)
     try:
         for frame in decoding.frames:
             if index.keyframes:
-                wanted = index.pts[start + filled]
-                if frame.pts is None or frame.pts > wanted:
-                    return None
+                if frame.pts is None:
+                    return False
                 decoding.anchored |= _contains(index.keyframes, frame.pts)
-                if frame.pts < wanted and filled == 0:
-                    continue
-                if frame.pts < wanted or not decoding.anchored:
-                    return None
-            elif decoding.position < start:
-                decoding.position += 1
-                continue
-            if frame.is_corrupt:
-                return None
-            out[filled] = _frame_to_rgb(frame, path=path, shape=out.shape[1:])
-            filled += 1
-            decoding.position = start + filled
-            if filled == count:
-                return out
+                if number is None:
+                    if frame.pts < index.pts[wanted[0]]:
+                        continue
+                    number = wanted[0]
+                if frame.pts != index.pts[number] or not decoding.anchored:
+                    return False
+            else:
+                number = decoding.position if number is None else number
+            if number == wanted[filled]:
+                if frame.is_corrupt:
+                    return False
+                pixels = _frame_to_rgb(frame, path=path, shape=shape)
+                out[filled] = _resize(pixels, height=out.shape[1], width=out.shape[2])
+                filled += 1
+            elif frame.is_corrupt and filled:
+                return False  # what follows may refer to it
+            number += 1
+            decoding.position = number
+            if filled == len(wanted):
+                return True
     except av.FFmpegError:
-        return None
-    return None
+        return False
+    return False
 
 
 def _contains(ascending: tuple[int, ...], value: int) -> bool:
@@ -382,22 +439,98 @@ def _frame_to_rgb(frame: av.VideoFrame, *, path, shape: tuple[int, ...]) -> np.n
     return rgb
 
 
+class StoredVideo:
+    """Random access to an MP4 in memory that `encode_video` has made: decoding order is
+    presentation order there, so its own table of frames is all that is needed.
+
+    Raises:
+      MediaError: calling it `name`, if the bytes are not such a video.
+    """
+
+    def __init__(self, data: bytes, *, name: str):
+        self.name = name
+        try:
+            self._container: Any = av.open(io.BytesIO(data))
+            self._stream = self._container.streams.video[0]
+            self._stream.codec_context.thread_type = "NONE"
+            entries = [(e.timestamp, e.is_keyframe) for e in self._stream.index_entries]
+        except (av.FFmpegError, IndexError) as error:
+            raise MediaError(f"{name}: damaged: not a stored video; prepare it again") from error
+        self._pts = [timestamp for timestamp, _ in entries]
+        self._keys = [index for index, (_, is_keyframe) in enumerate(entries) if is_keyframe]
+        self._frames: Iterator[av.VideoFrame] | None = None
+        self._next = 0  # the frame that `_frames` gives next
+
+    def close(self) -> None:
+        self._container.close()
+
+    def read_at(self, indices: Iterable[int]) -> np.ndarray:
+        """Frames at ascending `indices`: uint8 [T, H, W, 3].
+
+        Raises:
+          MediaError: for frames out of range, or that cannot be decoded.
+        """
+        wanted = [int(index) for index in indices]
+        if not 0 <= wanted[0] <= wanted[-1] < len(self._pts):
+            raise MediaError(
+                f"{self.name}: damaged: frames {wanted[0]} to {wanted[-1]} asked for, of "
+                f"{len(self._pts)}; prepare it again"
+            )
+        height, width = self._stream.height, self._stream.width
+        out = np.empty((len(wanted), height, width, 3), np.uint8)
+        try:
+            for place, index in enumerate(wanted):
+                out[place] = _frame_to_rgb(self._frame(index), path=self.name, shape=out.shape[1:])
+        except (av.FFmpegError, EOFError) as error:
+            self._frames = None
+            raise MediaError(
+                f"{self.name}: damaged: frame {index} cannot be decoded; prepare it again"
+            ) from error
+        return out
+
+    def _frame(self, index: int) -> av.VideoFrame:
+        key = self._keys[bisect_right(self._keys, index) - 1]
+        if self._frames is None or not (key <= self._next <= index):
+            self._container.seek(self._pts[key], stream=self._stream)
+            self._frames, self._next = self._container.decode(self._stream), key
+        while True:
+            frame = next(self._frames, None)
+            if frame is None or frame.pts != self._pts[self._next] or frame.is_corrupt:
+                raise EOFError
+            self._next += 1
+            if self._next > index:
+                return frame
+
+
 # ---- opening and checking video
 
 
-def _index_video(path: str, *, threads: int) -> _VideoIndex:
+def _index_video(path: str, *, threads: int, limits: Limits) -> _VideoIndex:
     if media_kind(path) != "video":
         raise MediaError(f"{path}: an image; a video is needed here")
-    container, stream = _open_video(path, threads=threads)
+    container, stream = _open_video(path, threads=threads, limits=limits)
     with container:
         try:
-            packets = [_PacketFacts.of(packet) for packet in container.demux(stream) if packet.size]
+            packets: list[_PacketFacts] = []
+            for packet in container.demux(stream):
+                if packet.size:
+                    packets.append(_PacketFacts.of(packet))
+                if len(packets) > limits.frames:
+                    raise MediaError(
+                        f"{path}: more than {limits.frames} frames; cut it into pieces or delete it"
+                    )
         except av.FFmpegError as error:
             raise MediaError(
                 f"{path}: damaged ({error.strerror}); re-encode or delete it"
             ) from error
         _require_whole(path, container, stream, packets=packets)
         fps = float(stream.average_rate or stream.guessed_rate or 0)
+        seconds = _seconds(stream, packets)
+        if seconds > limits.seconds:
+            raise MediaError(
+                f"{path}: {seconds:.0f} seconds are more than {limits.seconds:g}; cut it into "
+                "pieces or delete it"
+            )
         codec, container_name = stream.codec_context.codec.canonical_name, container.format.name
     height, width = _shown_size(path, threads=threads)
     keyframes: tuple[int, ...] = ()
@@ -408,6 +541,11 @@ def _index_video(path: str, *, threads: int) -> _VideoIndex:
     else:
         pts = tuple(range(_count_decoded(path, threads=threads)))
     return _VideoIndex(pts, keyframes, fps, height, width)
+
+
+def _seconds(stream, packets: list["_PacketFacts"]) -> float:
+    times = [packet.end for packet in packets if packet.end is not None]
+    return float((max(times) - min(times)) * stream.time_base) if times else 0.0
 
 
 @dataclass(frozen=True)
@@ -440,7 +578,7 @@ def _is_orderly(packets: list[_PacketFacts]) -> bool:
     )
 
 
-def _open_video(path: str, *, threads: int):
+def _open_video(path: str, *, threads: int, limits: Limits = LIMITS):
     """The opened container and its video stream; the caller closes the container."""
     _require_file(path)
     try:
@@ -454,7 +592,7 @@ def _open_video(path: str, *, threads: int):
     stream.codec_context.thread_count = threads
     stream.codec_context.thread_type = "NONE" if threads == 1 else "AUTO"
     try:
-        _require_sane_size(path, stream.height, stream.width)
+        _require_sane_size(path, stream.height, stream.width, limits=limits)
     except MediaError:
         container.close()
         raise
@@ -605,42 +743,68 @@ def write_video(
         raise UsageError(f"{path}: {codec} goes into {'.mkv' if codec == 'ffv1' else '.mp4'}")
     if not fps > 0:
         raise UsageError(f"fps is {fps}; it must be above 0")
-    if codec == "libx264":
-        _, height, width, _ = frames_THWC.shape
-        pad = ((0, 0), (0, height % 2), (0, width % 2), (0, 0))
-        frames_THWC = np.pad(frames_THWC, pad, mode="edge")
     with _written_whole(path) as temporary:
+        container_options = {} if suffix == ".mkv" else {"movflags": "+faststart"}
         try:
-            _encode(
-                temporary, frames_THWC, fps=fps, crf=crf, codec=codec, gop=gop, b_frames=b_frames
-            )
+            with av.open(temporary, "w", options=container_options) as container:
+                _encode(
+                    container,
+                    frames_THWC,
+                    fps=fps,
+                    crf=crf,
+                    codec=codec,
+                    gop=gop,
+                    b_frames=b_frames,
+                    threads=0,
+                )
         except av.FFmpegError as error:
             raise RunError(f"{path}: {codec} failed: {error}") from error
 
 
-def _encode(path: str, frames_THWC, *, fps, crf, codec, gop, b_frames) -> None:
-    _, height, width, _ = frames_THWC.shape
-    x264_options = {} if codec == "ffv1" else {"crf": str(crf)}
-    container_options = {} if path.endswith(".mkv") else {"movflags": "+faststart"}
-    with av.open(path, "w", options=container_options) as container:
-        rate = Fraction(fps).limit_denominator(1001)  # 23.976 is 24000 / 1001
-        stream = container.add_stream(codec, rate=rate, options=x264_options)
-        stream.height, stream.width = height, width
-        stream.pix_fmt = _WRITE_FORMATS[codec]
-        stream.codec_context.gop_size = gop
-        stream.codec_context.max_b_frames = b_frames
+def encode_video(frames: Iterable[np.ndarray], *, fps: float, crf: int, gop: int = 16) -> bytes:
+    """Frames uint8 [H, W, 3], one after the other, as an MP4 for `StoredVideo` to read.
+
+    H.264 without frames out of order; odd sizes are padded by repeating the edge. The same bytes
+    on every machine: one encoder thread. Raises RunError where the encoder fails.
+    """
+    file = io.BytesIO()
+    try:
+        with av.open(file, "w", format="mp4") as container:
+            _encode(
+                container, frames, fps=fps, crf=crf, codec="libx264", gop=gop, b_frames=0, threads=1
+            )
+    except av.FFmpegError as error:
+        raise RunError(f"libx264 failed: {error}") from error
+    return file.getvalue()
+
+
+def _encode(container, frames: Iterable[np.ndarray], *, fps, crf, codec, gop, b_frames, threads):
+    rate = Fraction(fps).limit_denominator(1001)  # 23.976 is 24000 / 1001
+    options = {} if codec == "ffv1" else {"crf": str(crf)}
+    stream = container.add_stream(codec, rate=rate, options=options)
+    stream.pix_fmt = _WRITE_FORMATS[codec]
+    stream.codec_context.gop_size = gop
+    stream.codec_context.max_b_frames = b_frames
+    stream.codec_context.thread_count = threads
+    if codec == "libx264":
+        stream.codec_context.colorspace = Colorspace.ITU709
+    for number, pixels in enumerate(frames):
+        height, width, _ = pixels.shape
         if codec == "libx264":
-            stream.codec_context.colorspace = Colorspace.ITU709
-        for pixels in frames_THWC:
-            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
-            if codec == "libx264":
-                frame = frame.reformat(
-                    format="yuv420p",
-                    dst_colorspace=Colorspace.ITU709,
-                    interpolation=_EXACT_COLORS,
-                )
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode(None))
+            pad = ((0, height % 2), (0, width % 2), (0, 0))
+            height, width = height + height % 2, width + width % 2
+        if number == 0:
+            stream.height, stream.width = height, width
+        even = pixels if pixels.shape[:2] == (height, width) else np.pad(pixels, pad, mode="edge")
+        frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(even), format="rgb24")
+        if codec == "libx264":
+            frame = frame.reformat(
+                format="yuv420p",
+                dst_colorspace=Colorspace.ITU709,
+                interpolation=_EXACT_COLORS,
+            )
+        container.mux(stream.encode(frame))
+    container.mux(stream.encode(None))
 
 
 # ---- checks that several of the above share
@@ -671,10 +835,11 @@ def _require_file(path) -> None:
         raise MediaError(f"{path}: no permission to read it; mend its permissions")
 
 
-def _require_sane_size(path, height: int, width: int) -> None:
-    if height * width > MAX_PIXELS:
+def _require_sane_size(path, height: int, width: int, *, limits: Limits) -> None:
+    if height * width > limits.pixels:
         raise MediaError(
-            f"{path}: {width}x{height} is more than {MAX_PIXELS} pixels; scale it down or delete it"
+            f"{path}: {width}x{height} is more than {limits.pixels} pixels; scale it down or "
+            "delete it"
         )
 
 

@@ -1,55 +1,111 @@
-"""Which clips make up which row of which batch: computed from (seed, row index), never discovered.
+"""Pieces of clips into rows of N blocks: best fit, no block lost, none left empty."""
 
-A row is a sequence of N blocks, filled left to right with images (one block each) and runs of
-video blocks; each is a clip, with its own segment id, that attends to no other.
-"""
-
+import bisect
 import dataclasses
+from collections.abc import Sequence
 
-import ml_collections
 import numpy as np
-
-from elastictok_jax.data.media import MediaInfo
-from elastictok_jax.data.sources import SPLITS, Source
 
 
 @dataclasses.dataclass(frozen=True)
 class Clip:
-    """A run of blocks from one file.
+    """A run of blocks of one item.
 
     Attributes:
-      info: the file; start: its first frame; blocks: how many blocks are read.
-      across, down: where the square crop lies in the slack of the longer side, in [0, 1].
-      flip: mirrored left to right.
+      feed: index of the feed; item: of the item in the feed's source; epoch: how often the feed
+        has been gone through before.
+      start: its first block in the item; blocks: how many.
     """
 
-    info: MediaInfo
+    feed: int
+    item: int
+    epoch: int
     start: int
     blocks: int
-    across: float
-    down: float
-    flip: bool
+
+    def cut(self, blocks: int) -> tuple["Clip", "Clip"]:
+        """Its first `blocks` blocks, and the rest."""
+        rest = dataclasses.replace(self, start=self.start + blocks, blocks=self.blocks - blocks)
+        return dataclasses.replace(self, blocks=blocks), rest
 
 
-def pack_row(
-    source: Source, row: int, *, split: str, config: ml_collections.ConfigDict
-) -> list[Clip]:
-    """The clips of global row `row`: a function of (config.seed, split, row) and the file list.
+def pack(
+    clips: Sequence[Clip], *, rows: int, row_blocks: int, rng: np.random.Generator
+) -> list[list[Clip]]:
+    """`rows` rows of `row_blocks` blocks that hold all `clips`, in random order.
 
-    Training rows crop, flip and start at random; held-out rows are cropped at the centre.
+    Clips longer than a row are cut at rows and fill them one after the other; what is shorter is
+    placed by best fit, longest first; only those that then fit nowhere are cut once more, to fill
+    the gaps. Pieces of one clip come in their order from row to row.
+
+    Args:
+      clips: rows x row_blocks blocks in all.
     """
-    rng = np.random.default_rng([config.seed, SPLITS.index(split), row])
-    frames, left = config.video.frames_per_block, config.data.sequence_blocks
-    training = split == "train"
-    clips = []
-    while left:
-        image = rng.random() < config.data.image_weight
-        files = (source.images if image else source.videos) or source.images or source.videos
-        info = files[rng.integers(len(files))]
-        blocks = 1 if info.kind == "image" else min(left, max(1, info.frames // frames))
-        start = rng.integers(max(0, info.frames - blocks * frames) + 1)
-        across, down = rng.random(2) if training else (0.5, 0.5)
-        flip = training and config.data.flip and rng.random() < 0.5
-        clips.append(Clip(info, int(start), blocks, float(across), float(down), bool(flip)))
-        left -= blocks
-    return clips
+    assert sum(clip.blocks for clip in clips) == rows * row_blocks
+    full: list[tuple[float, list[Clip]]] = []  # with the key that rows are sorted by
+    short: list[Clip] = []
+    after: list[float] = []  # for each of `short`, the key of the row that must come before it
+    for clip in clips:
+        rest = clip
+        keys = np.sort(rng.random(clip.blocks // row_blocks))
+        for key in keys:
+            piece, rest = rest.cut(row_blocks)
+            full.append((key, [piece]))
+        if rest.blocks:
+            short.append(rest)
+            after.append(keys[-1] if len(keys) else 0.0)
+    mixed = rows - len(full)
+    parts = _best_fit([clip.blocks for clip in short], rows=mixed, row_blocks=row_blocks, rng=rng)
+    keys = rng.random(mixed)
+    for index, places in enumerate(parts):
+        for row, _ in places:
+            keys[row] = max(keys[row], after[index])
+    packed: list[list[Clip]] = [[] for _ in range(mixed)]
+    for rest, places in zip(short, parts, strict=True):
+        for row, blocks in sorted(places, key=lambda place: (keys[place[0]], place[0])):
+            piece, rest = rest.cut(blocks)  # noqa: PLW2901
+            packed[row].append(piece)
+    for contents in packed:
+        rng.shuffle(contents)  # type: ignore[arg-type]
+    ordered = [(key, 0, contents) for key, contents in full]
+    ordered += [(keys[index], 1 + index, contents) for index, contents in enumerate(packed)]
+    return [contents for _, _, contents in sorted(ordered, key=lambda entry: entry[:2])]
+
+
+def _best_fit(
+    sizes: list[int], *, rows: int, row_blocks: int, rng: np.random.Generator
+) -> list[list[tuple[int, int]]]:
+    """For each size, where it goes: [(row, blocks)], more than one entry where it had to be cut.
+
+    Longest first, each into the fullest row that has room for it; see `pack`.
+    """
+    by_room: dict[int, list[int]] = {row_blocks: list(range(rows))} if rows else {}
+    rooms = sorted(by_room)  # ascending, those that rows have
+
+    def put(room: int, blocks: int) -> tuple[int, int]:
+        row = by_room[room].pop()
+        if not by_room[room]:
+            del by_room[room]
+            rooms.remove(room)
+        if room > blocks:
+            if room - blocks not in by_room:
+                bisect.insort(rooms, room - blocks)
+                by_room[room - blocks] = []
+            by_room[room - blocks].append(row)
+        return row, blocks
+
+    places: list[list[tuple[int, int]]] = [[] for _ in sizes]
+    waiting = []
+    shuffled = rng.permutation(len(sizes)).tolist()  # so that chance decides among equals
+    for index in sorted(shuffled, key=lambda index: -sizes[index]):
+        fitting = bisect.bisect_left(rooms, sizes[index])
+        if fitting == len(rooms):
+            waiting.append(index)
+        else:
+            places[index].append(put(rooms[fitting], sizes[index]))
+    for index in waiting:
+        left = sizes[index]
+        while left:
+            places[index].append(put(rooms[-1], min(left, rooms[-1])))
+            left -= places[index][-1][1]
+    return places

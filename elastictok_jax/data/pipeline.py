@@ -1,161 +1,231 @@
 """Batches by index: batch k is a function of (seed, k), so the position is one number.
 
-Dimension key: B batch, S tokens, D values a patch, T frames.
+Dimension key: B batch, N blocks, S tokens (N blocks x L), D values a patch.
 """
 
-import collections
+import queue
 import threading
-from collections.abc import Iterable, Iterator
-from functools import partial
+from collections.abc import Iterator
+from typing import Any
 
 import grain
 import jax
 import ml_collections
 import numpy as np
+from absl import flags
 from jax.sharding import NamedSharding
 
-from elastictok_jax.config import block_tokens
-from elastictok_jax.data import media
-from elastictok_jax.data.packing import Clip, pack_row
-from elastictok_jax.data.sources import Source, open_source
-from elastictok_jax.errors import UsageError
+from elastictok_jax.config import block_tokens, sequence_tokens
+from elastictok_jax.data.clips import ClipReader
+from elastictok_jax.data.mixture import Mixture
+from elastictok_jax.data.sources import Feeds
+from elastictok_jax.errors import RunError, UsageError
 from elastictok_jax.models.patching import patchify
 
 Batch = dict[str, np.ndarray]
+ON_DEVICE = 2  # batches that wait on the device, beside the one in use
+JOIN_SECONDS = 5.0
+ENOUGH_BLOCKS = 100  # to judge from what share of the data is damaged
 
 
-OPEN_VIDEOS = 32  # per thread; opening a video demuxes it once for its index
+class BatchReader:
+    """Makes any batch, or any part of it, on request; holds no position.
 
+    Args:
+      split: "train" or "heldout".
+      rows, blocks: the part of each global batch that this process needs; all, if not given.
+      first_row: the global row that batch 0 begins with.
 
-class ClipReader:
-    """Reads clips at the training resolution.
-
-    Files are decoded once and kept, resized, as long as they fit in `cache_bytes`, in the order
-    of `files`; from the others just the frames of a clip are decoded, each time.
+    Raises:
+      UsageError: if the split has no data.
     """
 
     def __init__(
         self,
-        files: Iterable[media.MediaInfo],
+        config: ml_collections.ConfigDict,
+        feeds: Feeds,
         *,
-        frames_per_block: int,
-        resolution: int,
-        cache_bytes: int,
+        split: str,
+        rows: range | None = None,
+        blocks: range | None = None,
+        first_row: int = 0,
     ):
-        self._frames_per_block, self._resolution = frames_per_block, resolution
-        self._local = threading.local()  # a VideoReader serves one thread
-        self._kept: dict[str, np.ndarray] = {}
-        self._locks = {}
-        for info in files:
-            pixels = resolution**2 * max(info.height, info.width) // min(info.height, info.width)
-            size = info.frames * pixels * 3
-            if size <= cache_bytes:
-                cache_bytes -= size
-                self._locks[info.path] = threading.Lock()
-
-    def read(self, clip: Clip) -> np.ndarray:
-        """uint8 [T, R, R, 3]: whole blocks, shortest side resized to R, then cropped.
-
-        An image, or a video shorter than a block, repeats its last frame.
-        """
-        side, wanted = self._resolution, clip.blocks * self._frames_per_block
-        count = min(wanted, clip.info.frames - clip.start)
-        frames = self._read(clip.info, clip.start, count)
-        top = round(clip.down * (frames.shape[1] - side))
-        left = round(clip.across * (frames.shape[2] - side))
-        frames = frames[:, top : top + side, left : left + side]
-        if clip.flip:
-            frames = frames[:, :, ::-1]
-        return np.concatenate([frames, np.repeat(frames[-1:], wanted - count, axis=0)])
-
-    def _read(self, info: media.MediaInfo, start: int, count: int) -> np.ndarray:
-        """Frames start, ..., start + count - 1, shortest side resized."""
-        if info.path not in self._locks:
-            return self._decode(info, start, count)
-        with self._locks[info.path]:  # one thread decodes it, the others wait for that
-            if info.path not in self._kept:
-                self._kept[info.path] = self._decode(info, 0, info.frames)
-        return self._kept[info.path][start : start + count]
-
-    def _decode(self, info: media.MediaInfo, start: int, count: int) -> np.ndarray:
-        if info.kind == "image":
-            return media.read_frames(info.path, side=self._resolution)
-        return self._open(info.path).read_resized(start, count, side=self._resolution)
-
-    def _open(self, path: str) -> media.VideoReader:
-        if not hasattr(self._local, "videos"):
-            self._local.videos = collections.OrderedDict()
-        videos = self._local.videos
-        if path not in videos:
-            videos[path] = media.VideoReader(path)
-            if len(videos) > OPEN_VIDEOS:
-                videos.popitem(last=False)[1].close()
-        videos.move_to_end(path)
-        return videos[path]
-
-
-class BatchReader:
-    """Makes the rows of any batch on request; holds no position.
-
-    Args:
-      split: "train" or "heldout".
-      rows: the rows of each global batch that this process needs.
-      first_row: the global row that batch 0 begins with.
-    """
-
-    def __init__(
-        self, config: ml_collections.ConfigDict, *, split: str, rows: range, first_row: int = 0
-    ):
-        self.config, self.split, self.rows, self.first_row = config, split, rows, first_row
-        self.source: Source = open_source(config, split=split)
-        self._clips = ClipReader(
-            (*self.source.videos, *self.source.images),
-            frames_per_block=config.video.frames_per_block,
-            resolution=config.video.resolution,
-            cache_bytes=config.data.cache_mib * 2**20,
-        )
-        if not self.source.images and not self.source.videos:
+        self.config, self.first_row = config, first_row
+        self.rows = range(config.data.batch_size) if rows is None else rows
+        self.blocks = range(config.data.sequence_blocks) if blocks is None else blocks
+        self.feeds = feeds.split(split)
+        if not self.feeds:
             raise UsageError(
-                f"data source {config.data.source} has no {split} files: add files, or change "
-                f"data.eval_fraction = {config.data.eval_fraction}"
+                f"the data sources ({', '.join(config.data.sources)}) have no {split} items: add "
+                f"files, or change data.eval_fraction = {config.data.eval_fraction}"
             )
+        self.mixture = Mixture(self.feeds, config, split=split)
+        self.clips = ClipReader(self.feeds, config, split=split)
 
-    def __call__(self, index: int) -> Batch:
-        """Batch `index`: patches uint8 [b, S, D], segment_ids int32 [b, S], b = len(rows)."""
+    def __call__(self, index: int) -> dict[str, Any]:
+        """This process's part of batch `index`: patches uint8 [b, s, D], segment_ids int32
+        [b, s], and "faults", a list of messages, one for each block that had to be replaced."""
         first = self.first_row + index * self.config.data.batch_size
         rows = [self.read_row(first + row) for row in self.rows]
-        return {key: np.stack([row[key] for row in rows]) for key in rows[0]}
+        batch: dict[str, Any] = {
+            key: np.stack([row[key] for row in rows]) for key in ("patches", "segment_ids")
+        }
+        batch["faults"] = "\n".join(fault for row in rows for fault in row["faults"])
+        return batch
 
-    def read_row(self, row: int) -> Batch:
-        """Global row `row`: patches uint8 [S, D], segment_ids int32 [S]."""
+    def read_row(self, row: int) -> dict[str, Any]:
+        """Global row `row`: patches uint8 [s, D], segment_ids int32 [s], and "faults"."""
         config = self.config
-        clips = pack_row(self.source, row, split=self.split, config=config)
-        video = np.concatenate([self._clips.read(clip) for clip in clips])
+        clips = self.mixture.row(row)
+        per_block = block_tokens(config)
         patch, frames = tuple(config.model.patch), config.video.frames_per_block
-        patches = patchify(video, patch=patch, frames_per_block=frames)
-        lengths = [clip.blocks * block_tokens(config) for clip in clips]
-        segments = np.repeat(np.arange(1, len(clips) + 1, dtype=np.int32), lengths)
-        return {"patches": np.ascontiguousarray(patches), "segment_ids": segments}
+        patches, segments, faults = [], [], []
+        first = 0  # block of the row where the clip begins
+        for number, clip in enumerate(clips, start=1):
+            start, stop = max(first, self.blocks.start), min(first + clip.blocks, self.blocks.stop)
+            if start < stop:
+                shift = clip.start - first
+                blocks = self.clips.read(clip, start + shift, stop + shift)
+                patches.append(patchify(blocks.frames, patch=patch, frames_per_block=frames))
+                ids = np.full(stop - start, number, np.int32)
+                for block, fault in blocks.faults.items():
+                    at = block - shift
+                    ids[at - start] = len(clips) + 1 + at  # a clip of its own
+                    faults.append(fault)
+                segments.append(ids)
+            first += clip.blocks
+        return {
+            "patches": np.concatenate(patches),
+            "segment_ids": np.repeat(np.concatenate(segments), per_block),
+            "faults": faults,
+        }
 
 
-def local_rows(sharding: NamedSharding, batch_size: int) -> range:
-    """The rows of a global batch that this process's devices hold."""
-    indices = sharding.addressable_devices_indices_map((batch_size, 1)).values()
-    spans = [index[0].indices(batch_size) for index in indices if index is not None]
-    return range(min(span[0] for span in spans), max(span[1] for span in spans))
+def local_part(sharding: NamedSharding, *, batch_size: int, blocks: int) -> tuple[range, range]:
+    """The rows and blocks of a global batch that this process's devices hold."""
+    indices = sharding.addressable_devices_indices_map((batch_size, blocks)).values()
+    spans = [
+        [part.indices(size) for part, size in zip(index, (batch_size, blocks), strict=True)]
+        for index in indices
+        if index is not None
+    ]
+    lows = [min(span[axis][0] for span in spans) for axis in (0, 1)]
+    highs = [max(span[axis][1] for span in spans) for axis in (0, 1)]
+    return range(lows[0], highs[0]), range(lows[1], highs[1])
 
 
-def read_ahead(reader: BatchReader, *, start: int, stop: int) -> Iterator[Batch]:
-    """Batches start, ..., stop - 1 in order, read in threads ahead of use. O(1) to seek."""
+def read_ahead(reader: BatchReader, *, start: int, stop: int) -> Iterator[dict[str, Any]]:
+    """Batches start, ..., stop - 1 in order, read ahead of use in threads, or in
+    `data.workers` processes that each have such threads. O(1) to seek."""
     data = reader.config.data
-    options = grain.ReadOptions(
-        num_threads=data.decode_threads, prefetch_buffer_size=max(data.prefetch, 1)
-    )
-    dataset = grain.MapDataset.range(start, stop).map(reader)
-    return iter(dataset.to_iter_dataset(options))
+    ahead = max(data.prefetch, data.decode_threads)
+    options = grain.ReadOptions(num_threads=data.decode_threads, prefetch_buffer_size=ahead)
+    dataset = grain.MapDataset.range(start, stop).map(reader).to_iter_dataset(options)
+    if data.workers:
+        if not flags.FLAGS.is_parsed():
+            flags.FLAGS.mark_as_parsed()  # grain looks at its own flags, which nobody gave
+        dataset = dataset.mp_prefetch(
+            grain.MultiprocessingOptions(num_workers=data.workers, per_worker_buffer_size=1)
+        )
+    return iter(dataset)
 
 
-def to_device(batch: Batch, sharding: NamedSharding) -> dict[str, jax.Array]:
-    """This process's rows as shards of global [B, S, ...] arrays."""
-    place = partial(jax.make_array_from_process_local_data, sharding)
-    return {key: place(value) for key, value in batch.items()}
+def to_device(batch: Batch, reader: BatchReader, sharding: NamedSharding) -> dict[str, jax.Array]:
+    """A reader's part of a batch as shards of global uint8 and int32 [B, S, ...] arrays."""
+    config = reader.config
+    shape = config.data.batch_size, sequence_tokens(config)
+    corner = reader.rows.start, reader.blocks.start * block_tokens(config)
+
+    def place(part: np.ndarray) -> jax.Array:
+        def shard(index) -> np.ndarray:
+            cut = [
+                slice(low - first, high - first)
+                for (low, high, _), first in zip(
+                    (axis.indices(size) for axis, size in zip(index, shape, strict=False)),
+                    corner,
+                    strict=True,
+                )
+            ]
+            return part[tuple(cut)]
+
+        return jax.make_array_from_callback((*shape, *part.shape[2:]), sharding, shard)
+
+    return {key: place(batch[key]) for key in ("patches", "segment_ids")}
+
+
+class DeviceBatches:
+    """Batches start, ..., stop - 1 on the devices, read and placed by a thread ahead of use.
+
+    Attributes:
+      replaced: blocks so far that could not be read, of those that this process was given.
+      new_faults: what was wrong with them, each once, since it was last emptied.
+    """
+
+    def __init__(self, reader: BatchReader, sharding: NamedSharding, *, start: int, stop: int):
+        self._data = reader.config.data
+        self._reader, self._sharding = reader, sharding
+        self._queue: queue.Queue = queue.Queue(ON_DEVICE)
+        self._closed = threading.Event()
+        self._given = 0
+        self.replaced = 0
+        self._known: set[str] = set()
+        self.new_faults: list[str] = []
+        self._thread = threading.Thread(
+            target=self._fill, args=(start, stop), name="batches", daemon=True
+        )
+        self._thread.start()
+
+    def __next__(self) -> dict[str, jax.Array]:
+        """The next batch.
+
+        Raises:
+          RunError: if a worker process has died, reading failed, no batch has come for
+            `data.timeout_seconds`, or more than `data.max_bad_fraction` could not be read.
+        """
+        try:
+            batch, faults = self._queue.get(timeout=self._data.timeout_seconds)
+        except queue.Empty:
+            raise RunError(
+                f"no batch was read in data.timeout_seconds = {self._data.timeout_seconds:g}: the "
+                "storage or a file hangs; see which with a stack dump (py-spy), or raise the limit"
+            ) from None
+        if isinstance(batch, BaseException):
+            raise RunError(f"reading the data failed: {batch}") from batch
+        self._given += len(self._reader.rows) * len(self._reader.blocks)
+        self._count(faults)
+        return batch
+
+    def _count(self, faults: list[str]) -> None:
+        self.replaced += len(faults)
+        for fault in faults:
+            if fault not in self._known:
+                self._known.add(fault)
+                self.new_faults.append(fault)
+        limit = self._data.max_bad_fraction
+        if self.replaced > limit * max(self._given, ENOUGH_BLOCKS):
+            raise RunError(
+                f"{self.replaced} of {self._given} blocks could not be read, more than "
+                f"data.max_bad_fraction = {limit:g} allows; the last: {faults[-1]}"
+            )
+
+    def _fill(self, start: int, stop: int) -> None:
+        try:
+            for batch in read_ahead(self._reader, start=start, stop=stop):
+                faults = batch["faults"].splitlines()
+                self._put((to_device(batch, self._reader, self._sharding), faults))
+                if self._closed.is_set():
+                    return
+        except BaseException as error:  # whatever it is, the loop must hear of it
+            self._put((error, []))
+
+    def _put(self, entry: tuple[Any, list[str]]) -> None:
+        while not self._closed.is_set():
+            try:
+                return self._queue.put(entry, timeout=0.2)
+            except queue.Full:
+                continue
+
+    def close(self) -> None:
+        """Stops reading."""
+        self._closed.set()
+        self._thread.join(timeout=JOIN_SECONDS)  # a read that hangs must not hold up the exit

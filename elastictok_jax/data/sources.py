@@ -1,94 +1,266 @@
-"""Where clips come from: the embedded footage or a folder, in train and held-out splits."""
+"""Where items (images and uncut stretches of video) come from, in train and held-out splits."""
 
 import dataclasses
+import glob
 import hashlib
 from pathlib import Path
+from typing import Protocol
 
 import ml_collections
+import numpy as np
 
 from elastictok_jax.data import media
+from elastictok_jax.data.open_videos import OpenVideos
+from elastictok_jax.data.records import RecordSource, is_record_dataset
+from elastictok_jax.data.synthetic import SyntheticSource
 from elastictok_jax.errors import UsageError
 
 SPLITS = ("train", "heldout")
 EMBEDDED = Path(__file__).parent / "embedded"
 
 
-@dataclasses.dataclass(frozen=True)
-class Source:
-    """The files of one split, in the order of their names."""
+class Source(Protocol):
+    """Items that can be read at random, from several threads, and pickled to other processes.
 
-    images: tuple[media.MediaInfo, ...]
-    videos: tuple[media.MediaInfo, ...]
+    Attributes, one entry an item:
+      is_video: bool [n].
+      frames: int64 [n], 1 for an image.
+      fps: float64 [n], frames a second, 0 for an image.
+      place: uint64 [n], hash of the name of the original, which decides its split.
+      fingerprint: 16 hex digits of what decides which item is what.
+    """
 
-    def fingerprint(self) -> str:
-        """16 hex digits of the names and lengths of the files: what decides which row is what."""
-        listed = [(Path(info.path).name, info.frames) for info in (*self.videos, *self.images)]
-        return hashlib.sha256(repr(listed).encode()).hexdigest()[:16]
+    is_video: np.ndarray
+    frames: np.ndarray
+    fps: np.ndarray
+    place: np.ndarray
+    fingerprint: str
+
+    def name(self, item: int) -> str:
+        """What to call an item in messages and pictures."""
+        ...
+
+    def read(self, item: int, indices: np.ndarray, *, side: int) -> np.ndarray:
+        """Frames at ascending `indices`: uint8 [T, H, W, 3], min(H, W) = side.
+
+        Raises:
+          MediaError: naming the item and what is wrong with it.
+        """
+        ...
 
 
-def list_media(folder: Path) -> list[Path]:
-    """All image and video files below `folder`, sorted; hidden ones are left out.
+class FileSource:
+    """A folder (nested) or glob of image and video files, decoded as they are asked for.
+
+    Every file is probed; damaged ones are left out.
+
+    Attributes:
+      damaged: what is wrong with each file that was left out.
 
     Raises:
-      UsageError: if the folder is missing or holds none.
+      UsageError: if the folder is missing, or nothing is there.
     """
-    if not folder.is_dir():
-        raise UsageError(f"data folder {folder} does not exist: give a folder, or embedded")
+
+    def __init__(self, path: str | Path):
+        root, files = list_media(path)
+        self.damaged: list[str] = []
+        self._infos, self._names = [], []
+        for file in files:
+            try:
+                self._infos.append(media.probe(file))
+            except media.MediaError as error:
+                self.damaged.append(str(error))
+            else:
+                self._names.append(file.relative_to(root).as_posix())
+        self.is_video = np.array([info.kind == "video" for info in self._infos], bool)
+        self.frames = np.array([info.frames for info in self._infos], np.int64)
+        self.fps = np.array([info.fps for info in self._infos], np.float64)
+        self.place = np.array([name_place(name) for name in self._names], np.uint64)
+        listed = list(zip(self._names, self.frames.tolist(), strict=True))
+        self.fingerprint = hashlib.sha256(repr(listed).encode()).hexdigest()[:16]
+        self._videos = OpenVideos()
+
+    def name(self, item: int) -> str:
+        return self._names[item]
+
+    def read(self, item: int, indices: np.ndarray, *, side: int) -> np.ndarray:
+        info = self._infos[item]
+        if info.kind == "image":
+            return media.read_frames(info.path, side=side)
+        return self._open(info.path).read_at(indices, side=side)
+
+    def _open(self, path: str) -> media.VideoReader:
+        return self._videos.open(path, lambda: media.VideoReader(path))
+
+
+def list_media(path: str | Path) -> tuple[Path, list[Path]]:
+    """A folder that all lie below, and the image and video files of a folder or glob, sorted.
+
+    Hidden files are left out.
+
+    Raises:
+      UsageError: if the folder is missing or none is there.
+    """
     suffixes = media.IMAGE_SUFFIXES | media.VIDEO_SUFFIXES
+    if glob.has_magic(str(path)):
+        fixed = [part for part in Path(path).parts]
+        magic = next(i for i, part in enumerate(fixed) if glob.has_magic(part))
+        root = Path(*fixed[:magic])
+        found = [Path(name) for name in glob.glob(str(path), recursive=True)]
+    else:
+        root = Path(path)
+        if not root.is_dir():
+            raise UsageError(
+                f"data folder {root} does not exist: give a folder, a glob, a prepared data set, "
+                "embedded or synthetic"
+            )
+        found = list(root.rglob("*"))
     files = sorted(
-        path
-        for path in folder.rglob("*")
-        if path.suffix.lower() in suffixes
-        and path.is_file()
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+        file
+        for file in found
+        if file.suffix.lower() in suffixes
+        and file.is_file()
+        and not any(part.startswith(".") for part in file.relative_to(root).parts)
     )
     if not files:
         raise UsageError(
-            f"data folder {folder} holds no image or video: put files there that end in "
+            f"data folder {path} holds no image or video: put files there that end in "
             + " ".join(sorted(suffixes))
         )
-    return files
+    return root, files
 
 
-def held_out(names: list[str], *, fraction: float) -> set[str]:
-    """Names that are kept from training: those whose hash falls below `fraction`.
+def name_place(name: str) -> int:
+    """Where `name` falls among all names, evenly spread over [0, 2^64)."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")
 
-    A file's split depends on its own name alone, so adding files moves none. The exception is a
-    small folder where chance picks none: there the file with the lowest hash is held out.
+
+def held_out(place: np.ndarray, *, fraction: float) -> np.ndarray:
+    """bool [n]: items kept from training, those whose original falls below `fraction`.
+
+    That depends on the original's name alone, so adding files moves none, and all clips of one
+    original fall on one side. The exception is a small data set where chance picks none or all
+    originals: then that with the lowest hash is held out, or that with the highest is not.
     """
-
-    def place(name: str) -> float:
-        return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2.0**64
-
-    chosen = {name for name in names if place(name) < fraction}
-    if len(chosen) == len(names):
-        chosen.discard(max(names, key=place))
-    if not chosen and fraction > 0 and len(names) > 1:
-        chosen = {min(names, key=place)}
+    chosen = place < np.uint64(min(fraction * 2.0**64, 2.0**64 - 2048))
+    if len(place) and chosen.all():
+        chosen &= place != place.max()
+    if not chosen.any() and fraction > 0 and (place != place[:1]).any():
+        chosen = place == place.min()
     return chosen
 
 
+@dataclasses.dataclass(frozen=True)
+class Feed:
+    """A source as the config asks for it in one split.
+
+    Attributes:
+      name: its key in `data.sources`; seed: a number of its own that follows from the name, so
+        that adding another source leaves its order as it is.
+      settings: its settings there.
+      items: int64 [m], the items of `source` that belong to the split.
+    """
+
+    name: str
+    seed: int
+    source: Source
+    settings: ml_collections.ConfigDict
+    items: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Feeds:
+    """The feeds of both splits, and what was left out of them.
+
+    Attributes:
+      damaged: one message a file that cannot be used.
+    """
+
+    train: tuple[Feed, ...]
+    heldout: tuple[Feed, ...]
+    damaged: tuple[str, ...]
+
+    def split(self, name: str) -> tuple[Feed, ...]:
+        return {"train": self.train, "heldout": self.heldout}[name]
+
+    def fingerprint(self) -> str:
+        """16 hex digits: what decides which training row is what, but for the config."""
+        listed = [(feed.name, feed.source.fingerprint, len(feed.items)) for feed in self.train]
+        return hashlib.sha256(repr(listed).encode()).hexdigest()[:16]
+
+
 def has_held_out(config: ml_collections.ConfigDict) -> bool:
-    """Whether any file is kept from training."""
-    return config.data.source == "embedded" or config.data.eval_fraction > 0
+    """Whether the config asks for data that is kept from training."""
+    sources = [source for source in config.data.sources.values() if source.weight]
+    return config.data.eval_fraction > 0 or any(
+        source.path == "embedded" or source.heldout_split for source in sources
+    )
 
 
-def open_source(config: ml_collections.ConfigDict, *, split: str) -> Source:
-    """The "train" or "heldout" split of `config.data.source`; every file is probed.
+def open_feeds(config: ml_collections.ConfigDict) -> Feeds:
+    """Opens all sources of a resolved config; files of raw folders are probed.
 
     Raises:
-      UsageError: if a file is damaged (named, with the mend), or there is nothing to train on.
+      UsageError: if a source is missing, has no item of the kind asked for, or has more damaged
+        files than `data.max_bad_fraction` allows (named, with the mend).
     """
-    if config.data.source == "embedded":
-        files = list_media(EMBEDDED / split)
-    else:
-        folder = Path(config.data.source)
-        files = list_media(folder)
-        names = {path: path.relative_to(folder).as_posix() for path in files}
-        apart = held_out(list(names.values()), fraction=config.data.eval_fraction)
-        files = [path for path in files if (names[path] in apart) == (split == "heldout")]
-    infos = [media.probe(path) for path in files]
-    return Source(
-        images=tuple(info for info in infos if info.kind == "image"),
-        videos=tuple(info for info in infos if info.kind == "video"),
-    )
+    train: list[Feed] = []
+    heldout: list[Feed] = []
+    damaged: list[str] = []
+    for name, settings in sorted(config.data.sources.items()):
+        if not settings.weight:
+            continue
+        source, apart = _open(settings, fraction=config.data.eval_fraction)
+        bad = list(getattr(source, "damaged", ()))
+        total = len(bad) + len(source.frames)
+        if len(bad) > config.data.max_bad_fraction * total:
+            raise UsageError(
+                f"data source {name}: {len(bad)} of {total} files cannot be used, more than "
+                f"data.max_bad_fraction = {config.data.max_bad_fraction:g} allows: "
+                + "; ".join(bad[:3])
+            )
+        damaged += bad
+        if isinstance(apart, np.ndarray):
+            parts = [(train, source, ~apart), (heldout, source, apart)]
+        else:
+            everything = np.ones(len(apart.frames), bool)
+            parts = [
+                (train, source, np.ones(len(source.frames), bool)),
+                (heldout, apart, everything),
+            ]
+        if not any(_of_kind(part, settings.kind).any() for _, part, _ in parts):
+            raise UsageError(
+                f"data source {name} ({settings.path}) has no {settings.kind}: change its kind or "
+                f"path, or leave it out with --config.data.sources.{name}.weight=0"
+            )
+        for feeds, part, mask in parts:
+            items = np.flatnonzero(mask & _of_kind(part, settings.kind))
+            if len(items):
+                feeds.append(Feed(name, name_place(name), part, settings, items))
+    return Feeds(tuple(train), tuple(heldout), tuple(damaged))
+
+
+def _of_kind(source: Source, kind: str) -> np.ndarray:
+    if kind == "any":
+        return np.ones(len(source.frames), bool)
+    return source.is_video == (kind == "video")
+
+
+def _open(
+    settings: ml_collections.ConfigDict, *, fraction: float
+) -> tuple[Source, "np.ndarray | Source"]:
+    """A source, with a mask of its held-out items or another source that holds them."""
+    path = settings.path
+    if path == "embedded":
+        files = FileSource(EMBEDDED)
+        names = [files.name(item) for item in range(len(files.frames))]
+        return files, np.array([name.startswith("heldout/") for name in names])
+    if path != "synthetic" and is_record_dataset(path):
+        records = RecordSource(path, split=settings.split)
+        if settings.heldout_split:
+            return records, RecordSource(path, split=settings.heldout_split)
+        return records, held_out(records.place, fraction=fraction)
+    if settings.heldout_split:
+        raise UsageError(f"{path} has no splits: heldout_split is for TFDS data sets")
+    source: Source = SyntheticSource() if path == "synthetic" else FileSource(path)
+    return source, held_out(source.place, fraction=fraction)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
@@ -9,7 +10,7 @@ import ml_collections
 import numpy as np
 
 from elastictok_jax.data import media
-from elastictok_jax.data.sources import open_source
+from elastictok_jax.data.sources import open_feeds
 from elastictok_jax.errors import UsageError
 from elastictok_jax.evaluation.metrics import mse, psnr
 from elastictok_jax.tokenizer.api import ElasticTokenizer
@@ -51,28 +52,36 @@ class Coded:
 
 
 def held_out_clips(config: ml_collections.ConfigDict) -> list[Clip]:
-    """The held-out files as the model sees them: resized, cropped at the centre, cut to
-    `evaluation.max_blocks` blocks.
+    """Held-out items as the model sees them: resized, cropped at the centre, cut to
+    `evaluation.max_blocks` blocks; `evaluation.max_clips` of each source at most.
 
     Raises:
       UsageError: if nothing is held out.
     """
-    source = open_source(config, split="heldout")
-    files = (*source.videos, *source.images)
-    if not files:
+    feeds = open_feeds(config).heldout
+    if not feeds:
         raise UsageError(
-            f"data source {config.data.source} has nothing held out to evaluate on: train with "
-            "data.eval_fraction above 0"
+            f"the data sources ({', '.join(config.data.sources)}) have nothing held out to "
+            "evaluate on: train with data.eval_fraction above 0"
         )
-    folder = os.path.commonpath([os.path.dirname(info.path) for info in files])
     side = config.video.resolution
     most = config.evaluation.max_blocks * config.video.frames_per_block
     clips = []
-    for info in files:
-        frames = media.read_frames(info.path, count=min(info.frames, most), side=side)
-        frames = media.center_crop(frames, height=side, width=side)
-        name = os.path.splitext(os.path.relpath(info.path, folder))[0]
-        clips.append(Clip(name, frames, info.fps if info.kind == "video" else 0.0))
+    for feed in feeds:
+        # Videos first, as they say most.
+        chosen = feed.items[: config.evaluation.max_clips]
+        for item in sorted(chosen, key=lambda item: not feed.source.is_video[item]):
+            indices = np.arange(min(feed.source.frames[item], most))
+            try:
+                frames = feed.source.read(item, indices, side=side)
+            except media.MediaError as error:
+                print(f"left out: {error}", file=sys.stderr)
+                continue
+            frames = media.center_crop(frames, height=side, width=side)
+            name = os.path.splitext(feed.source.name(item))[0]
+            clips.append(Clip(name, frames, float(feed.source.fps[item])))
+    folder = os.path.commonpath([os.path.dirname(clip.name) for clip in clips])
+    clips = [dataclasses.replace(c, name=os.path.relpath(c.name, folder or ".")) for c in clips]
     return clips
 
 

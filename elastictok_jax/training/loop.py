@@ -1,19 +1,21 @@
 """The training run: eval, save, next batch, step. Reads top to bottom."""
 
 import contextlib
+import dataclasses
 import math
 import os
 import time
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import ml_collections
 
 from elastictok_jax.config import flatten, read_config, resolve, sequence_tokens, to_json
-from elastictok_jax.data.pipeline import Batch, BatchReader, local_rows, read_ahead, to_device
+from elastictok_jax.data.pipeline import BatchReader, DeviceBatches, local_part, to_device
+from elastictok_jax.data.sources import open_feeds
 from elastictok_jax.errors import RunError, UsageError
 from elastictok_jax.parallel.mesh import make_mesh
 from elastictok_jax.parallel.sharding import batch_sharding, in_mesh, replicated
@@ -41,7 +43,8 @@ def train(config: ml_collections.ConfigDict, *, workdir: Path) -> bool:
       1. The newest whole checkpoint in `workdir/checkpoints` gives the state and data position.
       2. The config passed here gives everything else. It may change on resume, except for the
          keys that the state hangs on (FIXED_ON_RESUME), which must equal `workdir/config.json`.
-      3. With no checkpoint, the state is a function of `config.seed`.
+      3. With no checkpoint, the state is a function of `config.seed`, but for the weights if
+         `config.train.init_from` names another run to take them from.
 
     Returns:
       True when finished, False when stopped early by SIGTERM or Ctrl-C (saved either way).
@@ -61,10 +64,12 @@ def _train(
 ) -> bool:
     mesh = make_mesh(config)
     sharding = batch_sharding(mesh)
-    rows = local_rows(sharding, config.data.batch_size)
+    data = config.data
+    rows, blocks = local_part(sharding, batch_size=data.batch_size, blocks=data.sequence_blocks)
     require_sinks(config)
-    reader = BatchReader(config, split="train", rows=rows)
-    held_out = open_held_out(config, rows)
+    feeds = open_feeds(config)
+    reader = BatchReader(config, feeds, split="train", rows=rows, blocks=blocks)
+    held_out = open_held_out(config, feeds, rows=rows, blocks=blocks)
     lpips_params = {}
     if config.loss.lpips_weight:
         lpips_params = jax.device_put(load_lpips(config.loss.lpips_net), replicated(mesh))
@@ -76,9 +81,11 @@ def _train(
     stack.callback(checkpoints.close)
     abstract = abstract_state(config, mesh)
     latest = checkpoints.latest_step()
-    files = reader.source.fingerprint()
+    files = feeds.fingerprint()
     if latest is None:
         state = sharded_init(config, abstract)
+        if config.train.init_from:
+            state = take_params(state, abstract, Path(config.train.init_from))
         position: dict[str, Any] = {"next_row": 0, "files": files}
     else:
         state, position = checkpoints.restore(latest, abstract)
@@ -90,6 +97,8 @@ def _train(
     console = Console(total=steps, start=start)
     stack.callback(console.close)
     console.line(describe(config, abstract, start=start, workdir=workdir))
+    for damaged in feeds.damaged:
+        console.line(f"left out: {damaged}")
     if position["files"] != files:
         console.line("note: the data files have changed since this run was saved: it goes on,")
         console.line("      but not as it would have with the old ones")
@@ -101,7 +110,8 @@ def _train(
     )
     eval_step = in_mesh(jax.jit(make_eval_step(config)), mesh)
     log = StepLog(config, writer, console, workdir)
-    batches = read_ahead(reader, start=0, stop=steps - start)
+    batches = DeviceBatches(reader, sharding, start=0, stop=steps - start)
+    stack.callback(batches.close)
 
     for step in range(start, steps + 1):
         last = step == steps or stop.requested
@@ -113,7 +123,7 @@ def _train(
                 eval_step,
                 state.eval_params,
                 held_out,
-                place=partial(to_device, sharding=sharding),
+                place=partial(to_device, reader=reader, sharding=sharding),
                 config=config,
                 show=partial(writer.picture, step) if writer.shows_pictures else None,
             )
@@ -132,8 +142,10 @@ def _train(
         if last:
             break
         waited = time.perf_counter()
-        batch = to_device(next_batch(batches, checkpoints), sharding)
+        batch = next_batch(batches, checkpoints)
         waited = time.perf_counter() - waited
+        while batches.new_faults:
+            console.line(f"replaced: {batches.new_faults.pop(0)}")
         with jax.transfer_guard("disallow"):
             state, metrics = train_step(state, batch, lpips_params)
         log.record(step + 1, metrics, waited)
@@ -146,26 +158,44 @@ def _train(
     return step == steps
 
 
-def next_batch(batches: Iterator[Batch], checkpoints: Checkpointer) -> Batch:
+def next_batch(batches: DeviceBatches, checkpoints: Checkpointer) -> dict[str, jax.Array]:
     """The next batch.
 
     Raises:
-      RunError: if a file that was whole at the start cannot be read any more.
+      RunError: what is wrong with the data, and what is saved.
     """
     try:
         return next(batches)
-    except UsageError as error:
+    except RunError as error:
         raise RunError(
             f"{error}. Stopped: step {checkpoints.latest_step() or 0} is the newest saved; mend "
-            "the file, then run the same command again"
+            "the data, then run the same command again"
         ) from error
+
+
+def take_params(state: TrainState, abstract: TrainState, workdir: Path) -> TrainState:
+    """The state with the weights that the run in `workdir` would be evaluated with.
+
+    Raises:
+      UsageError: if there is no checkpoint, or naming every weight of another shape.
+    """
+    checkpoints = Checkpointer.for_reading(workdir)
+    try:
+        step = checkpoints.latest_step()
+        if step is None:
+            raise UsageError(f"train.init_from = {workdir} has no checkpoint: give a workdir")
+        params = checkpoints.restore_params(step, abstract.params)
+    finally:
+        checkpoints.close()
+    ema_params = None if state.ema_params is None else jax.tree.map(jnp.copy, params)
+    return dataclasses.replace(state, params=params, ema_params=ema_params)
 
 
 def prepare_workdir(workdir: Path, config: ml_collections.ConfigDict) -> None:
     """Makes `workdir` and sees that it can be written.
 
     Raises:
-      UsageError: if it cannot be written, or was begun with a config of another state.
+      UsageError: if it cannot be written, or has checkpoints of another model.
     """
     path = workdir / "config.json"
     if path.exists():
@@ -175,7 +205,7 @@ def prepare_workdir(workdir: Path, config: ml_collections.ConfigDict) -> None:
             for key in sorted(new)
             if key.startswith(FIXED_ON_RESUME) and old[key] != new[key]
         ]
-        if changed:
+        if changed and any((workdir / "checkpoints").glob("[0-9]*")):
             raise UsageError(
                 f"workdir {workdir} holds a run with another model: {', '.join(changed)}. "
                 "Use its config, or another --workdir"

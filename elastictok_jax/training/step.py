@@ -38,6 +38,23 @@ def token_places(batch: Batch, *, tokens_per_block: int) -> TokenPlaces:
     )
 
 
+def step_keys(config: ml_collections.ConfigDict, step: Array | int) -> Array:
+    """The keys [3] of a step: for keep lengths, for noise, for the frames that LPIPS looks at."""
+    return jax.random.split(jax.random.fold_in(jax.random.key(config.seed), step), 3)
+
+
+def keep_lengths(
+    mask_key: Array, rows_B: Array, *, blocks: int, config: ml_collections.ConfigDict
+) -> Array:
+    """int32 [B, N]: tokens that each of the `blocks` blocks of rows of the global batch keeps."""
+    return masking.draw_lengths(
+        mask_key,
+        rows_B[:, None] * blocks + jnp.arange(blocks),
+        max_tokens=block_tokens(config),
+        **config.masking.to_dict(),
+    )
+
+
 def row_keys(key: Array, rows_B: Array) -> Array:
     """One key a row of the global batch."""
     return jax.vmap(lambda row: jax.random.fold_in(key, row))(rows_B)
@@ -74,24 +91,20 @@ def random_frames(
 
 
 def make_loss(config: ml_collections.ConfigDict) -> Callable[..., tuple[Array, Metrics]]:
-    """loss(params, batch, rows_B, *, key, totals, lpips_params) -> (loss, metrics).
+    """loss(params, batch, rows_B, *, keys, totals, lpips_params) -> (loss, metrics).
 
-    `totals` counts the valid tokens, blocks and rows of the whole batch: terms are shares of it,
-    so that the sum over microbatches is exactly the loss of the batch (paper, section 3.3).
+    `keys` are `step_keys`. `totals` counts the valid tokens, blocks and rows of the whole batch:
+    terms are shares of it, so that the sum over microbatches is exactly the loss of the batch
+    (paper, section 3.3).
     """
     model, per_block = build_model(config), block_tokens(config)
     weights = config.loss
 
-    def loss(params, batch: Batch, rows_B: Array, *, key: Array, totals: Metrics, lpips_params):
-        mask_key, noise_key, frame_key = jax.random.split(key, 3)
+    def loss(params, batch: Batch, rows_B: Array, *, keys: Array, totals: Metrics, lpips_params):
+        mask_key, noise_key, frame_key = keys
         segments_BS = batch["segment_ids"]
         blocks = segments_BS.shape[1] // per_block
-        lengths_BN = masking.draw_lengths(
-            mask_key,
-            rows_B[:, None] * blocks + jnp.arange(blocks),
-            max_tokens=per_block,
-            **config.masking.to_dict(),
-        )
+        lengths_BN = keep_lengths(mask_key, rows_B, blocks=blocks, config=config)
         keep_BS = masking.keep_mask(lengths_BN, tokens_per_block=per_block)
         valid_BS = segments_BS != 0
         target_BSD = to_float(batch["patches"])
@@ -138,7 +151,7 @@ def make_train_step(
     pieces, decay = config.optimizer.accumulate_steps, config.optimizer.ema_decay
 
     def train_step(state: TrainState, batch: Batch, lpips_params):
-        key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+        keys = step_keys(config, state.step)
         valid_BS = batch["segment_ids"] != 0
         totals = {
             "tokens": jnp.maximum(jnp.sum(valid_BS), 1).astype(jnp.float32),
@@ -148,7 +161,7 @@ def make_train_step(
         grad = jax.grad(loss, has_aux=True)
 
         def gradients(piece: tuple[Batch, Array]):
-            shared = dict(key=key, totals=totals, lpips_params=lpips_params)
+            shared = dict(keys=keys, totals=totals, lpips_params=lpips_params)
             return grad(state.params, *piece, **shared)
 
         # Row r goes to microbatch r % pieces, so that rows stay on the devices that hold them.

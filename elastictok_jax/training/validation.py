@@ -7,18 +7,20 @@ import ml_collections
 import numpy as np
 
 from elastictok_jax.data.pipeline import BatchReader, read_ahead
-from elastictok_jax.data.sources import has_held_out
+from elastictok_jax.data.sources import Feeds, has_held_out
 from elastictok_jax.models.bottlenecks import codebook_statistics
 from elastictok_jax.models.patching import to_uint8, unpatchify
 
 FRACTIONS = (1.0, 0.5, 0.25)  # shares of a block's tokens
 
 
-def open_held_out(config: ml_collections.ConfigDict, rows: range) -> list[dict[str, np.ndarray]]:
-    """The held-out batches, the same at every evaluation; empty if nothing is held out."""
+def open_held_out(
+    config: ml_collections.ConfigDict, feeds: Feeds, *, rows: range, blocks: range
+) -> list[dict[str, np.ndarray]]:
+    """The held-out batches, the same at every evaluation; empty if nothing is to be held out."""
     if not has_held_out(config):
         return []
-    reader = BatchReader(config, split="heldout", rows=rows)
+    reader = BatchReader(config, feeds, split="heldout", rows=rows, blocks=blocks)
     return list(read_ahead(reader, start=0, stop=config.evaluation.batches))
 
 

@@ -9,17 +9,19 @@ from hypothesis import strategies as st
 
 from elastictok_jax.config import override, resolve
 from elastictok_jax.data import media
-from elastictok_jax.data.sources import EMBEDDED, held_out, list_media, open_source
+from elastictok_jax.data.sources import EMBEDDED, held_out, list_media, name_place, open_feeds
+from elastictok_jax.data.synthetic import SyntheticSource
 from elastictok_jax.errors import UsageError
 from elastictok_jax.registry import get_experiment
 
 NAMES = st.lists(st.text("abcdef/.", min_size=1, max_size=12), min_size=1, max_size=40, unique=True)
 FRACTIONS = st.floats(0.0, 0.99)
+KIND = "data.sources.main.kind"
 
 
 def config_for(source, **overrides):
     config = get_experiment("quickstart")
-    override(config, {"data.source": str(source)} | overrides)
+    override(config, {"data.sources.main.path": str(source)} | overrides)
     return resolve(config)
 
 
@@ -27,14 +29,22 @@ def picture(seed: int) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (16, 24, 3), dtype=np.uint8)
 
 
+def places(names) -> np.ndarray:
+    return np.array([name_place(name) for name in names], np.uint64)
+
+
+def names_of(feeds) -> list[str]:
+    return [feed.source.name(item) for feed in feeds for item in feed.items]
+
+
 @given(NAMES, FRACTIONS)
 def test_something_is_left_to_train_on_and_something_to_hold_out(names, fraction):
-    apart = held_out(names, fraction=fraction)
-    assert apart <= set(names)
-    assert len(apart) < len(names)
+    apart = held_out(places(names), fraction=fraction)
+    assert apart.sum() < len(names)
     if fraction > 0 and len(names) > 1:
-        assert apart
-    assert apart == held_out(list(reversed(names)), fraction=fraction)
+        assert apart.any()
+    backwards = held_out(places(reversed(names)), fraction=fraction)
+    assert (apart == backwards[::-1]).all()
 
 
 @given(NAMES, NAMES, st.floats(0.05, 0.95))
@@ -42,84 +52,130 @@ def test_split_of_a_file_does_not_change_when_files_are_added(names, more, fract
     def share(name):  # documented: a hash of the name, nothing else
         return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
 
-    before = held_out(names, fraction=fraction)
-    after = held_out(list({*names, *more}), fraction=fraction)
-    low = {name for name in names if share(name) < fraction}
-    if 0 < len(low) < len(names):
-        assert before == low
-        assert after & set(names) == before
+    everything = [*names, *(name for name in more if name not in names)]
+    before = held_out(places(names), fraction=fraction)
+    after = held_out(places(everything), fraction=fraction)
+    low = np.array([share(name) < fraction for name in names])
+    if low.any() and not low.all():
+        assert (before == low).all()
+        assert (after[: len(names)] == before).all()
+
+
+def test_clips_of_one_original_stay_together():
+    rng = np.random.default_rng(0)
+    originals = rng.integers(0, 40, 500)
+    apart = held_out(places([f"{n}.mp4" for n in originals]), fraction=0.3)
+    for original in range(40):
+        assert len(set(apart[originals == original])) == 1
+    assert held_out(places(["a", "a"]), fraction=0.5).sum() == 0  # one original cannot be split
 
 
 def test_share_that_is_held_out():
-    names = [f"clip_{number:04}.mp4" for number in range(2000)]
+    names = places([f"clip_{number:04}.mp4" for number in range(2000)])
     for fraction in (0.05, 0.1, 0.5):
-        assert len(held_out(names, fraction=fraction)) / 2000 == pytest.approx(fraction, abs=0.03)
-    assert held_out(names, fraction=0.05) < held_out(names, fraction=0.5)
+        assert held_out(names, fraction=fraction).mean() == pytest.approx(fraction, abs=0.03)
+    few, more = (held_out(names, fraction=fraction) for fraction in (0.05, 0.5))
+    assert (more | ~few).all() and few.sum() < more.sum()
 
 
 def test_folder_is_split_and_stays_split(tmp_path):
+    (tmp_path / "deep" / "down").mkdir(parents=True)
     for number in range(12):
-        (tmp_path / "deep" / "down").mkdir(parents=True, exist_ok=True)
         media.write_image(tmp_path / "deep" / "down" / f"{number}.png", picture(number))
     (tmp_path / "notes.txt").write_text("no media")
     (tmp_path / ".hidden.png").write_bytes(b"not looked at")
     config = config_for(tmp_path, **{"data.eval_fraction": 0.3})
-
-    def paths(split):
-        source = open_source(config, split=split)
-        assert not source.videos
-        return [info.path for info in source.images]
-
-    train, heldout = paths("train"), paths("heldout")
-    assert train and heldout
-    assert not set(train) & set(heldout)
-    files = [str(path) for path in sorted((tmp_path / "deep" / "down").iterdir())]
-    assert sorted(train + heldout) == files
-    assert train == sorted(train)
-
-    for number in range(12, 20):
-        media.write_image(tmp_path / f"{number}.png", picture(number))
-    assert set(train) <= set(paths("train"))
-    assert set(heldout) <= set(paths("heldout"))
+    feeds = open_feeds(config)
+    train, heldout = names_of(feeds.train), names_of(feeds.heldout)
+    assert train and heldout and not set(train) & set(heldout)
+    assert sorted(train + heldout) == sorted(f"deep/down/{number}.png" for number in range(12))
+    again = open_feeds(config)
+    assert names_of(again.heldout) == heldout and again.fingerprint() == feeds.fingerprint()
+    media.write_image(tmp_path / "another.png", picture(99))
+    more = open_feeds(config)
+    assert set(heldout) <= set(names_of(more.heldout))
+    assert more.fingerprint() != feeds.fingerprint()
 
 
-def test_split_does_not_depend_on_where_the_folder_lies(tmp_path):
+def test_the_same_files_elsewhere_are_split_alike(tmp_path):
     splits = []
-    for folder in (tmp_path / "a", tmp_path / "elsewhere" / "b"):
-        folder.mkdir(parents=True)
+    for folder in (tmp_path / "here", tmp_path / "there"):
+        folder.mkdir()
         for number in range(8):
             media.write_image(folder / f"{number}.png", picture(number))
-        source = open_source(config_for(folder, **{"data.eval_fraction": 0.4}), split="heldout")
-        splits.append([info.path.removeprefix(str(folder)) for info in source.images])
-    assert splits[0] == splits[1] != []
+        feeds = open_feeds(config_for(folder, **{"data.eval_fraction": 0.4}))
+        splits.append((names_of(feeds.heldout), feeds.fingerprint()))
+    assert splits[0] == splits[1] and splits[0][0]
+
+
+def test_glob_and_kind(tmp_path):
+    for name in ("a/one.PNG", "a/two.png", "b/three.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        media.write_image(tmp_path / name, picture(1))
+    frames = np.stack([picture(n) for n in range(9)])
+    media.write_video(tmp_path / "a" / "clip.mp4", frames, fps=10)
+    plain = {"data.eval_fraction": 0.0}
+    feeds = open_feeds(config_for(f"{tmp_path}/*/*.[pP][nN][gG]", **plain))
+    assert names_of(feeds.train) == ["a/one.PNG", "a/two.png", "b/three.png"]
+    for kind, names in (("video", ["a/clip.mp4"]), ("any", 4), ("image", 3)):
+        found = names_of(open_feeds(config_for(tmp_path, **plain | {KIND: kind})).train)
+        assert found == names or len(found) == names
+    with pytest.raises(UsageError, match=r"source main .* has no video: .*main\.weight=0"):
+        open_feeds(config_for(tmp_path / "b", **plain | {KIND: "video"}))
 
 
 def test_embedded_splits_share_no_file_and_no_frame():
-    files = {split: list_media(EMBEDDED / split) for split in ("train", "heldout")}
-    assert all(files.values())
-    frames = {}
-    for split, paths in files.items():
+    contents, frames, names = {}, {}, {}
+    for split in ("train", "heldout"):
+        _, paths = list_media(EMBEDDED / split)
+        assert paths
         frames[split] = set()
         for path in paths:
             pixels = media.read_frames(path)
             frames[split] |= {hashlib.sha256(frame.tobytes()).digest() for frame in pixels}
-    contents = {
-        split: {hashlib.sha256(path.read_bytes()).digest() for path in paths}
-        for split, paths in files.items()
-    }
-    names = {split: {path.name for path in paths} for split, paths in files.items()}
+        contents[split] = {hashlib.sha256(path.read_bytes()).digest() for path in paths}
+        names[split] = {path.name for path in paths}
+        (feed,) = open_feeds(config_for("embedded")).split(split)
+        assert {feed.source.name(item) for item in feed.items} == {
+            f"{split}/{name}" for name in names[split]
+        }
+        assert {False, True} == set(feed.source.is_video[feed.items])
     for parts in (contents, frames, names):
         assert not parts["train"] & parts["heldout"]
-    # Both kinds of clips are in both splits, and nothing in the folder is left out.
-    for split, paths in files.items():
-        source = open_source(config_for("embedded"), split=split)
-        assert source.images and source.videos
-        assert len(source.images) + len(source.videos) == len(paths)
 
 
 def test_nothing_to_read_is_said(tmp_path):
     with pytest.raises(UsageError, match=r"data folder .*missing does not exist: give a folder"):
         list_media(tmp_path / "missing")
     (tmp_path / "a.txt").write_text("")
-    with pytest.raises(UsageError, match=r"holds no image or video: put files there .*\.mp4"):
-        list_media(tmp_path)
+    for path in (tmp_path, tmp_path / "*.mp4"):
+        with pytest.raises(UsageError, match=r"holds no image or video: put files there .*\.mp4"):
+            list_media(path)
+    with pytest.raises(UsageError, match="heldout_split is for TFDS"):
+        open_feeds(config_for("synthetic", **{"data.sources.main.heldout_split": "test"}))
+
+
+def test_damaged_files_are_left_out_up_to_a_share(tmp_path):
+    for number in range(9):
+        media.write_image(tmp_path / f"{number}.png", picture(number))
+    (tmp_path / "bad.png").write_bytes(b"\x89PNG\r\n\x1a\n damaged")
+    feeds = open_feeds(config_for(tmp_path))
+    (message,) = feeds.damaged
+    assert "bad.png" in message
+    assert len(names_of(feeds.train + feeds.heldout)) == 9
+    (tmp_path / "worse.png").write_bytes(b"")
+    with pytest.raises(UsageError, match=r"2 of 11 files cannot be used, more than data\.max_bad"):
+        open_feeds(config_for(tmp_path))
+    open_feeds(config_for(tmp_path, **{"data.max_bad_fraction": 0.2}))
+
+
+def test_synthetic_items_are_functions_of_their_number():
+    source, again = SyntheticSource(), SyntheticSource()
+    assert {False, True} == set(source.is_video)
+    assert (source.frames[~source.is_video] == 1).all() and (source.frames >= 1).all()
+    item = int(np.flatnonzero(source.frames > 20)[0])
+    frames = source.read(item, np.arange(20), side=16)
+    assert frames.shape[:2] == (20, 16) and frames.dtype == np.uint8
+    assert (frames[[3, 17]] == again.read(item, np.array([3, 17]), side=16)).all()
+    assert (frames[0] != frames[-1]).any()
+    assert (frames != source.read(item + 1, np.zeros(1, int), side=16)).any()

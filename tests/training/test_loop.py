@@ -158,7 +158,7 @@ def test_keeps_the_newest_and_the_best(workdir):
 
 
 def test_runs_with_nothing_held_out(tmp_path):
-    options = {"data.source": str(EMBEDDED / "train"), "data.eval_fraction": 0.0}
+    options = {"data.sources.main.path": str(EMBEDDED / "train"), "data.eval_fraction": 0.0}
     assert train(tiny(options), workdir=tmp_path / "run")
     assert checkpoint_steps(tmp_path / "run") == [4, 6]
     lines = read_metrics(tmp_path / "run" / "metrics.jsonl")

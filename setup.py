@@ -12,6 +12,8 @@ VERSION = re.search(
 EXTRAS = {
     "tpu": ["jax[tpu]>=0.10"],
     "cuda": ["jax[cuda12]>=0.10"],
+    "gcs": ["gcsfs"],
+    "s3": ["s3fs"],
     "tensorboard": ["tensorboardX>=2.6"],
     "wandb": ["wandb>=0.17"],
     "dev": [
@@ -44,6 +46,7 @@ setup(
         "av>=14",
         "einops>=0.8",
         "flax>=0.12",
+        "fsspec",
         "grain>=0.2.18",
         "jax>=0.10",
         "matplotlib>=3.8",

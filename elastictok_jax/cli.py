@@ -3,6 +3,7 @@
 import argparse
 import json
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,30 @@ def build_parser() -> argparse.ArgumentParser:
     reconstruct.add_argument("--json", action="store_true", help="print the results")
     reconstruct.set_defaults(run=run_reconstruct)
 
+    prepare = verbs.add_parser(
+        "prepare",
+        help="make a data set to train on from images and videos; run again to resume",
+    )
+    prepare.add_argument(
+        "inputs",
+        nargs="+",
+        metavar="INPUT",
+        help="a folder, file, glob, gs:// or s3:// URL, or another TFDS data set",
+    )
+    prepare.add_argument("-o", "--output", type=Path, required=True, help="the data set's folder")
+    prepare.add_argument("--resolution", type=int, default=256, help="shortest side; 0 keeps it")
+    prepare.add_argument("--crf", type=int, default=18, help="x264 quality, lower is better")
+    prepare.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes")
+    prepare.add_argument("--shard", default="0/1", help="i/n: the part of machine i of n")
+    prepare.add_argument("--shard-mib", type=int, default=256, help="originals in one shard")
+    prepare.add_argument("--scene-cuts", action="store_true", help="cut videos where scenes change")
+    prepare.add_argument("--max-pixels", type=int, default=2**26, help="of a frame")
+    prepare.add_argument("--max-frames", type=int, default=2**21, help="of a video")
+    prepare.add_argument("--max-seconds", type=float, default=86400.0, help="of a video")
+    prepare.add_argument("--timeout", type=float, default=3600.0, help="seconds for one original")
+    prepare.add_argument("--json", action="store_true", help="print report.json")
+    prepare.set_defaults(run=run_prepare)
+
     published = verbs.add_parser("import-published", help="import published ElasticTok weights")
     published.add_argument("file", type=Path, help="streaming_params or streaming_train_state")
     published.add_argument("--config", type=Path, required=True, help="the model's settings, JSON")
@@ -150,6 +175,39 @@ def run_reconstruct(args: argparse.Namespace, overrides: dict[str, str]) -> None
         max_frames=args.max_frames,
     )
     print_results(results, args)
+
+
+def run_prepare(args: argparse.Namespace, overrides: dict[str, str]) -> None:
+    from elastictok_jax.data.media import Limits
+    from elastictok_jax.data.prepare import prepare, summary
+    from elastictok_jax.data.transcode import Settings
+
+    index, _, machines = args.shard.partition("/")
+    if not (index.isdigit() and machines.isdigit() and int(index) < int(machines)):
+        raise UsageError(f"--shard {args.shard}: write i/n with 0 <= i < n, e.g. 0/4")
+    positive = ("jobs", "shard_mib", "max_pixels", "max_frames", "max_seconds", "timeout")
+    for name in positive:
+        if not getattr(args, name) > 0:
+            raise UsageError(f"--{name.replace('_', '-')} must be greater than 0")
+    if args.resolution < 0 or not 0 <= args.crf <= 51:
+        raise UsageError("--resolution must be 0 or more, and --crf in [0, 51]")
+    report = prepare(
+        args.inputs,
+        output=args.output,
+        settings=Settings(
+            resolution=args.resolution,
+            crf=args.crf,
+            scene_cuts=args.scene_cuts,
+            limits=Limits(args.max_pixels, args.max_frames, args.max_seconds),
+        ),
+        jobs=args.jobs,
+        machine=(int(index), int(machines)),
+        shard_mib=args.shard_mib,
+        timeout=args.timeout,
+    )
+    if "plan" in report:
+        print(summary(report), file=sys.stderr)
+    print_results(report, args)
 
 
 def run_import_published(args: argparse.Namespace, overrides: dict[str, str]) -> None:

@@ -221,10 +221,23 @@ class RecordSource:
             return _text(record["source"]) + (f"@{start}" if start else "")
         return f"{self._feature}/{item}"
 
+    def encoded_image(self, item: int) -> bytes:
+        """The file of an item that is an image."""
+        return self._record(int(self._first[item]))[self._feature or "data"]
+
     def read(self, item: int, indices: np.ndarray, *, side: int) -> np.ndarray:
+        return resize_shortest(self._read_stored(item, indices), side=side)
+
+    def read_at_most(self, item: int, indices: np.ndarray, *, side: int) -> np.ndarray:
+        """`read`, but never enlarged; 0 for the stored size."""
+        frames = self._read_stored(item, indices)
+        stored = min(frames.shape[1:3])
+        return resize_shortest(frames, side=min(side or stored, stored))
+
+    def _read_stored(self, item: int, indices: np.ndarray) -> np.ndarray:
         first = int(self._first[item])
         if self._feature:
-            return self._read_pictures(item, first, indices, side=side)
+            return self._read_pictures(first, indices)
         height, width = (int(edge) for edge in self._sizes[item])
         if not self.is_video[item]:
             frames = decode_image(self._record(first)["data"], name=self._where(first))[None]
@@ -239,7 +252,7 @@ class RecordSource:
             frames = pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
         if frames.shape[1] < height or frames.shape[2] < width:
             raise MediaError(f"{self._where(first)}: its size is not as the index says")
-        return resize_shortest(frames[:, :height, :width], side=side)
+        return frames[:, :height, :width]
 
     def _video(self, number: int) -> StoredVideo:
         def load() -> StoredVideo:
@@ -247,13 +260,13 @@ class RecordSource:
 
         return self._videos.open(number, load)
 
-    def _read_pictures(self, item: int, first: int, indices: np.ndarray, *, side: int):
+    def _read_pictures(self, first: int, indices: np.ndarray) -> np.ndarray:
         value = self._record(first)[self._feature]
         pictures = [value[int(index)] for index in indices] if self._is_sequence else [value]
         frames = [decode_image(data, name=self._where(first)) for data in pictures]
         if len({frame.shape for frame in frames}) > 1:
             raise MediaError(f"{self._where(first)}: the frame size changes")
-        return resize_shortest(np.stack(frames), side=side)
+        return np.stack(frames)
 
     def _where(self, number: int) -> str:
         return f"{self._directory} {self._split} record {number}"

@@ -1,0 +1,146 @@
+"""What `elastictok prepare` is to do: its inputs, dealt to shards, the same on every machine."""
+
+import dataclasses
+import glob
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from elastictok_jax.data import media
+from elastictok_jax.data.records import PART_FRAMES, RecordSource, is_record_dataset
+from elastictok_jax.data.sources import list_media
+from elastictok_jax.data.transcode import Settings, open_file_system
+from elastictok_jax.errors import UsageError
+
+ITEMS_AT_ONCE = 256  # of another data set, in one entry
+PLAN_VERSION = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One original: a file, or a URL, or items [start, stop) of a TFDS data set at `path`.
+
+    Attributes:
+      name: unique; relative to its input, so that it is the same wherever that lies.
+      size: bytes, or what they are guessed to be.
+    """
+
+    kind: str
+    path: str
+    name: str
+    size: int
+    start: int = 0
+    stop: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Entries by shard, and what the result hangs on."""
+
+    shards: list[list[Entry]]
+    settings: Settings
+    shard_mib: int
+
+    def identity(self) -> dict[str, Any]:
+        """What must be equal for a run to go on with what another has begun."""
+        entries = sorted((e.name, e.size) for shard in self.shards for e in shard)
+        digest = hashlib.sha256(json.dumps(entries).encode()).hexdigest()
+        options = dataclasses.asdict(self.settings)
+        limits = options.pop("limits")
+        return {
+            "plan_version": PLAN_VERSION,
+            "inputs": len(entries),
+            "inputs_digest": digest,
+            "part_frames": PART_FRAMES,
+            "shard_mib": self.shard_mib,
+            **options,
+            **{f"max_{name}": value for name, value in limits.items()},
+        }
+
+
+def make_plan(inputs: list[str], *, settings: Settings, shard_mib: int) -> Plan:
+    """Lists `inputs` and deals what they hold to shards of about `shard_mib` of originals.
+
+    Raises:
+      UsageError: if an input is missing, empty, or is named like another.
+    """
+    entries = [entry for text in inputs for entry in _entries(text, several=len(inputs) > 1)]
+    names: dict[str, str] = {}
+    for entry in entries:
+        if names.setdefault(entry.name, entry.path) != entry.path:
+            raise UsageError(
+                f"{names[entry.name]} and {entry.path} would both be called {entry.name}: give "
+                "the folder above them, or rename one"
+            )
+    unique = {entry.name: entry for entry in entries}
+    # By hash, so that a shard is a sample of everything.
+    order = sorted(unique.values(), key=lambda e: hashlib.sha256(e.name.encode()).digest())
+    total = sum(entry.size for entry in order)
+    count = max(1, min(len(order), -(-total // (shard_mib * 2**20))))
+    shards: list[list[Entry]] = [order[index::count] for index in range(count)]
+    return Plan(shards, settings, shard_mib)
+
+
+def _entries(text: str, *, several: bool) -> list[Entry]:
+    if "://" in text:
+        return _remote_entries(text)
+    path = Path(text)
+    if is_record_dataset(path):
+        return _dataset_entries(path)
+    if path.is_file():
+        media.media_kind(path)
+        return [Entry("file", text, path.name, path.stat().st_size)]
+    if not path.exists() and not glob.has_magic(text):
+        raise UsageError(f"input {text} does not exist: give a file, folder, glob or data set")
+    root, files = list_media(path)
+    prefix = f"{root.resolve().name}/" if several else ""
+    return [
+        Entry("file", str(file), prefix + file.relative_to(root).as_posix(), os.path.getsize(file))
+        for file in files
+    ]
+
+
+def _remote_entries(url: str) -> list[Entry]:
+    system, path = open_file_system(url)
+    try:
+        if glob.has_magic(path):
+            found = system.glob(path, detail=True)
+        else:
+            found = system.find(path, detail=True)
+    except Exception as error:  # each file system has its own
+        raise UsageError(f"input {url} cannot be listed: {error}") from error
+    suffixes = media.IMAGE_SUFFIXES | media.VIDEO_SUFFIXES
+    files = {
+        name: info
+        for name, info in found.items()
+        if info.get("type") == "file"
+        and Path(name).suffix.lower() in suffixes
+        and not any(part.startswith(".") for part in Path(name).parts)
+    }
+    if not files:
+        raise UsageError(f"input {url} holds no image or video")
+    parents = [os.path.dirname(name) for name in files]
+    root = os.path.commonpath(parents)
+    return [
+        Entry("url", system.unstrip_protocol(name), os.path.relpath(name, root), info["size"] or 0)
+        for name, info in sorted(files.items())
+    ]
+
+
+def _dataset_entries(path: Path) -> list[Entry]:
+    source = RecordSource(path, split="train")
+    items = len(source.frames)
+    size = sum(file.stat().st_size for file in path.glob("*.array_record*"))
+    return [
+        Entry(
+            "dataset",
+            str(path),
+            f"{path.resolve().name}/train/{start:09}",
+            size * (min(start + ITEMS_AT_ONCE, items) - start) // items,
+            start,
+            min(start + ITEMS_AT_ONCE, items),
+        )
+        for start in range(0, items, ITEMS_AT_ONCE)
+    ]

@@ -1,0 +1,34 @@
+"""Scene cuts: where one frame differs from the one before far more than frames just did."""
+
+import numpy as np
+from PIL import Image
+
+THUMBNAIL = (32, 18)
+LEAST_CHANGE = 18.0  # mean absolute difference of pixels, of 255
+LEAST_RATIO = 4.0  # over the mean of the last changes
+MEMORY = 8  # changes that the mean is over
+SHORTEST = 8  # frames of a stretch
+
+
+class SceneCuts:
+    """Fed frames in order, says where a new stretch begins."""
+
+    def __init__(self) -> None:
+        self._before: np.ndarray | None = None
+        self._changes: list[float] = []
+        self._length = 0
+
+    def is_cut(self, frame_HWC: np.ndarray) -> bool:
+        """Whether uint8 [H, W, 3] begins another scene than the frame given before it."""
+        small = Image.fromarray(frame_HWC).resize(THUMBNAIL, Image.Resampling.BOX)
+        pixels = np.asarray(small, np.float32)
+        before, self._before = self._before, pixels
+        self._length += 1
+        if before is None:
+            return False
+        change = float(np.abs(pixels - before).mean())
+        usual = float(np.mean(self._changes)) if self._changes else 0.0
+        cut = change > LEAST_CHANGE and change > LEAST_RATIO * usual and self._length > SHORTEST
+        self._changes = [] if cut else [*self._changes[-MEMORY + 1 :], change]
+        self._length = 1 if cut else self._length
+        return cut

@@ -18,6 +18,7 @@ EXTRAS = {
     "wandb": ["wandb>=0.17"],
     "dev": [
         "hypothesis>=6.100",
+        "importlib_resources",  # tfds needs it to define a builder, and does not say so
         "mypy>=1.10",
         "psutil>=5.9",
         "pytest>=8",

@@ -103,7 +103,7 @@ def build_parser() -> argparse.ArgumentParser:
     prepare.add_argument("--crf", type=int, default=18, help="x264 quality, lower is better")
     prepare.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes")
     prepare.add_argument("--shard", default="0/1", help="i/n: the part of machine i of n")
-    prepare.add_argument("--shard-mib", type=int, default=256, help="originals in one shard")
+    prepare.add_argument("--shard-mib", type=float, default=256, help="originals in one shard")
     prepare.add_argument("--scene-cuts", action="store_true", help="cut videos where scenes change")
     prepare.add_argument("--max-pixels", type=int, default=2**26, help="of a frame")
     prepare.add_argument("--max-frames", type=int, default=2**21, help="of a video")

@@ -36,7 +36,7 @@ def prepare(
     settings: Settings,
     jobs: int,
     machine: tuple[int, int] = (0, 1),
-    shard_mib: int = 256,
+    shard_mib: float = 256,
     timeout: float = 3600.0,
 ) -> dict[str, Any]:
     """Makes what is missing of the data set in `output`; returns the content of its report.json,
@@ -168,13 +168,14 @@ class _Supervisor:
                     self._bar.update(job.entry is not None)
                     job.entry, job.since = value, time.monotonic()
         except EOFError:
-            pass  # it has ended
+            job.ended = True
         if job.finished:
             job.process.join()
             self._bar.update()
             del self._running[shard]
             self._say(f"shard {shard + 1} of {len(self._plan.shards)} is done")
-        elif not job.process.is_alive() and not job.pipe.poll():
+        elif job.ended:
+            job.process.join()
             self._give_up(shard, job, f"crashed its process (exit code {job.process.exitcode})")
         elif job.entry is not None and time.monotonic() - job.since > self._timeout:
             job.process.kill()
@@ -210,7 +211,7 @@ class _Job:
     def __init__(self, process, pipe) -> None:
         self.process, self.pipe = process, pipe
         self.entry: str | None = None
-        self.since, self.finished = 0.0, False
+        self.since, self.finished, self.ended = 0.0, False, False
 
 
 def _finish(output: Path, plan: Plan, identity: dict[str, Any]) -> dict[str, Any]:

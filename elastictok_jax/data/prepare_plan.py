@@ -4,6 +4,7 @@ import dataclasses
 import glob
 import hashlib
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,7 @@ class Plan:
 
     shards: list[list[Entry]]
     settings: Settings
-    shard_mib: int
+    shard_mib: float
 
     def identity(self) -> dict[str, Any]:
         """What must be equal for a run to go on with what another has begun."""
@@ -60,7 +61,7 @@ class Plan:
         }
 
 
-def make_plan(inputs: list[str], *, settings: Settings, shard_mib: int) -> Plan:
+def make_plan(inputs: list[str], *, settings: Settings, shard_mib: float) -> Plan:
     """Lists `inputs` and deals what they hold to shards of about `shard_mib` of originals.
 
     Raises:
@@ -78,7 +79,7 @@ def make_plan(inputs: list[str], *, settings: Settings, shard_mib: int) -> Plan:
     # By hash, so that a shard is a sample of everything.
     order = sorted(unique.values(), key=lambda e: hashlib.sha256(e.name.encode()).digest())
     total = sum(entry.size for entry in order)
-    count = max(1, min(len(order), -(-total // (shard_mib * 2**20))))
+    count = max(1, min(len(order), math.ceil(total / (shard_mib * 2**20))))
     shards: list[list[Entry]] = [order[index::count] for index in range(count)]
     return Plan(shards, settings, shard_mib)
 

@@ -7,6 +7,7 @@ No TensorFlow is needed to write or read any of it.
 """
 
 import hashlib
+import json
 import os
 import threading
 from pathlib import Path
@@ -25,7 +26,7 @@ from elastictok_jax.errors import UsageError
 PART_FRAMES = 512  # bounds what one random read has to load
 DATASET, SPLIT = "media", "train"
 INDEX = "index.safetensors"
-INDEX_VERSION = "1"
+INDEX_VERSION = 1
 INDEX_COLUMNS = {
     "is_video": np.uint8,
     "frames": np.uint32,  # in the record
@@ -76,7 +77,8 @@ class RecordWriter:
 
     def write(self, record: dict[str, Any], *, place: int) -> None:
         """One record with the fields of `features`; `place` is that of its original."""
-        encoded = self._serializer.serialize_example(self._features.encode_example(record))
+        example = self._serializer.get_tf_example(self._features.encode_example(record))
+        encoded = example.SerializeToString(deterministic=True)  # a map's order is chance
         self._writer.write(encoded)
         self.bytes += len(encoded)
         row = {name: record[name] for name in self.columns if name in record}
@@ -111,7 +113,8 @@ def write_metadata(
     )
     info.set_splits(tfds.core.splits.SplitDict([split]))
     arrays = {name: np.array(columns[name], kind) for name, kind in INDEX_COLUMNS.items()}
-    metadata = {"version": INDEX_VERSION, "part_frames": str(PART_FRAMES)}
+    # One entry, as safetensors writes several in an order of chance.
+    metadata = {"layout": json.dumps({"version": INDEX_VERSION, "part_frames": PART_FRAMES})}
     temporary = directory / ".index.tmp"
     temporary.write_bytes(save(arrays, metadata))
     os.replace(temporary, directory / INDEX)
@@ -159,18 +162,18 @@ class RecordSource:
         path = Path(self._directory) / INDEX
         try:
             with safe_open(path, framework="numpy") as file:
-                metadata = file.metadata() or {}
+                layout = json.loads((file.metadata() or {}).get("layout", "{}"))
                 columns = {name: file.get_tensor(name) for name in INDEX_COLUMNS}
-        except (OSError, SafetensorError) as error:
+        except (OSError, ValueError, SafetensorError) as error:
             raise UsageError(
                 f"{path} is damaged ({_one_line(error)}): prepare the data set again"
             ) from error
-        if metadata.get("version") != INDEX_VERSION:
+        if layout.get("version") != INDEX_VERSION:
             raise UsageError(
-                f"{path} is of version {metadata.get('version')}, this program reads version "
+                f"{path} is of version {layout.get('version')}, this program reads version "
                 f"{INDEX_VERSION}: prepare the data set again"
             )
-        self._part_frames = int(metadata["part_frames"])
+        self._part_frames = int(layout["part_frames"])
         chosen = _records_of(splits[self._split], shard_lengths=splits[SPLIT].shard_lengths)
         columns = {name: column[chosen] for name, column in columns.items()}
         if len(columns["part"]) != count:
@@ -236,6 +239,11 @@ class RecordSource:
 
     def _read_stored(self, item: int, indices: np.ndarray) -> np.ndarray:
         first = int(self._first[item])
+        if not 0 <= indices[0] <= indices[-1] < self.frames[item]:
+            raise MediaError(
+                f"{self._where(first)}: frames {indices[0]} to {indices[-1]} asked for, of "
+                f"{self.frames[item]}"
+            )
         if self._feature:
             return self._read_pictures(first, indices)
         height, width = (int(edge) for edge in self._sizes[item])
@@ -290,7 +298,7 @@ class RecordSource:
         builder = tfds.builder_from_directory(self._directory)
         decoders = {}
         if self._feature:
-            decoders = {self._feature: tfds.decode.SkipDecoding()}
+            decoders = {self._feature: _Encoded()}
         return builder.as_data_source(self._split, decoders=decoders or None)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -301,6 +309,13 @@ class RecordSource:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._local = threading.local()
+
+
+class _Encoded(tfds.decode.SkipDecoding):
+    """Leaves pictures as they are stored, also in sequences, which tfds forgot."""
+
+    def decode_batch_example_np(self, serialized_example):
+        return serialized_example
 
 
 def _records_of(split_info, *, shard_lengths: list[int]) -> np.ndarray:

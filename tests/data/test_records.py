@@ -144,8 +144,10 @@ def test_frames_are_exact_across_parts(tmp_path, monkeypatch):
     # A slice of the split that begins within an item leaves the rest of that item out.
     part = RecordSource(tmp_path, split="train[1:]")
     assert part.name(0) == names[1]
-    assert (part.read(0, np.arange(15, 30), side=64) == RecordSource(tmp_path, split="train").read(
-        1, np.arange(15, 30), side=64)).all()
+    assert (
+        part.read(0, np.arange(15, 30), side=64)
+        == RecordSource(tmp_path, split="train").read(1, np.arange(15, 30), side=64)
+    ).all()
 
 
 @pytest.mark.slow
@@ -182,7 +184,7 @@ def stored_clip() -> bytes:
 def test_damaged_records_are_said(prepared):
     source = RecordSource(prepared, split="train")
     item = int(np.flatnonzero(source.is_video)[0])
-    with pytest.raises(MediaError, match=r"record \d+: damaged: frames 5 to 9999 asked for"):
+    with pytest.raises(MediaError, match=r"record \d+: frames 5 to 9999 asked for, of \d+"):
         source.read(item, np.array([5, 9999]), side=64)
     for cut in (0, 10, 2000):
         with pytest.raises(MediaError, match="clip: damaged"):
@@ -210,7 +212,7 @@ def test_a_truncated_shard_gives_an_error_and_no_wrong_frames(prepared, tmp_path
 def test_bad_data_sets_are_said(prepared, tmp_path):
     import shutil
 
-    with pytest.raises(UsageError, match="split test cannot be read .*its splits are train"):
+    with pytest.raises(UsageError, match=r"split test cannot be read .*its splits are train"):
         RecordSource(prepared, split="test")
     shutil.copytree(prepared, tmp_path / "set")
     (tmp_path / "set" / records.INDEX).write_bytes(b"\x08\x00\x00\x00\x00\x00\x00\x00garbage!")
@@ -242,7 +244,9 @@ class Pictures(tfds.core.GeneratorBasedBuilder):
         feature = tfds.features.Sequence(image) if self.sequences else image
         return tfds.core.DatasetInfo(
             builder=self,
-            features=tfds.features.FeaturesDict({"label": tfds.features.Scalar(np.int64), "x": feature}),
+            features=tfds.features.FeaturesDict(
+                {"label": tfds.features.Scalar(np.int64), "x": feature}
+            ),
         )
 
     def _split_generators(self, dl_manager):

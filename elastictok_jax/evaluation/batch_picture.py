@@ -1,0 +1,236 @@
+"""`elastictok inspect-data`: a picture of one batch, with its clips and what each block keeps.
+
+Everything is placed in pixels of the picture. Dimension key: n blocks shown, N blocks of a row,
+L tokens a block, F frames of a block that are shown, H height, W width.
+"""
+
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import ml_collections
+import numpy as np
+from matplotlib.patches import Rectangle
+from PIL import Image
+
+from elastictok_jax.config import block_tokens, resolve
+from elastictok_jax.data.pipeline import BatchReader
+from elastictok_jax.data.sources import open_feeds
+from elastictok_jax.errors import UsageError
+from elastictok_jax.evaluation.batch_contents import (
+    Row,
+    batch_lengths,
+    read_rows,
+    summarise_batch,
+)
+from elastictok_jax.evaluation.report import COLOURS
+
+MOST_ROWS = 64
+MOST_THUMBS = 20  # of a row
+THUMB = 96  # pixels
+MARGIN, HEAD, LABEL, BAR, NUMBER, GAP = 110, 52, 30, 36, 14, 22  # pixels
+LEAST_WIDTH = 900
+DPI = 100
+LETTER = 5.6  # pixels, of a label
+REPLACED = "#c00000"
+
+
+def inspect_data(
+    config: ml_collections.ConfigDict, *, output: Path, split: str = "train", batch: int = 0
+) -> dict[str, Any]:
+    """Draws batch `batch` of a new run, counted from 0, as a PNG, and returns what is in it.
+
+    Raises:
+      UsageError: bad config, data, batch or output.
+    """
+    if batch < 0:
+        raise UsageError(f"--batch {batch}: batches count from 0")
+    if output.suffix.lower() != ".png" or not output.parent.is_dir():
+        raise UsageError(f"-o {output}: give a .png in a folder that exists")
+    config = resolve(config)
+    reader = BatchReader(config, open_feeds(config), split=split)
+    blocks = evenly(config.data.sequence_blocks, most=MOST_THUMBS)
+    frames = evenly(config.video.frames_per_block, most=MOST_THUMBS // len(blocks))
+    lengths_BN = batch_lengths(config, batch) if split == "train" else None
+    rows = read_rows(
+        reader,
+        batch,
+        blocks=blocks,
+        lengths_BN=lengths_BN,
+        shrink=lambda frames_nFHWC: thumbnails(frames_nFHWC[:, frames]),
+    )
+    draw_batch(output, rows, config=config, title=_title(config, split, batch), blocks=blocks)
+    return summarise_batch(config, rows, split=split, batch=batch)
+
+
+def evenly(count: int, *, most: int) -> np.ndarray:
+    """int64: up to `most` of 0, ..., count - 1, as even as can be, the first among them."""
+    shown = min(count, max(1, most))
+    return np.arange(shown) * count // shown
+
+
+def thumbnails(frames_nFHWC: np.ndarray) -> np.ndarray:
+    """uint8 [n, F, THUMB, THUMB, 3]."""
+    n, shown, *_ = frames_nFHWC.shape
+    small = np.empty((n, shown, THUMB, THUMB, 3), np.uint8)
+    for block, frame in np.ndindex(n, shown):
+        image = Image.fromarray(np.ascontiguousarray(frames_nFHWC[block, frame]))
+        small[block, frame] = np.asarray(image.resize((THUMB, THUMB), Image.Resampling.LANCZOS))
+    return small
+
+
+def _title(config: ml_collections.ConfigDict, split: str, batch: int) -> str:
+    data, video, masking = config.data, config.video, config.masking
+    per_block, side = block_tokens(config), config.video.resolution
+    use = f", training step {batch + 1} of a new run" if split == "train" else ""
+    bars = (
+        f"bars: tokens kept at that step ({masking.kind}, {masking.min_tokens} to {per_block})"
+        if split == "train"
+        else "no bars: lengths are drawn in training only"
+    )
+    return (
+        f"{config.name}: {split} batch {batch}{use}\n{data.batch_size} rows of "
+        f"{data.sequence_blocks} blocks; a block: {video.frames_per_block} frames of {side} x "
+        f"{side}, {per_block} tokens; {bars}"
+    )
+
+
+def draw_batch(
+    path: Path,
+    rows: list[Row],
+    *,
+    config: ml_collections.ConfigDict,
+    title: str,
+    blocks: np.ndarray,
+) -> None:
+    """Writes a PNG of `rows`, one below the other; `blocks` are those they have frames of."""
+    per_row, frames = config.data.sequence_blocks, rows[0].frames_nFHWC.shape[1]
+    notes = [
+        f"{shown} of {total} {what} shown"
+        for what, shown, total in (
+            ("rows", min(len(rows), MOST_ROWS), len(rows)),
+            ("blocks of each row", len(blocks), per_row),
+            ("frames of each block", frames, config.video.frames_per_block),
+        )
+        if shown < total
+    ]
+    rows = rows[:MOST_ROWS]
+    bar = BAR + NUMBER if rows[0].lengths_N is not None else 0
+    row_height = LABEL + THUMB + bar + GAP
+    width = max(LEAST_WIDTH, MARGIN + len(blocks) * frames * THUMB + 10)
+    height = HEAD + len(rows) * row_height + (16 if notes else 0)
+    figure = plt.figure(figsize=(width / DPI, height / DPI), dpi=DPI)
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.set(xlim=(0, width), ylim=(height, 0))
+    axes.axis("off")
+    axes.text(8, 8, title, fontsize=9, va="top", linespacing=1.4)
+    axes.text(8, height - 6, "; ".join(notes), fontsize=8, va="bottom", color="#555555")
+    for place, row in enumerate(rows):
+        top = HEAD + place * row_height
+        _draw_row(axes, row, top=top, blocks=blocks)
+        if row.lengths_N is not None:
+            _draw_lengths(
+                axes, row, top=top + LABEL + THUMB + 4, blocks=blocks, most=block_tokens(config)
+            )
+    figure.savefig(path, dpi=DPI)
+    plt.close(figure)
+
+
+def _colour(row: Row, block: int) -> str:
+    if block in row.replaced:
+        return REPLACED
+    return "#888888" if row.clip_N[block] < 0 else COLOURS[row.clip_N[block] % len(COLOURS)]
+
+
+def _draw_row(axes, row: Row, *, top: int, blocks: np.ndarray) -> None:
+    """Labels and thumbnails, a frame around each run of blocks of one segment."""
+    count, padding = len(row.segments_N), int((row.segments_N == 0).sum())
+    about = f"row {row.number}\n{len(row.clips)} clips"
+    about += f"\n{padding} padding" if padding else ""
+    about += f"\n{len(row.replaced)} replaced" if row.replaced else ""
+    axes.text(8, top + LABEL, about, fontsize=8, va="top", linespacing=1.4)
+    cell = row.frames_nFHWC.shape[1] * THUMB
+    cells = range(len(blocks))
+    for segment, group in groupby(cells, key=lambda place: row.segments_N[blocks[place]]):
+        run = list(group)
+        left, wide = MARGIN + run[0] * cell, len(run) * cell
+        first = int(blocks[run[0]])
+        colour = _colour(row, first)
+        letters = int(wide / LETTER)
+        for line, text in enumerate(_label(row, first)):
+            y = top + 2 + line * 13
+            axes.text(
+                left + 3, y, shorten(text, letters), fontsize=7.5, va="top", color=colour,
+                weight="bold" if line == 0 else "normal",
+            )  # fmt: skip
+        box = dict(xy=(left + 2, top + LABEL), width=wide - 4, height=THUMB, linewidth=3)
+        if segment == 0:
+            axes.add_patch(Rectangle(**box, facecolor="white", edgecolor="#888888", hatch="///"))
+            continue
+        for place in run:
+            for index, frame in enumerate(row.frames_nFHWC[place]):
+                x = MARGIN + place * cell + index * THUMB
+                extent = (x + 2, x + THUMB - 2, top + LABEL + THUMB, top + LABEL)
+                axes.imshow(frame, extent=extent, aspect="auto", interpolation="antialiased")
+        if first in row.replaced:
+            hatched = Rectangle(**(box | {"linewidth": 0}), fill=False, hatch="xx", alpha=0.5)
+            axes.add_patch(hatched)
+        axes.add_patch(Rectangle(**box, fill=False, edgecolor=colour))
+        if len(blocks) < count:
+            for place in run:
+                axes.text(
+                    MARGIN + place * cell + 6, top + LABEL + 5, f"block {blocks[place]}",
+                    fontsize=6.5, va="top", color="white",
+                    bbox=dict(facecolor="black", alpha=0.6, pad=1, linewidth=0),
+                )  # fmt: skip
+
+
+def _label(row: Row, block: int) -> tuple[str, str]:
+    """Source and blocks, and item, of what stands in a block."""
+    if row.segments_N[block] == 0:
+        return "padding", ""
+    clip, source, item = row.clips[row.clip_N[block]]
+    if block in row.replaced:
+        return f"{source}, replaced", item
+    last = clip.start + clip.blocks - 1
+    span = f"block {clip.start}" if clip.blocks == 1 else f"blocks {clip.start}-{last}"
+    return f"{source}, {span}", item
+
+
+def shorten(text: str, letters: int) -> str:
+    """`text` in at most `letters` letters, its middle left out."""
+    if len(text) <= letters:
+        return text
+    head = max(0, letters - 1) // 3
+    return text[:head] + "…" + text[len(text) - max(0, letters - 1 - head) :]
+
+
+def _draw_lengths(axes, row: Row, *, top: int, blocks: np.ndarray, most: int) -> None:
+    """A bar for every block of the row, also where only some have thumbnails."""
+    assert row.lengths_N is not None
+    count = len(row.lengths_N)
+    wide = len(blocks) * row.frames_nFHWC.shape[1] * THUMB / count
+    inset = 2 if wide > 12 else 0
+    clip_starts = np.flatnonzero(np.diff(row.segments_N, prepend=-1))
+    for block, length in enumerate(row.lengths_N):
+        left, tall = MARGIN + block * wide, BAR * length / most
+        box = (left + inset, top), wide - 2 * inset, BAR
+        if row.segments_N[block] == 0:
+            axes.add_patch(Rectangle(*box, facecolor="white", edgecolor="#888888", hatch="///"))
+            continue
+        axes.add_patch(Rectangle(*box, facecolor="#e8e8e8"))
+        axes.add_patch(
+            Rectangle((left + inset, top + BAR - tall), box[1], tall, facecolor=_colour(row, block))
+        )
+    for place, block in enumerate(blocks):
+        if row.segments_N[block]:
+            axes.text(
+                MARGIN + (place + 0.5) * wide * count / len(blocks), top + BAR + 1,
+                f"{row.lengths_N[block]}", fontsize=7, ha="center", va="top",
+            )  # fmt: skip
+    edges = MARGIN + clip_starts[1:] * wide
+    axes.vlines(edges, top - 2, top + BAR + 2, color="black", linewidth=1.2)

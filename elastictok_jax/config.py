@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -168,6 +169,11 @@ def block_tokens(config: ml_collections.ConfigDict) -> int:
     side = config.video.resolution
     patch = tuple(config.model.patch)
     return tokens_per_block(config.video.frames_per_block, side, side, patch=patch)
+
+
+def patch_values(config: ml_collections.ConfigDict) -> int:
+    """D, values a patch."""
+    return 3 * math.prod(config.model.patch)
 
 
 def sequence_tokens(config: ml_collections.ConfigDict) -> int:

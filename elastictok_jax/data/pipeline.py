@@ -15,12 +15,12 @@ import numpy as np
 from absl import flags
 from jax.sharding import NamedSharding
 
-from elastictok_jax.config import block_tokens, sequence_tokens
+from elastictok_jax.config import block_tokens, patch_values, sequence_tokens
 from elastictok_jax.data.clips import ClipReader
 from elastictok_jax.data.mixture import Mixture
 from elastictok_jax.data.sources import Feeds
 from elastictok_jax.errors import RunError, UsageError
-from elastictok_jax.models.patching import patchify
+from elastictok_jax.models.patching import patchify_into
 
 Batch = dict[str, np.ndarray]
 ON_DEVICE = 2  # batches that wait on the device, beside the one in use
@@ -66,27 +66,36 @@ class BatchReader:
         """This process's part of batch `index`: patches uint8 [b, s, D], segment_ids int32
         [b, s], and "faults", a list of messages, one for each block that had to be replaced."""
         first = self.first_row + index * self.config.data.batch_size
-        rows = [self.read_row(first + row) for row in self.rows]
-        batch: dict[str, Any] = {
-            key: np.stack([row[key] for row in rows]) for key in ("patches", "segment_ids")
+        tokens = len(self.blocks) * block_tokens(self.config)
+        patches = np.empty((len(self.rows), tokens, patch_values(self.config)), np.uint8)
+        rows = [
+            self.read_row(first + row, out=out) for row, out in zip(self.rows, patches, strict=True)
+        ]
+        return {
+            "patches": patches,
+            "segment_ids": np.stack([row["segment_ids"] for row in rows]),
+            "faults": "\n".join(fault for row in rows for fault in row["faults"]),
         }
-        batch["faults"] = "\n".join(fault for row in rows for fault in row["faults"])
-        return batch
 
-    def read_row(self, row: int) -> dict[str, Any]:
-        """Global row `row`: patches uint8 [s, D], segment_ids int32 [s], and "faults"."""
+    def read_row(self, row: int, *, out: np.ndarray | None = None) -> dict[str, Any]:
+        """Global row `row`: patches uint8 [s, D] (in `out`, if given), segment_ids int32 [s], and
+        "faults"."""
         config = self.config
         clips = self.mixture.row(row)
         per_block = block_tokens(config)
         patch, frames = tuple(config.model.patch), config.video.frames_per_block
-        patches, segments, faults = [], [], []
+        if out is None:
+            out = np.empty((len(self.blocks) * per_block, patch_values(config)), np.uint8)
+        segments: list[np.ndarray] = []
+        faults: list[str] = []
         first = 0  # block of the row where the clip begins
         for number, clip in enumerate(clips, start=1):
             start, stop = max(first, self.blocks.start), min(first + clip.blocks, self.blocks.stop)
             if start < stop:
                 shift = clip.start - first
                 blocks = self.clips.read(clip, start + shift, stop + shift)
-                patches.append(patchify(blocks.frames, patch=patch, frames_per_block=frames))
+                tokens = slice(*((b - self.blocks.start) * per_block for b in (start, stop)))
+                patchify_into(out[tokens], blocks.frames, patch=patch, frames_per_block=frames)
                 ids = np.full(stop - start, number, np.int32)
                 for block, fault in blocks.faults.items():
                     at = block - shift
@@ -95,7 +104,7 @@ class BatchReader:
                 segments.append(ids)
             first += clip.blocks
         return {
-            "patches": np.concatenate(patches),
+            "patches": out,
             "segment_ids": np.repeat(np.concatenate(segments), per_block),
             "faults": faults,
         }

@@ -33,6 +33,22 @@ def patchify(video: np.ndarray, *, patch: tuple[int, int, int], frames_per_block
     return rearrange(video, PATCHES, t=frames_per_block // pt, pt=pt, ph=ph, pw=pw)
 
 
+def patchify_into(
+    out_SD: np.ndarray, video: np.ndarray, *, patch: tuple[int, int, int], frames_per_block: int
+) -> None:
+    """`patchify` of uint8 [T, H, W, 3] on the host, written into contiguous uint8 [S, D].
+
+    A patch's rows of pixels are moved whole: several times faster than byte by byte.
+    """
+    pt, ph, pw = patch
+    frames, height, width, _ = video.shape
+    run = np.dtype((np.void, 3 * pw))
+    runs_THW = video.reshape(frames, height, -1).view(run)  # copies only what is flipped
+    t, h, w = frames_per_block // pt, height // ph, width // pw
+    runs = rearrange(runs_THW, "(n t pt) (h ph) w -> n t h w pt ph", t=t, pt=pt, h=h, ph=ph)
+    out_SD.view(run).reshape(-1, t, h, w, pt, ph)[...] = runs
+
+
 def unpatchify(
     patches, *, patch: tuple[int, int, int], frames_per_block: int, height: int, width: int
 ):

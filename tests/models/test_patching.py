@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from elastictok_jax.models.patching import (
     patchify,
+    patchify_into,
     to_float,
     to_uint8,
     tokens_per_block,
@@ -101,3 +102,15 @@ def test_video_that_is_not_whole_blocks_or_patches(frames, side):
     video = np.zeros((frames, side, side, 3), np.uint8)
     with pytest.raises(EinopsError, match="can't divide axis"):
         patchify(video, patch=(2, 4, 4), frames_per_block=4)
+
+
+@pytest.mark.parametrize("patch", [(1, 8, 8), (2, 4, 8), (4, 1, 1)])
+@pytest.mark.parametrize("flip", [False, True])
+def test_patchify_into_writes_what_patchify_gives(patch, flip):
+    video = np.random.default_rng(0).integers(0, 256, (8, 20, 30, 3), dtype=np.uint8)
+    video = video[:, 2:18, 3:27][:, :, :: -1 if flip else 1]  # a crop, as the pipeline has it
+    expected = patchify(video, patch=patch, frames_per_block=4)
+    out = np.zeros((expected.shape[0] + 2, expected.shape[1]), np.uint8)
+    patchify_into(out[1:-1], video, patch=patch, frames_per_block=4)
+    np.testing.assert_array_equal(out[1:-1], expected)
+    assert not out[0].any() and not out[-1].any()

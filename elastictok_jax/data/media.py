@@ -761,7 +761,7 @@ def write_video(
             raise RunError(f"{path}: {codec} failed: {error}") from error
 
 
-def encode_video(frames: Iterable[np.ndarray], *, fps: float, crf: int, gop: int = 16) -> bytes:
+def encode_video(frames: Iterable[np.ndarray], *, fps: float, crf: int, gop: int = 8) -> bytes:
     """Frames uint8 [H, W, 3], one after the other, as an MP4 for `StoredVideo` to read.
 
     H.264 without frames out of order; odd sizes are padded by repeating the edge. The same bytes

@@ -95,7 +95,7 @@ class Mixture:
         self._rows, self._row_blocks = data.packing_rows, data.sequence_blocks
         self._apart = data.packing == "by_source"
         self._feeds = feeds
-        self._streams = [
+        self.streams = [
             Stream(
                 feed.items,
                 item_blocks(feed, frames_per_block=per_block),
@@ -133,13 +133,13 @@ class Mixture:
             clips = [
                 clip
                 for index, (start, stop) in enumerate(parts)
-                for clip in self._streams[index].take(start, stop, feed=index)
+                for clip in self.streams[index].take(start, stop, feed=index)
             ]
             return pack(clips, rows=rows, row_blocks=row_blocks, rng=rng)
         queues = []
         for index, (start, stop) in enumerate(self._parts(group, units=rows)):
             blocks = start * row_blocks, stop * row_blocks
-            clips = self._streams[index].take(*blocks, feed=index)
+            clips = self.streams[index].take(*blocks, feed=index)
             queues.append(pack(clips, rows=stop - start, row_blocks=row_blocks, rng=rng)[::-1])
         turns = np.repeat(np.arange(len(queues)), [len(queue) for queue in queues])
         return [queues[index].pop() for index in rng.permutation(turns)]
@@ -158,7 +158,7 @@ class Mixture:
             )
 
         begin, end = group * units, (group + 1) * units
-        return [(had(index, begin), had(index, end)) for index in range(len(self._streams))]
+        return [(had(index, begin), had(index, end)) for index in range(len(self.streams))]
 
     def __getstate__(self) -> dict:
         state = self.__dict__.copy()

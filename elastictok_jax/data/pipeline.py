@@ -86,26 +86,26 @@ class BatchReader:
         patch, frames = tuple(config.model.patch), config.video.frames_per_block
         if out is None:
             out = np.empty((len(self.blocks) * per_block, patch_values(config)), np.uint8)
-        segments: list[np.ndarray] = []
+        segments: list[int] = []  # of each block
         faults: list[str] = []
         first = 0  # block of the row where the clip begins
         for number, clip in enumerate(clips, start=1):
             start, stop = max(first, self.blocks.start), min(first + clip.blocks, self.blocks.stop)
-            if start < stop:
-                shift = clip.start - first
-                blocks = self.clips.read(clip, start + shift, stop + shift)
-                tokens = slice(*((b - self.blocks.start) * per_block for b in (start, stop)))
-                patchify_into(out[tokens], blocks.frames, patch=patch, frames_per_block=frames)
-                ids = np.full(stop - start, number, np.int32)
-                for block, fault in blocks.faults.items():
-                    at = block - shift
-                    ids[at - start] = len(clips) + 1 + at  # a clip of its own
-                    faults.append(fault)
-                segments.append(ids)
+            shift = clip.start - first
+            # A block at a time, while it is in the processor's cache.
+            blocks = self.clips.read(clip, start + shift, stop + shift)
+            for at, block in enumerate(blocks, start=start):
+                token = (at - self.blocks.start) * per_block
+                tokens = out[token : token + per_block]
+                patchify_into(tokens, block.frames, patch=patch, frames_per_block=frames)
+                segments.append(number)
+                if block.fault:
+                    segments[-1] = len(clips) + 1 + at  # a clip of its own
+                    faults.append(block.fault)
             first += clip.blocks
         return {
             "patches": out,
-            "segment_ids": np.repeat(np.concatenate(segments), per_block),
+            "segment_ids": np.repeat(np.array(segments, np.int32), per_block),
             "faults": faults,
         }
 

@@ -1,0 +1,1 @@
+"""What is measured, how, and the results with their machine's name: see RESULTS.md."""

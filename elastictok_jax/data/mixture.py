@@ -17,6 +17,7 @@ from elastictok_jax.data.packing import Clip, pack
 from elastictok_jax.data.sources import SPLITS, Feed
 from elastictok_jax.errors import UsageError
 
+MOST_IN_TABLE = 2**20
 EPOCHS_KEPT = 2  # orders of a feed that are remembered
 
 
@@ -50,7 +51,8 @@ class Stream:
         self._starts = first * longest
         self._counts = np.minimum(np.repeat(counts, pieces) - self._starts, longest)
         self.blocks = int(self._counts.sum())
-        self._single = bool((self._counts == 1).all())  # as with images: no table of an epoch
+        # Of very many single blocks, images, no table is kept; for few it is the quicker way.
+        self._hashed = self.blocks > MOST_IN_TABLE and bool((self._counts == 1).all())
         self._seed = seed
         self._orders: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
@@ -68,7 +70,7 @@ class Stream:
 
     def _find(self, epoch: int, offset: int) -> tuple[int, int]:
         """The clip that block `offset` of an epoch lies in, and the clip's blocks before it."""
-        if self._single:
+        if self._hashed:
             seed = int(np.random.default_rng([*self._seed, epoch]).integers(2**32))
             return index_shuffle(offset, max_index=self.blocks - 1, seed=seed, rounds=4), 0
         if epoch not in self._orders:

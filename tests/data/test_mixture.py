@@ -154,6 +154,17 @@ def test_a_weight_too_small_to_ever_come_is_refused():
         mixture(*feeds, data__packing_rows=least - 1)
 
 
+def test_many_images_are_shuffled_without_a_table():
+    count = 2**20 + 7
+    stream = Stream(np.arange(count), np.ones(count, int), longest=4, seed=[0])
+    for start in (0, 5 * count - 3):
+        clips = stream.take(start, start + 2000, feed=0)
+        assert len({(clip.epoch, clip.item) for clip in clips}) == 2000
+        assert not stream._orders
+    whole = [stream._find(3, offset)[0] for offset in range(0, count, 97)]
+    assert len(set(whole)) == len(whole)
+
+
 def test_a_million_videos_are_planned_without_going_through_them():
     """A row far out costs a table of one epoch, not a walk to it."""
     rng = np.random.default_rng(0)

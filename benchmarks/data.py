@@ -63,16 +63,18 @@ def seconds(function: Callable[[], Any]) -> tuple[Any, float]:
 def compare_with_raw(
     folder: Path, *, kind: str, side: int, blocks: int, repeats: int
 ) -> dict[str, Any]:
-    """An epoch of the videos or images of a prepared data set against plain decoding of the same
-    stored files, each frame once, on one core; median of the ratios of `repeats` turns. A block
-    of images is one frame here, so that both make as many."""
+    """Epochs of the videos or images of a prepared data set against plain decoding of the same
+    stored files as often, on one core; median of the ratios of `repeats` turns. A block of images
+    is one frame here, so that both make as many."""
     options: dict[str, Any] = {"data__sources__main__kind": kind}
     if kind == "image":
         options |= {"video__frames_per_block": 1, "model__patch": (1, 8, 8)}
     config = config_for(folder, side=side, blocks=blocks, **options)
     reader = BatchReader(config, open_feeds(config), split="train")
     (stream,) = reader.mixture.streams
-    rows = max(1, stream.blocks // blocks)
+    # Whole epochs of small data sets, so that plans of rows are a fair part of it.
+    epochs = max(1, 4 * config.data.packing_rows * blocks // stream.blocks) if repeats > 1 else 1
+    rows = max(1, epochs * stream.blocks // blocks)
     records = tfds.builder_from_directory(folder).as_data_source("train")
     files = [record["data"] for record in records if record["kind"] == kind.encode()]
 
@@ -83,7 +85,7 @@ def compare_with_raw(
 
     def raw(**flags: Any) -> int:
         count = 0
-        for data in files:
+        for data in files * epochs:
             if kind == "image":
                 media.resize_shortest(media.decode_image(data, name="picture")[None], side=side)
                 count += 1

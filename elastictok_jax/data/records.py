@@ -18,6 +18,7 @@ import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordWriter
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
+from tensorflow_datasets.proto import tf_example_pb2
 
 from elastictok_jax.data.media import MediaError, StoredVideo, decode_image, resize_shortest
 from elastictok_jax.data.open_videos import OpenVideos
@@ -226,7 +227,7 @@ class RecordSource:
 
     def encoded_image(self, item: int) -> bytes:
         """The file of an item that is an image."""
-        return self._record(int(self._first[item]))[self._feature or "data"]
+        return self._stored_file(int(self._first[item]))
 
     def read(self, item: int, indices: np.ndarray, *, side: int) -> np.ndarray:
         return resize_shortest(self._read_stored(item, indices), side=side)
@@ -248,7 +249,7 @@ class RecordSource:
             return self._read_pictures(first, indices)
         height, width = (int(edge) for edge in self._sizes[item])
         if not self.is_video[item]:
-            frames = decode_image(self._record(first)["data"], name=self._where(first))[None]
+            frames = decode_image(self._stored_file(first), name=self._where(first))[None]
         else:
             parts = indices // self._part_frames
             pieces = [
@@ -264,7 +265,7 @@ class RecordSource:
 
     def _video(self, number: int) -> StoredVideo:
         def load() -> StoredVideo:
-            return StoredVideo(self._record(number)["data"], name=self._where(number))
+            return StoredVideo(self._stored_file(number), name=self._where(number))
 
         return self._videos.open(number, load)
 
@@ -290,16 +291,29 @@ class RecordSource:
                 self._local.records = self._open()
             return self._local.records[number]
         except Exception as error:  # array_record and protobuf raise all kinds
-            raise MediaError(
-                f"{self._where(number)}: damaged ({_one_line(error)}); prepare it again"
-            ) from error
+            raise self._damaged(number, error) from error
+
+    def _stored_file(self, number: int) -> bytes:
+        """The image or video in a record, in half the time that parsing all of it takes."""
+        if self._feature:
+            return self._record(number)[self._feature]
+        try:
+            if not hasattr(self._local, "raw"):
+                raw = tfds.decode.DeserializeMethod.RAW_BYTES
+                builder = tfds.builder_from_directory(self._directory)
+                self._local.raw = builder.as_data_source(self._split, deserialize_method=raw)
+            example = tf_example_pb2.Example.FromString(self._local.raw[number])
+            return example.features.feature["data"].bytes_list.value[0]
+        except Exception as error:  # as above
+            raise self._damaged(number, error) from error
+
+    def _damaged(self, number: int, error: Exception) -> MediaError:
+        return MediaError(f"{self._where(number)}: damaged ({_one_line(error)}); prepare it again")
 
     def _open(self):
         builder = tfds.builder_from_directory(self._directory)
-        decoders = {}
-        if self._feature:
-            decoders = {self._feature: _Encoded()}
-        return builder.as_data_source(self._split, decoders=decoders or None)
+        decoders = {self._feature: _Encoded()} if self._feature else None
+        return builder.as_data_source(self._split, decoders=decoders)
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()

@@ -20,8 +20,8 @@ import numpy as np
 from tqdm import tqdm
 
 from elastictok_jax.data.prepare_plan import Plan, make_plan
-from elastictok_jax.data.prepare_shard import WORK, is_done, sidecar_path, work_on_shard
-from elastictok_jax.data.records import INDEX_COLUMNS, is_record_dataset, write_metadata
+from elastictok_jax.data.prepare_shard import is_done, sidecar_path, work_on_shard
+from elastictok_jax.data.records import INDEX_COLUMNS, WORK, write_metadata
 from elastictok_jax.data.transcode import Settings
 from elastictok_jax.errors import RunError, UsageError
 
@@ -75,7 +75,7 @@ def prepare(
 def _begin(output: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
     """Sees that `output` is new or of the same plan; its report if it is complete."""
     work = output / WORK
-    complete = is_record_dataset(output) and not work.exists()
+    complete = (output / "dataset_info.json").is_file() and not work.exists()
     path = output / REPORT if complete else work / "plan.json"
     if path.exists():
         old = json.loads(path.read_text())

@@ -10,11 +10,9 @@ from typing import Any
 
 from elastictok_jax.data.media import MediaError
 from elastictok_jax.data.prepare_plan import Entry
-from elastictok_jax.data.records import RecordSource, RecordWriter, shard_name
+from elastictok_jax.data.records import WORK, RecordSource, RecordWriter, shard_name
 from elastictok_jax.data.sources import name_place
 from elastictok_jax.data.transcode import Settings, fetch, file_records, item_records
-
-WORK = ".prepare"  # in the data set's folder, until it is complete
 
 
 def sidecar_path(directory: Path, shard: int) -> Path:

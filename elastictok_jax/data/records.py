@@ -27,6 +27,7 @@ from elastictok_jax.errors import UsageError
 PART_FRAMES = 512  # bounds what one random read has to load
 DATASET, SPLIT = "media", "train"
 INDEX = "index.safetensors"
+WORK = ".prepare"  # in the folder of a prepared data set, until it is complete
 INDEX_VERSION = 1
 INDEX_COLUMNS = {
     "is_video": np.uint8,
@@ -123,7 +124,15 @@ def write_metadata(
 
 
 def is_record_dataset(directory: str | Path) -> bool:
-    """Whether a TFDS data set lies in `directory`."""
+    """Whether a TFDS data set lies in `directory`.
+
+    Raises:
+      UsageError: if it is one that is still being prepared.
+    """
+    if (Path(directory) / WORK).is_dir():
+        raise UsageError(
+            f"data set {directory} is not complete: run the same `elastictok prepare` again"
+        )
     return (Path(directory) / "dataset_info.json").is_file()
 
 
@@ -155,8 +164,9 @@ class RecordSource:
             self._read_index(builder.info.splits, count)
         else:
             self._look_through(builder.info.features, count)
-        digest = hashlib.sha256(f"{split} {self.frames.tobytes().hex()}".encode())
-        digest.update(self.place.tobytes())
+        digest = hashlib.sha256(split.encode())
+        for column in (self.frames, self.place):
+            digest.update(memoryview(np.ascontiguousarray(column)))
         self.fingerprint = digest.hexdigest()[:16]
 
     def _read_index(self, splits, count: int) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -78,7 +79,7 @@ def held_out_clips(config: ml_collections.ConfigDict) -> list[Clip]:
                 print(f"left out: {error}", file=sys.stderr)
                 continue
             frames = media.center_crop(frames, height=side, width=side)
-            name = os.path.splitext(feed.source.name(item))[0]
+            name = re.sub(r"\.\w+(@\d+)?$", r"\1", feed.source.name(item))  # without a suffix
             clips.append(Clip(name, frames, float(feed.source.fps[item])))
     folder = os.path.commonpath([os.path.dirname(clip.name) for clip in clips])
     clips = [dataclasses.replace(c, name=os.path.relpath(c.name, folder or ".")) for c in clips]

@@ -148,6 +148,8 @@ def _train(
             console.line(f"replaced: {batches.new_faults.pop(0)}")
         with jax.transfer_guard("disallow"):
             state, metrics = train_step(state, batch, lpips_params)
+        if batches.replaced:
+            metrics["replaced_blocks"] = batches.replaced
         log.record(step + 1, metrics, waited)
         console.advance()
 

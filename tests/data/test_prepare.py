@@ -183,6 +183,9 @@ def test_two_machines_make_the_same(many, tmp_path, capsys):
     assert run_prepare(*words, "--shard", "0/2") == 0
     assert "complete when the other machines" in capsys.readouterr().err
     assert not (tmp_path / "set" / "dataset_info.json").exists()
+    train = ["train", "quickstart", "--workdir", str(tmp_path / "run")]
+    assert cli.main([*train, f"--config.data.sources.main.path={tmp_path / 'set'}"]) == 2
+    assert "is not complete: run the same `elastictok prepare`" in capsys.readouterr().err
     assert run_prepare(*words, "--shard", "1/2") == 0
     assert content(tmp_path / "set") == expected
     assert run_prepare(*words) == 0

@@ -166,7 +166,7 @@ class RecordSource:
             self._look_through(builder.info.features, count)
         digest = hashlib.sha256(split.encode())
         for column in (self.frames, self.place):
-            digest.update(memoryview(np.ascontiguousarray(column)))
+            digest.update(np.ascontiguousarray(column).data)
         self.fingerprint = digest.hexdigest()[:16]
 
     def _read_index(self, splits, count: int) -> None:

@@ -13,6 +13,7 @@ from tensorboardX.proto.event_pb2 import Event
 
 from elastictok_jax import cli
 from elastictok_jax.config import override, read_config
+from elastictok_jax.data import media
 from elastictok_jax.data.sources import EMBEDDED
 from elastictok_jax.errors import UsageError
 from elastictok_jax.registry import get_experiment
@@ -217,3 +218,25 @@ def read_events(path: Path):
         event.ParseFromString(data[12 : 12 + size])
         yield event
         data = data[16 + size :]
+
+
+def test_a_file_that_is_damaged_while_training_is_replaced_and_counted(tmp_path, capsys):
+    """The last of its frames cannot be decoded: opening the file shows nothing of it."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for path in sorted((EMBEDDED / "train").glob("photo_*.jpg"))[:12]:
+        shutil.copy(path, folder)
+    frames = media.read_frames(EMBEDDED / "heldout" / "bbb_kite.mp4", count=64, side=32)
+    media.write_video(folder / "clip.mp4", frames, fps=24)
+    data = bytearray((folder / "clip.mp4").read_bytes())
+    middle = len(data) // 2
+    data[middle : middle + 4000] = bytes(4000)
+    (folder / "clip.mp4").write_bytes(data)
+    options = {"data.sources.main.path": str(folder), "data.eval_fraction": 0.0}
+    options |= {"data.cache_mib": 0, "data.max_bad_fraction": 0.5, "train.steps": 12}
+    assert train(tiny(options), workdir=tmp_path / "run")
+    shown = capsys.readouterr().err
+    assert shown.count("replaced: ") + shown.count("left out: ") == 1 and "clip.mp4" in shown
+    lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    if "replaced: " in shown:
+        assert lines[-1]["replaced_blocks"] > 0

@@ -252,10 +252,10 @@ def measure(*, originals: Path, quick: bool) -> dict[str, Any]:
                 side=side,
                 workers=workers,
                 threads=threads,
-                batches=2 if quick else 16,
+                batches=2 if quick else 4 if source == "folder" else 16,  # originals are large
             )
             for source, path in kinds.items()
-            for side in (sides if source != "synthetic" else sides[:1])  # slow to draw
+            for side in (sides if source == "prepared" else sides[:1])
             for workers, threads in settings
         ]
     results["training_step"] = step_consumption(steps=1 if quick else 20)

@@ -11,6 +11,7 @@ import multiprocessing.connection
 import os
 import shutil
 import sys
+import tempfile
 import time
 from collections import defaultdict
 from pathlib import Path
@@ -26,6 +27,7 @@ from elastictok_jax.data.transcode import Settings
 from elastictok_jax.errors import RunError, UsageError
 
 REPORT = "report.json"
+DONE = ".prepared"  # the working folder, while it is removed
 LOOK_SECONDS = 0.5  # between looks at how the processes do
 
 
@@ -52,55 +54,85 @@ def prepare(
       RunError: if `output` cannot be written any more; what is done is kept.
     """
     plan = make_plan(inputs, settings=settings, shard_mib=shard_mib)
-    identity = plan.identity()
-    finished = _begin(output, identity)
-    if finished:
+    report = _report_if_complete(output, plan)
+    if report:
         print(f"{output} is complete: nothing to do", file=sys.stderr)
-        return finished
+        return report
+    _begin(output, plan)
     shards = len(plan.shards)
     index, machines = machine
     mine = [k for k in range(index, shards, machines) if not is_done(output, k, shards)]
-    _Supervisor(output, plan, mine, jobs=jobs, timeout=timeout).run()
-    done = sum(is_done(output, k, shards) for k in range(shards))
-    if done < shards:
-        print(
-            f"{done} of {shards} shards are done; the data set is complete when the other "
-            "machines have made theirs",
-            file=sys.stderr,
-        )
-        return {"shards_done": done, "shards": shards}
-    return _finish(output, plan, identity)
+    try:
+        _Supervisor(output, plan, mine, jobs=jobs, timeout=timeout).run()
+        done = sum(is_done(output, k, shards) for k in range(shards))
+        if done == shards:
+            return _finish(output, plan)
+    except OSError as error:
+        report = _report_if_complete(output, plan)  # another machine was as fast
+        if report:
+            return report
+        raise RunError(
+            f"{output} cannot be written ({_reason(error)}): whole shards are kept; mend that and "
+            "run the same command again"
+        ) from error
+    report = _report_if_complete(output, plan)
+    if report:
+        return report
+    print(
+        f"{done} of {shards} shards are done; the data set is complete when the other machines "
+        "have made theirs",
+        file=sys.stderr,
+    )
+    return {"shards_done": done, "shards": shards}
 
 
-def _begin(output: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
-    """Sees that `output` is new or of the same plan; its report if it is complete."""
-    work = output / WORK
-    complete = (output / "dataset_info.json").is_file() and not work.exists()
-    path = output / REPORT if complete else work / "plan.json"
+def _reason(error: OSError) -> str:
+    return error.strerror or str(error)
+
+
+def _report_if_complete(output: Path, plan: Plan) -> dict[str, Any] | None:
+    """The report of a complete data set in `output`.
+
+    Raises:
+      UsageError: if it is of another plan.
+    """
+    if (output / WORK).exists() or not (output / "dataset_info.json").is_file():
+        return None
+    report = _read_json(output / REPORT)
+    _compare(output, report.get("plan", {}), plan)
+    shutil.rmtree(output / DONE, ignore_errors=True)
+    return report
+
+
+def _begin(output: Path, plan: Plan) -> None:
+    """Makes the working folder, or sees that the one in `output` is of the same plan."""
+    path = output / WORK / "plan.json"
     if path.exists():
-        old = json.loads(path.read_text())
-        before = old["plan"] if complete else old
-        differ = [
-            f"{key} {before.get(key)!r} -> {identity[key]!r}"
-            for key in identity
-            if before.get(key) != identity[key]
-        ]
-        if differ:
-            raise UsageError(
-                f"{output} holds a data set of other inputs or options ({', '.join(differ)}): give "
-                "the same, or another -o"
-            )
-        return old if complete else None
+        _compare(output, _read_json(path), plan)
+        return
     if output.is_dir() and any(entry.name != WORK for entry in output.iterdir()):
         raise UsageError(f"{output} holds other files: give a new folder as -o")
     try:
-        work.mkdir(parents=True, exist_ok=True)
-        _write_json(path, identity)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _write_json(path, plan.identity())
     except OSError as error:
         raise UsageError(
-            f"{output} cannot be written ({error.strerror}): choose another -o"
+            f"{output} cannot be written ({_reason(error)}): choose another -o"
         ) from None
-    return None
+
+
+def _compare(output: Path, before: dict[str, Any], plan: Plan) -> None:
+    now = plan.identity()
+    differ = [
+        f"{key} {before.get(key)!r} -> {value!r}"
+        for key, value in now.items()
+        if before.get(key) != value
+    ]
+    if differ:
+        raise UsageError(
+            f"{output} holds a data set of other inputs or options ({', '.join(differ)}): give the "
+            "same, or another -o"
+        )
 
 
 class _Supervisor:
@@ -112,12 +144,18 @@ class _Supervisor:
         self._jobs, self._timeout = jobs, timeout
         self._context = multiprocessing.get_context("spawn")
         self._running: dict[int, _Job] = {}
-        entries = sum(len(plan.shards[shard]) for shard in waiting)
+        originals = sum(entry.originals for shard in waiting for entry in plan.shards[shard])
         self._bar = tqdm(
-            total=entries, unit="file", disable=not sys.stderr.isatty(), dynamic_ncols=True
+            total=originals, unit="file", disable=not sys.stderr.isatty(), dynamic_ncols=True
         )
 
     def run(self) -> None:
+        """Makes the shards.
+
+        Raises:
+          OSError: if something cannot be written; RunError: if it is interrupted, or a process
+            dies that reads nothing.
+        """
         try:
             while self._waiting or self._running:
                 while self._waiting and len(self._running) < self._jobs:
@@ -160,37 +198,34 @@ class _Supervisor:
             while job.pipe.poll():
                 kind, value = job.pipe.recv()
                 if kind == "error":
-                    raise RunError(
-                        f"{value}: whole shards are kept; mend that and run the same command again"
-                    )
+                    raise OSError(value)
+                self._bar.update(job.original is not None)
                 job.finished = kind == "done"
-                if kind == "entry":
-                    self._bar.update(job.entry is not None)
-                    job.entry, job.since = value, time.monotonic()
+                job.original, job.since = value, time.monotonic()
         except EOFError:
             job.ended = True
         if job.finished:
             job.process.join()
-            self._bar.update()
             del self._running[shard]
             self._say(f"shard {shard + 1} of {len(self._plan.shards)} is done")
         elif job.ended:
             job.process.join()
             self._give_up(shard, job, f"crashed its process (exit code {job.process.exitcode})")
-        elif job.entry is not None and time.monotonic() - job.since > self._timeout:
+        elif job.original is not None and time.monotonic() - job.since > self._timeout:
             job.process.kill()
             job.process.join()
             self._give_up(shard, job, f"took longer than {self._timeout:g} seconds")
 
     def _give_up(self, shard: int, job: "_Job", reason: str) -> None:
         del self._running[shard]
-        if job.entry is None:
+        hopeless = self._hopeless(shard)
+        if job.original is None or job.original in hopeless:  # not for what it read
             raise RunError(
-                f"a process {reason} before it began: see the messages above; whole shards are kept"
+                f"the process of shard {shard} {reason} while it read no original: see the "
+                "messages above; whole shards are kept"
             )
-        hopeless = self._hopeless(shard) | {job.entry: reason}
-        _write_json(self._hopeless_path(shard), hopeless)
-        self._say(f"{job.entry}: {reason}; making its shard again without it")
+        _write_json(self._hopeless_path(shard), hopeless | {job.original: reason})
+        self._say(f"{job.original}: {reason}; making its shard again without it")
         self._waiting.append(shard)
 
     def _hopeless_path(self, shard: int) -> Path:
@@ -198,7 +233,7 @@ class _Supervisor:
 
     def _hopeless(self, shard: int) -> dict[str, str]:
         path = self._hopeless_path(shard)
-        return json.loads(path.read_text()) if path.exists() else {}
+        return _read_json(path) if path.exists() else {}
 
     def _say(self, text: str) -> None:
         if self._bar.disable:
@@ -210,15 +245,18 @@ class _Supervisor:
 class _Job:
     def __init__(self, process, pipe) -> None:
         self.process, self.pipe = process, pipe
-        self.entry: str | None = None
+        self.original: str | None = None  # that it reads
         self.since, self.finished, self.ended = 0.0, False, False
 
 
-def _finish(output: Path, plan: Plan, identity: dict[str, Any]) -> dict[str, Any]:
-    """Writes metadata, index and report, and removes the working folder. Safe to do twice."""
-    sidecars = [
-        json.loads(sidecar_path(output, shard).read_text()) for shard in range(len(plan.shards))
-    ]
+def _finish(output: Path, plan: Plan) -> dict[str, Any]:
+    """Writes metadata, index and report, and removes the working folder. Safe to do twice, or on
+    two machines at once.
+
+    Raises:
+      OSError: if something cannot be written.
+    """
+    sidecars = [_read_json(sidecar_path(output, shard)) for shard in range(len(plan.shards))]
     columns = {
         name: [v for sidecar in sidecars for v in sidecar["columns"][name]]
         for name in INDEX_COLUMNS
@@ -236,7 +274,7 @@ def _finish(output: Path, plan: Plan, identity: dict[str, Any]) -> dict[str, Any
     is_video, part = np.array(columns["is_video"], bool), np.array(columns["part"])
     frames, fps = np.array(columns["frames"]), np.array(columns["fps"])
     report = {
-        "plan": identity,
+        "plan": plan.identity(),
         "images": int((~is_video).sum()),
         "video_clips": int((is_video & (part == 0)).sum()),
         "video_records": int(is_video.sum()),
@@ -248,9 +286,15 @@ def _finish(output: Path, plan: Plan, identity: dict[str, Any]) -> dict[str, Any
         "duplicates": sorted(sorted(names) for names in by_hash.values() if len(names) > 1),
         "skipped": skipped,
     }
-    _write_json(output / REPORT, report)
-    write_metadata(output, shard_lengths=lengths, num_bytes=num_bytes, columns=columns)
-    shutil.rmtree(output / WORK)
+    with tempfile.TemporaryDirectory(prefix="tmp-end-", dir=output / WORK) as temporary:
+        made = Path(temporary)
+        _write_json(made / REPORT, report)
+        write_metadata(made, shard_lengths=lengths, num_bytes=num_bytes, columns=columns)
+        for path in sorted(made.iterdir()):
+            os.replace(path, output / path.name)
+    # Complete when the folder has gone; it goes at once, however long removing its files takes.
+    os.replace(output / WORK, output / DONE)
+    shutil.rmtree(output / DONE, ignore_errors=True)
     return report
 
 
@@ -266,6 +310,13 @@ def summary(report: dict[str, Any]) -> str:
         *(f"  {entry['file']}: {entry['reason']}" for entry in report["skipped"]),
     ]
     return "\n".join(lines)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise UsageError(f"{path} is damaged ({error}): prepare into another folder") from None
 
 
 def _write_json(path: Path, value: Any) -> None:

@@ -35,6 +35,11 @@ class Entry:
     start: int = 0
     stop: int = 0
 
+    @property
+    def originals(self) -> int:
+        """Files or items."""
+        return max(1, self.stop - self.start)
+
 
 @dataclasses.dataclass(frozen=True)
 class Plan:

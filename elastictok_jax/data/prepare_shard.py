@@ -1,5 +1,6 @@
 """One shard of a prepared data set, made in a process of its own. See `prepare`."""
 
+import errno
 import hashlib
 import json
 import os
@@ -13,6 +14,8 @@ from elastictok_jax.data.prepare_plan import Entry
 from elastictok_jax.data.records import WORK, RecordSource, RecordWriter, shard_name
 from elastictok_jax.data.sources import name_place
 from elastictok_jax.data.transcode import Settings, fetch, file_records, item_records
+
+NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS})  # of our own disk
 
 
 def sidecar_path(directory: Path, shard: int) -> Path:
@@ -37,26 +40,24 @@ def work_on_shard(
     hopeless: dict[str, str],
     pipe,
 ) -> None:
-    """The process: makes the shard, and says into `pipe` which entry it works on.
+    """The process: makes the shard, and says into `pipe` which original it reads.
 
-    Sends ("entry", name) before each, ("done", None) at the end and ("error", message) where it
-    cannot go on. Entries in `hopeless` are skipped for the reason given there.
+    Sends ("original", name) before each, ("writing", None) after the last, ("done", None) at the
+    end and ("error", reason) where it cannot write. Originals in `hopeless` are skipped for the
+    reason given there.
     """
     parent = os.getppid()
 
-    def begin(entry: Entry) -> None:
+    def tell(kind: str, value: str | None) -> None:
         if os.getppid() != parent:
             os._exit(1)  # what had started this was killed; another run may be at work
-        pipe.send(("entry", entry.name))
+        pipe.send((kind, value))
 
     try:
-        make_shard(
-            Path(directory), shard, shards, entries, settings, hopeless=hopeless, begin=begin
-        )
-    except OSError as error:  # a full disk, most likely
-        pipe.send(("error", f"{directory}: {error.strerror or error}"))
-    else:
-        pipe.send(("done", None))
+        make_shard(Path(directory), shard, shards, entries, settings, hopeless=hopeless, tell=tell)
+        tell("done", None)
+    except OSError as error:  # a full disk, most likely: what is wrong with originals is MediaError
+        tell("error", error.strerror or str(error))
 
 
 def make_shard(
@@ -67,9 +68,13 @@ def make_shard(
     settings: Settings,
     *,
     hopeless: dict[str, str],
-    begin: Callable[[Entry], None],
+    tell: Callable[[str, str | None], None],
 ) -> None:
-    """Writes a shard and its sidecar, each whole or not at all, the shard last."""
+    """Writes a shard and its sidecar, each whole or not at all, the shard last.
+
+    Raises:
+      OSError: if they cannot be written.
+    """
     work = directory / WORK
     skipped: list[dict[str, str]] = []
     hashes: list[list[str]] = []
@@ -78,8 +83,8 @@ def make_shard(
         writer = RecordWriter(path)
         bytes_in = 0
         for entry in entries:
-            begin(entry)
             for name, make in _originals(entry, settings, Path(temporary)):
+                tell("original", name)
                 # Read to its end before any of it is written: damage may be in the last frame.
                 try:
                     if name in hopeless:
@@ -92,6 +97,7 @@ def make_shard(
                     writer.write(record, place=name_place(record["source"]))
                 hashes.append([name, records[0]["content_hash"]])
             bytes_in += entry.size
+        tell("writing", None)
         writer.close()
         sidecar = {
             "columns": {key: [_plain(v) for v in value] for key, value in writer.columns.items()},
@@ -134,6 +140,8 @@ def _remote_records(entry: Entry, settings: Settings, temporary: Path) -> list[d
         try:
             fetch(entry.path, local)
         except OSError as error:
+            if error.errno in NO_ROOM:
+                raise
             raise MediaError(f"{entry.path}: cannot be fetched ({error})") from error
         return file_records(local, name=entry.name, settings=settings)
     finally:

@@ -6,10 +6,12 @@ a stretch of video. `index.safetensors` beside it holds what planning needs of e
 No TensorFlow is needed to write or read any of it.
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -66,14 +68,19 @@ def shard_name(shard: int, shards: int) -> str:
 
 
 class RecordWriter:
-    """Writes records to one array_record file, and collects their index columns."""
+    """Writes records to one array_record file, and collects their index columns.
+
+    Raises:
+      OSError: from any method, if the file cannot be written.
+    """
 
     def __init__(self, path: Path):
         self._features = features()
         self._serializer = tfds.core.example_serializer.ExampleSerializer(
             self._features.get_serialized_info()
         )
-        self._writer = ArrayRecordWriter(str(path), "group_size:1")  # one record, one read
+        with _write_errors():
+            self._writer = ArrayRecordWriter(str(path), "group_size:1")  # one record, one read
         self.columns: dict[str, list] = {name: [] for name in INDEX_COLUMNS}
         self.bytes = 0
 
@@ -81,7 +88,8 @@ class RecordWriter:
         """One record with the fields of `features`; `place` is that of its original."""
         example = self._serializer.get_tf_example(self._features.encode_example(record))
         encoded = example.SerializeToString(deterministic=True)  # a map's order is chance
-        self._writer.write(encoded)
+        with _write_errors():
+            self._writer.write(encoded)
         self.bytes += len(encoded)
         row = {name: record[name] for name in self.columns if name in record}
         row |= {"is_video": record["kind"] == "video", "place": place}
@@ -89,13 +97,28 @@ class RecordWriter:
             self.columns[name].append(value)
 
     def close(self) -> None:
-        self._writer.close()
+        """Writes what is left."""
+        with _write_errors():
+            self._writer.close()
+
+
+@contextlib.contextmanager
+def _write_errors() -> Iterator[None]:
+    """array_record's as OSError."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise OSError(str(error).partition(";")[0]) from error
 
 
 def write_metadata(
     directory: Path, *, shard_lengths: list[int], num_bytes: int, columns: dict[str, list]
 ) -> None:
-    """dataset_info.json, features.json and the index of all records, in the order of the shards."""
+    """dataset_info.json, features.json and the index of all records, in the order of the shards.
+
+    Raises:
+      OSError: if they cannot be written.
+    """
     identity = tfds.core.dataset_info.DatasetIdentity(
         name=DATASET,
         version=tfds.core.Version("1.0.0"),
@@ -117,9 +140,7 @@ def write_metadata(
     arrays = {name: np.array(columns[name], kind) for name, kind in INDEX_COLUMNS.items()}
     # One entry, as safetensors writes several in an order of chance.
     metadata = {"layout": json.dumps({"version": INDEX_VERSION, "part_frames": PART_FRAMES})}
-    temporary = directory / ".index.tmp"
-    temporary.write_bytes(save(arrays, metadata))
-    os.replace(temporary, directory / INDEX)
+    (directory / INDEX).write_bytes(save(arrays, metadata))
     info.write_to_directory(directory)
 
 

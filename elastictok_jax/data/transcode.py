@@ -45,8 +45,11 @@ def file_records(path: Path, *, name: str, settings: Settings) -> list[dict[str,
     Raises:
       MediaError: saying what is wrong with the file.
     """
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    try:
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise media.MediaError(f"{path}: cannot be read ({error.strerror or error})") from error
     origin = {"source": name, "content_hash": digest}
     if media.media_kind(path) == "image":
         pixels = media.read_image(path, limits=settings.limits)

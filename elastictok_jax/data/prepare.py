@@ -221,7 +221,7 @@ class _Supervisor:
         hopeless = self._hopeless(shard)
         if job.original is None or job.original in hopeless:  # not for what it read
             raise RunError(
-                f"the process of shard {shard} {reason} while it read no original: see the "
+                f"shard {shard} {reason} while it read no original: see the "
                 "messages above; whole shards are kept"
             )
         _write_json(self._hopeless_path(shard), hopeless | {job.original: reason})

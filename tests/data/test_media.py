@@ -1,5 +1,6 @@
 """Reading and writing media on real files: exactness, damage, and what a picture may be."""
 
+import io
 from pathlib import Path
 
 import av
@@ -8,7 +9,7 @@ import pytest
 from av.video.reformatter import Interpolation
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageOps
 
 import elastictok_jax
 from elastictok_jax.data import media
@@ -375,3 +376,41 @@ def test_embedded_files_are_whole_listed_and_small():
     assert sum(path.stat().st_size for path in CLIPS + STILLS) < 5_500_000
     assert len(list((EMBEDDED / "train").iterdir())) >= 24
     assert len(list((EMBEDDED / "heldout").iterdir())) >= 7
+
+
+def encoded(image: Image.Image, form: str = "JPEG", **options) -> bytes:
+    file = io.BytesIO()
+    image.save(file, form, **options)
+    return file.getvalue()
+
+
+PHOTO = Image.open(EMBEDDED / "heldout" / "photo_chelsea.jpg")
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0}, {"turn": 6}])
+def test_pictures_in_memory_are_as_pillow_has_them(mode, options):
+    options = dict(options)
+    if options.pop("turn", None):
+        options["exif"] = Image.Exif()
+        options["exif"][0x0112] = 6
+    data = encoded(PHOTO.convert(mode), **options)
+    expected = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
+    pixels = media.decode_image(data, name="picture")
+    np.testing.assert_array_equal(pixels, np.asarray(expected))
+
+
+@settings(deadline=None, max_examples=150)
+@given(st.integers(0, 10**6), st.integers(0, 255), st.booleans())
+def test_a_damaged_picture_in_memory_is_an_error_or_as_pillow_has_it(place, value, cut):
+    data = bytearray(encoded(PHOTO.resize((40, 30))))
+    place %= len(data)
+    data[place] = value
+    damaged = bytes(data[:place] if cut else data)
+    try:
+        pixels = media.decode_image(damaged, name="picture")
+    except media.MediaError as error:
+        assert str(error).startswith("picture: ")
+    else:
+        shown = ImageOps.exif_transpose(Image.open(io.BytesIO(damaged))).convert("RGB")
+        np.testing.assert_array_equal(pixels, np.asarray(shown))

@@ -6,7 +6,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-from av.video.reformatter import Interpolation
+from av.video.reformatter import Colorspace, Interpolation
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
@@ -133,6 +133,23 @@ def test_threads_do_not_change_pixels(files):
     path = files["long_gop.mp4"]
     with media.VideoReader(path, threads=0) as reader:
         np.testing.assert_array_equal(reader.read(0, reader.frame_count), decode_in_order(path))
+
+
+@pytest.mark.parametrize(
+    "pixel_format",
+    (
+        "yuv420p yuvj420p yuv422p yuv444p yuv411p gray gray10le yuv420p10le yuv444p12le rgb24 bgr0 "
+        "rgba yuva420p gbrp nv12 p010le yuyv422"
+    ).split(),
+)
+def test_planes_give_the_pixels_of_swscales_exact_rgb(pixel_format):
+    picture = np.ascontiguousarray(media.read_frames(CLIPS[0], count=1)[0, :-1, :-1])  # odd
+    frame = av.VideoFrame.from_ndarray(picture, format="rgb24").reformat(format=pixel_format)
+    options = dict(src_colorspace=Colorspace.ITU601, interpolation=media._EXACT_COLORS)
+    expected = frame.to_ndarray(format="rgb24", **options)
+    pixels = np.empty_like(expected)
+    media._ToRgb()(frame, pixels, path="")
+    np.testing.assert_array_equal(pixels, expected)
 
 
 @pytest.mark.parametrize(("start", "count"), [(-1, 1), (47, 2), (49, 0), (0, -1)])

@@ -1,5 +1,6 @@
 """Data sets of records: read by plain TFDS without TensorFlow, and frames exact in any order."""
 
+import io
 import os
 import pickle
 import subprocess
@@ -30,15 +31,13 @@ REAL = os.environ.get("ELASTICTOK_MEDIA")  # a folder with further real clips
 
 def decode_in_order(data: bytes) -> np.ndarray:
     """Every frame by plain sequential decoding, apart from the code under test."""
-    import io
-
     with av.open(io.BytesIO(data)) as container:
-        frames = [frame.reformat(format="yuv420p") for frame in container.decode(video=0)]
-        return np.stack([media._frame_to_rgb(f, path="", shape=rgb_shape(f)) for f in frames])
-
-
-def rgb_shape(frame) -> tuple[int, int, int]:
-    return frame.height, frame.width, 3
+        return np.stack(
+            [
+                frame.to_ndarray(format="rgb24", interpolation=media._EXACT_COLORS)
+                for frame in container.decode(video=0)
+            ]
+        )
 
 
 @pytest.fixture(scope="module")

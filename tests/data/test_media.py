@@ -137,10 +137,25 @@ def test_threads_do_not_change_pixels(files):
 
 @pytest.mark.parametrize(
     "pixel_format",
-    (
-        "yuv420p yuvj420p yuv422p yuv444p yuv411p gray gray10le yuv420p10le yuv444p12le rgb24 bgr0 "
-        "rgba yuva420p gbrp nv12 p010le yuyv422"
-    ).split(),
+    [
+        "yuv420p",
+        "yuvj420p",
+        "yuv422p",
+        "yuv444p",
+        "yuv411p",
+        "gray",
+        "gray10le",
+        "yuv420p10le",
+        "yuv444p12le",
+        "rgb24",
+        "bgr0",
+        "rgba",
+        "yuva420p",
+        "gbrp",
+        "nv12",
+        "p010le",
+        "yuyv422",
+    ],
 )
 def test_planes_give_the_pixels_of_swscales_exact_rgb(pixel_format):
     picture = np.ascontiguousarray(media.read_frames(CLIPS[0], count=1)[0, :-1, :-1])  # odd

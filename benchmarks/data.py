@@ -127,11 +127,15 @@ def throughput(path, *, side: int, workers: int, threads: int, batches: int) -> 
     options = dict(data__workers=workers, data__decode_threads=threads, data__batch_size=4)
     config = config_for(path, side=side, blocks=4, **options)
     reader = BatchReader(config, open_feeds(config), split="train")
-    read = read_ahead(reader, start=0, stop=2 * batches)
-    for _ in range(batches):
-        next(read)
-    count, spent = seconds(lambda: sum(1 for _ in read))
-    row_blocks = count * config.data.batch_size * config.data.sequence_blocks
+    read = read_ahead(reader, start=0, stop=3 * batches)  # not to its end: processes stop there
+
+    def run() -> None:
+        for _ in range(batches):
+            next(read)
+
+    run()
+    _, spent = seconds(run)
+    row_blocks = batches * config.data.batch_size * config.data.sequence_blocks
     return {
         "workers": workers,
         "threads": threads,

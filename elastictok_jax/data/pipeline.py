@@ -51,6 +51,10 @@ class BatchReader:
         first_row: int = 0,
     ):
         self.config, self.first_row = config, first_row
+        # Looked up once: a ConfigDict takes as long for all of them as patching a small picture.
+        self._batch_size, self._patch = config.data.batch_size, tuple(config.model.patch)
+        self._block_tokens, self._patch_values = block_tokens(config), patch_values(config)
+        self._frames_per_block = config.video.frames_per_block
         self.rows = range(config.data.batch_size) if rows is None else rows
         self.blocks = range(config.data.sequence_blocks) if blocks is None else blocks
         self.feeds = feeds.split(split)
@@ -65,9 +69,9 @@ class BatchReader:
     def __call__(self, index: int) -> dict[str, Any]:
         """This process's part of batch `index`: patches uint8 [b, s, D], segment_ids int32
         [b, s], and "faults", a list of messages, one for each block that had to be replaced."""
-        first = self.first_row + index * self.config.data.batch_size
-        tokens = len(self.blocks) * block_tokens(self.config)
-        patches = np.empty((len(self.rows), tokens, patch_values(self.config)), np.uint8)
+        first = self.first_row + index * self._batch_size
+        tokens = len(self.blocks) * self._block_tokens
+        patches = np.empty((len(self.rows), tokens, self._patch_values), np.uint8)
         rows = [
             self.read_row(first + row, out=out) for row, out in zip(self.rows, patches, strict=True)
         ]
@@ -80,12 +84,10 @@ class BatchReader:
     def read_row(self, row: int, *, out: np.ndarray | None = None) -> dict[str, Any]:
         """Global row `row`: patches uint8 [s, D] (in `out`, if given), segment_ids int32 [s], and
         "faults"."""
-        config = self.config
         clips = self.mixture.row(row)
-        per_block = block_tokens(config)
-        patch, frames = tuple(config.model.patch), config.video.frames_per_block
+        per_block, patch, frames = self._block_tokens, self._patch, self._frames_per_block
         if out is None:
-            out = np.empty((len(self.blocks) * per_block, patch_values(config)), np.uint8)
+            out = np.empty((len(self.blocks) * per_block, self._patch_values), np.uint8)
         segments: list[int] = []  # of each block
         faults: list[str] = []
         first = 0  # block of the row where the clip begins

@@ -18,6 +18,10 @@ from elastictok_jax.errors import UsageError
 EMBEDDED = Path(elastictok_jax.__file__).parent / "data" / "embedded"
 CLIPS = sorted(EMBEDDED.glob("*/*.mp4"))
 STILLS = sorted(EMBEDDED.glob("*/*.jpg"))
+YUV_FORMATS = (
+    *("yuv420p", "yuvj420p", "yuv422p", "yuv444p", "yuv411p", "yuva420p", "nv12", "p010le"),
+    *("yuyv422", "yuv420p10le", "yuv444p12le"),
+)
 READS = settings(
     max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
@@ -137,25 +141,7 @@ def test_threads_do_not_change_pixels(files):
 
 @pytest.mark.parametrize(
     "pixel_format",
-    [
-        "yuv420p",
-        "yuvj420p",
-        "yuv422p",
-        "yuv444p",
-        "yuv411p",
-        "gray",
-        "gray10le",
-        "yuv420p10le",
-        "yuv444p12le",
-        "rgb24",
-        "bgr0",
-        "rgba",
-        "yuva420p",
-        "gbrp",
-        "nv12",
-        "p010le",
-        "yuyv422",
-    ],
+    [*YUV_FORMATS, "gray", "gray10le", "rgb24", "bgr0", "rgba", "gbrp"],
 )
 def test_planes_give_the_pixels_of_swscales_exact_rgb(pixel_format):
     picture = np.ascontiguousarray(media.read_frames(CLIPS[0], count=1)[0, :-1, :-1])  # odd

@@ -6,8 +6,8 @@ Command: elastictok train mixture:stage=images --workdir runs/mixture-images
     elastictok train mixture:stage=video --workdir runs/mixture-video \\
         --config.train.init_from=runs/mixture-images
 Hardware: 2 CPU cores.
-Time: TIME_IMAGES for the images and TIME_VIDEO for the video on 2 cores of an AMD EPYC.
-Result: held-out MSE with all tokens (eval/mse) RESULT_IMAGES after the images, and RESULT_VIDEO
+Time: 53 s for the images and 1 min 57 s for the video on 2 cores of an AMD EPYC.
+Result: held-out MSE with all tokens (eval/mse) 0.054 after the images, and 0.039
     after the video.
 """
 

@@ -813,7 +813,8 @@ def encode_video(frames: Iterable[np.ndarray], *, fps: float, crf: int, gop: int
 
 def _encode(container, frames: Iterable[np.ndarray], *, fps, crf, codec, gop, b_frames, threads):
     rate = Fraction(fps).limit_denominator(1001)  # 23.976 is 24000 / 1001
-    options = {} if codec == "ffv1" else {"crf": str(crf)}
+    # With mbtree, x264's bytes hang on where its memory happens to lie.
+    options = {} if codec == "ffv1" else {"crf": str(crf), "mbtree": "0"}
     stream = container.add_stream(codec, rate=rate, options=options)
     stream.pix_fmt = _WRITE_FORMATS[codec]
     stream.codec_context.gop_size = gop

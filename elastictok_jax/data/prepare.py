@@ -136,14 +136,15 @@ def _compare(output: Path, before: dict[str, Any], plan: Plan) -> None:
 
 
 class _Supervisor:
-    """Runs up to `jobs` processes, one a shard; one that dies or hangs costs only the original
-    that it was at: the shard is made again without it."""
+    """Runs up to `jobs` processes, one a shard. One that hangs, or dies twice at the same original,
+    costs that original: its shard is made again without it."""
 
     def __init__(self, output: Path, plan: Plan, waiting: list[int], *, jobs: int, timeout: float):
         self._output, self._plan, self._waiting = output, plan, waiting[::-1]
         self._jobs, self._timeout = jobs, timeout
         self._context = multiprocessing.get_context("spawn")
         self._running: dict[int, _Job] = {}
+        self._crashed: set[str] = set()  # originals at which a process died once, maybe by chance
         originals = sum(entry.originals for shard in waiting for entry in plan.shards[shard])
         self._bar = tqdm(
             total=originals, unit="file", disable=not sys.stderr.isatty(), dynamic_ncols=True
@@ -210,7 +211,14 @@ class _Supervisor:
             self._say(f"shard {shard + 1} of {len(self._plan.shards)} is done")
         elif job.ended:
             job.process.join()
-            self._give_up(shard, job, f"crashed its process (exit code {job.process.exitcode})")
+            reason = f"crashed its process (exit code {job.process.exitcode})"
+            if job.original is None or job.original in self._crashed:
+                self._give_up(shard, job, reason)
+            else:
+                del self._running[shard]
+                self._crashed.add(job.original)
+                self._say(f"{job.original}: {reason}; making its shard again")
+                self._waiting.append(shard)
         elif job.original is not None and time.monotonic() - job.since > self._timeout:
             job.process.kill()
             job.process.join()

@@ -19,6 +19,24 @@ def pytest_addoption(parser):
     parser.addoption(
         "--update-golden", action="store_true", help="write tests/golden instead of comparing"
     )
+    parser.addoption(
+        "--devices", type=int, default=1, help="CPU devices; tests/eight_devices wants 8"
+    )
+
+
+def pytest_configure(config):
+    devices = config.getoption("--devices")
+    if devices != 1:
+        import jax
+
+        jax.config.update("jax_num_cpu_devices", devices)
+
+
+def pytest_ignore_collect(collection_path, config):
+    """Tests of whole meshes run in a call of their own: devices are fixed when jax starts."""
+    if collection_path.name == "eight_devices":
+        return config.getoption("--devices") != 8
+    return None
 
 
 @pytest.fixture

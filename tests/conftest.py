@@ -30,6 +30,7 @@ def pytest_configure(config):
         import jax
 
         jax.config.update("jax_num_cpu_devices", devices)
+        jax.config.update("jax_disable_most_optimizations", True)  # they only cost time here
 
 
 def pytest_ignore_collect(collection_path, config):

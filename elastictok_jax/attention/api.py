@@ -4,13 +4,16 @@ Dimension key: B batch, S tokens, H heads, K head width.
 """
 
 import jax
+import jax.numpy as jnp
 from flax import struct
 
-from elastictok_jax.attention.blockwise import blockwise_attention
-from elastictok_jax.attention.dense import dense_attention
+from elastictok_jax.attention.blockwise import Blockwise
+from elastictok_jax.attention.dense import Dense, dense_attention
+from elastictok_jax.attention.kernel import Kernel, Visibility, flash_attention
+from elastictok_jax.attention.sharded import on_mesh
 
 Array = jax.Array
-BACKENDS = ("auto", "dense", "blockwise")
+BACKENDS = ("auto", "dense", "blockwise", "splash")
 
 
 @struct.dataclass
@@ -18,9 +21,9 @@ class TokenPlaces:
     """Where each token of a packed sequence stands.
 
     Attributes:
-      positions_S: int32 [S], index of the token in its sequence. Only differences matter.
+      positions_S: int32 [S], what rotary embedding turns by. Only differences matter.
       segments_BS: int32 [B, S], the clip each token belongs to; 0 is padding.
-      tokens_per_block: L; token i is in block positions_S[i] // L.
+      tokens_per_block: L; token i of the sequence is in block i // L.
     """
 
     positions_S: Array
@@ -34,34 +37,55 @@ def attention(
     """Query i sees key j iff both are in one clip and block(j) <= block(i).
 
     Padding (segment 0) sees only padding, so no row is ever empty. Scores are scaled by
-    K ** -0.5 and normalised in float32 whatever the dtype of the inputs.
+    K ** -0.5 and normalised in float32 whatever the dtype of the inputs. Called where a mesh is
+    set, the devices share batch and heads, and a sequence that lies over several goes round them
+    in a ring.
 
     Args:
-      backend: "dense" (the reference; memory grows with S^2), "blockwise" (each block attends to
-        the slice of keys up to itself; needs S to be whole blocks), or "auto".
+      backend: what a device runs. "dense" (every score at once), "blockwise" (tiles, plain XLA),
+        "splash" (Pallas kernel for TPUs; interpreted elsewhere), or "auto": splash on a TPU,
+        else blockwise.
 
     Returns:
       [B, S, H, K] in the dtype of `value_BSHK`.
     """
-    tokens, per_block = query_BSHK.shape[1], places.tokens_per_block
-    if backend == "auto":
-        backend = "blockwise" if tokens % per_block == 0 else "dense"
-    if backend == "dense":
-        blocks_S = places.positions_S // per_block
+    mesh = jax.sharding.get_abstract_mesh()
+    segments_BS, per_block = places.segments_BS, places.tokens_per_block
+    inputs = [x.swapaxes(1, 2) for x in (query_BSHK, key_BSHK, value_BSHK)]
+    kernel = make_kernel(backend, platform_of(mesh))
+    if not mesh.empty and mesh.size > 1:
+        kernel = on_mesh(kernel, mesh, inputs[0].shape)
+    elif backend == "dense":
+        block_S = jnp.arange(segments_BS.shape[1]) // per_block
         return dense_attention(
-            query_BSHK,
-            key_BSHK,
-            value_BSHK,
-            query_segments_BS=places.segments_BS,
-            key_segments_BT=places.segments_BS,
-            block_mask_ST=blocks_S[None, :] <= blocks_S[:, None],
+            *(query_BSHK, key_BSHK, value_BSHK),
+            query_segments_BS=segments_BS,
+            key_segments_BT=segments_BS,
+            block_mask_ST=block_S[None, :] <= block_S[:, None],
         )
+    visibility = Visibility(segments_BS, segments_BS, per_block)
+    return flash_attention(kernel, *inputs, visibility).swapaxes(1, 2)
+
+
+def platform_of(mesh: jax.sharding.AbstractMesh) -> str:
+    """What the program at hand is for: the platform of the mesh, or of this process."""
+    return jax.default_backend() if mesh.empty else mesh.abstract_device.platform
+
+
+def make_kernel(backend: str, platform: str) -> Kernel:
+    """The kernel that a device runs.
+
+    Raises:
+      ValueError: if there is no such backend.
+    """
+    if backend == "auto":
+        backend = "splash" if platform == "tpu" else "blockwise"
+    if backend == "splash":
+        from elastictok_jax.attention.splash import Splash  # Pallas is slow to import
+
+        return Splash(interpret=platform != "tpu")
+    if backend == "dense":
+        return Dense()
     if backend == "blockwise":
-        return blockwise_attention(
-            query_BSHK,
-            key_BSHK,
-            value_BSHK,
-            segments_BS=places.segments_BS,
-            tokens_per_block=per_block,
-        )
+        return Blockwise()
     raise ValueError(f"attention backend {backend!r}: choose one of {', '.join(BACKENDS)}")

@@ -3,10 +3,45 @@
 Dimension key: B batch, S queries, T keys, H heads, K head width.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 
+from elastictok_jax.attention.tile import (
+    Stretch,
+    output_dot_gradient,
+    tile_backward,
+    tile_forward,
+    tile_mask,
+)
+
 Array = jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Dense:
+    """One tile for all: the reference as a `Kernel`, for rings."""
+
+    def forward(self, query_BHSK, key_BHTK, value_BHTK, visibility):
+        """As `Kernel.forward`."""
+        mask_BST = self._mask(query_BHSK, key_BHTK, visibility)
+        return tile_forward(query_BHSK, key_BHTK, value_BHTK, mask_BST)
+
+    def backward(
+        self, query_BHSK, key_BHTK, value_BHTK, visibility, *, out_BHSK, lse_BHS, grad_BHSK
+    ):
+        """As `Kernel.backward`."""
+        mask_BST = self._mask(query_BHSK, key_BHTK, visibility)
+        return tile_backward(
+            *(query_BHSK, key_BHTK, value_BHTK, mask_BST),
+            lse_BHS=lse_BHS,
+            grad_BHSK=grad_BHSK.astype(value_BHTK.dtype),
+            delta_BHS=output_dot_gradient(out_BHSK, grad_BHSK),
+        )
+
+    def _mask(self, query_BHSK, key_BHTK, visibility):
+        return tile_mask(visibility, Stretch(0, query_BHSK.shape[2]), Stretch(0, key_BHTK.shape[2]))
 
 
 def dense_attention(

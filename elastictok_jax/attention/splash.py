@@ -18,11 +18,6 @@ from elastictok_jax.attention.kernel import FILLING, Array, Visibility, fill
 LANES = 128
 # Most queries and keys of a tile that leave room for all buffers in a core's VMEM.
 TILE = 512
-# What the kernel's rule for the gradient takes before its arrays, in order.
-RULE_SETTINGS = (
-    *("save_residuals", "mask_value", "is_mqa", "block_sizes", "residual_checkpoint_name"),
-    *("mask_function", "attn_logits_soft_cap", "interpret"),
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,8 +63,7 @@ class Splash:
             tiles = (kernel.dq_mask_info, kernel.dkv_mask_info)
             saved = (*inputs, ids, None, out, lse, *tiles)
             # Only the kernel's own rule for the gradient takes a log-sum-exp from elsewhere.
-            settings = [kernel.kwargs[name] for name in RULE_SETTINGS]
-            return splash._splash_attention_bwd(*settings, saved, grad)[3:6]
+            return splash._splash_attention_bwd(**kernel.kwargs, res=saved, do=grad)[3:6]
 
         grads = jax.vmap(one_row)(inputs, ids, out, lse, grad)
         query_grad, key_grad, value_grad = (

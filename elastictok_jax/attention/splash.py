@@ -8,9 +8,9 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask_info as mask_info
 
 from elastictok_jax.attention.blockwise import Blockwise
 from elastictok_jax.attention.kernel import FILLING, Array, Visibility, fill
@@ -84,8 +84,7 @@ class Splash:
 
     def _kernel(self, query_shape: tuple[int, ...], keys: int, tokens_per_block: int | None):
         _, heads, queries, _ = query_shape
-        with jax.ensure_compile_time_eval():
-            return _make_kernel(heads, queries, keys, tokens_per_block, self.interpret)
+        return _make_kernel(heads, queries, keys, tokens_per_block, self.interpret)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,8 +121,15 @@ def _make_kernel(heads: int, queries: int, keys: int, tokens_per_block: int | No
     else:
         mask = BlockCausalMask(queries, tokens_per_block)
     q, k = _tile(queries), _tile(keys)
-    kernel = splash.make_splash_mha(
-        masks.MultiHeadMask([mask] * heads),
+    all_heads = masks.MultiHeadMask([mask] * heads)
+    # Made by hand because `make_splash_mha` puts these on the devices of the mesh at hand, which
+    # may be a description of devices.
+    by_queries, mask_function = mask_info.process_mask(all_heads, (q, k))
+    by_keys, _ = mask_info.process_mask_dkv(all_heads, (q, k))
+    return splash.SplashAttentionKernel(
+        by_queries,
+        by_queries,
+        by_keys,
         block_sizes=splash.BlockSizes(
             block_q=q,
             block_kv=k,
@@ -134,13 +140,14 @@ def _make_kernel(heads: int, queries: int, keys: int, tokens_per_block: int | No
             block_q_dq=q,
             block_kv_dq=k,
         ),
+        is_mqa=False,
         save_residuals=True,
-        head_shards=1,
-        q_seq_shards=1,
+        mask_value=splash.DEFAULT_MASK_VALUE,
+        attn_logits_soft_cap=None,
+        residual_checkpoint_name=None,
+        mask_function=mask_function,
         interpret=interpret,
     )
-    # Device arrays would remember the mesh that they were made on.
-    return jax.tree.map(np.asarray, kernel)
 
 
 def _tile(tokens: int) -> int:

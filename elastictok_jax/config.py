@@ -47,7 +47,7 @@ POSITIVE = (
 NOT_NEGATIVE = (
     *("loss.lpips_weight", "loss.kl_weight", "optimizer.weight_decay", "optimizer.warmup_steps"),
     *("train.keep_best", "data.cache_mib", "seed"),
-    *("masking.mean", "data.workers"),
+    *("masking.mean", "data.workers", "model.mlp_chunk_tokens"),
 )
 RANGES: tuple[tuple[Callable[[float], bool], str, tuple[str, ...]], ...] = (
     (lambda x: x > 0, "greater than 0", POSITIVE),
@@ -83,6 +83,7 @@ def default_config() -> ml_collections.ConfigDict:
     model.conditioned = True  # the encoder sees which tokens will be kept
     model.attention = "auto"
     model.remat = "dots"
+    model.mlp_chunk_tokens = 0  # feed-forward: most tokens a device at once; 0 for all
     model.dtype = "bfloat16"  # of the computation; parameters are float32
 
     config.video = ml_collections.ConfigDict(dict(frames_per_block=4, resolution=256))

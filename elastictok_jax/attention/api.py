@@ -54,7 +54,7 @@ def attention(
     inputs = [x.swapaxes(1, 2) for x in (query_BSHK, key_BSHK, value_BSHK)]
     kernel = make_kernel(backend, platform_of(mesh))
     if not mesh.empty and mesh.size > 1:
-        kernel = on_mesh(kernel, mesh, inputs[0].shape)
+        kernel = on_mesh(kernel, inputs[0].shape)
     elif backend == "dense":
         block_S = jnp.arange(segments_BS.shape[1]) // per_block
         return dense_attention(

@@ -4,15 +4,15 @@ Dimension key: B batch, S tokens, H heads, K head width.
 """
 
 import dataclasses
-import math
 from typing import Any
 
 import flax.linen as nn
 import jax
-from jax.sharding import AbstractMesh, PartitionSpec
+from jax.sharding import PartitionSpec
 
 from elastictok_jax.attention.kernel import FILLING, Array, Kernel, Visibility, fill
 from elastictok_jax.attention.ring import Ring
+from elastictok_jax.parallel.sharding import logical_axis_shards
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,21 +65,17 @@ class Sharded:
         return tuple(x[:, :, :tokens] for x in results)
 
 
-def on_mesh(kernel: Kernel, mesh: AbstractMesh, shape_BHSK: tuple[int, ...]) -> Sharded:
-    """`kernel` for arrays of this shape, laid on the mesh as the logical axis rules say.
+def on_mesh(kernel: Kernel, shape_BHSK: tuple[int, ...]) -> Sharded:
+    """`kernel` for arrays of this shape, laid on the mesh at hand as the logical axis rules say.
 
     What the mesh does not divide of batch or heads is whole on every device.
     """
     axes: list[Any] = list(nn.logical_to_mesh_axes(("batch", "heads", "sequence", None)) or ())
 
-    def shards(axis) -> int:
-        names = (axis,) if isinstance(axis, str) else axis or ()
-        return math.prod(mesh.shape[name] for name in names)
-
-    for dimension in (0, 1):
-        if shape_BHSK[dimension] % shards(axes[dimension]):
+    for dimension, name in enumerate(("batch", "heads")):
+        if shape_BHSK[dimension] % logical_axis_shards(name):
             axes[dimension] = None
-    sequence_shards = shards(axes[2])
+    sequence_shards = logical_axis_shards("sequence")
     if sequence_shards > 1:
         kernel = Ring(kernel, axes[2], sequence_shards)
     return Sharded(kernel, PartitionSpec(*axes), sequence_shards)

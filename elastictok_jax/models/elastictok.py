@@ -130,6 +130,7 @@ def build_model(config: ml_collections.ConfigDict) -> ElasticTok:
         norm_eps=model.norm_eps,
         attention=model.attention,
         remat=model.remat,
+        mlp_chunk_tokens=model.mlp_chunk_tokens,
         dtype=jnp.dtype(model.dtype),
     )
     pt, ph, pw = model.patch

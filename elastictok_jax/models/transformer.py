@@ -7,21 +7,37 @@ Parameters are float32 and carry logical axis names; `parallel/sharding.py` maps
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 from elastictok_jax.attention.api import TokenPlaces, attention
+from elastictok_jax.attention.kernel import SAVED_NAMES
+from elastictok_jax.parallel.sharding import logical_axis_shards
 
 Array = jax.Array
 
-# What each setting keeps from the forward pass; the backward pass computes the rest again.
+# What each setting keeps from the forward pass; the backward pass computes the rest again. What
+# attention needs is cheap to keep and dear to compute, with a ring above all.
+LAYER_INPUT = "layer_input"
 REMAT_POLICIES: dict[str, Callable[..., Any] | None] = {
     "none": None,
-    "dots": jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,
+        jax.checkpoint_policies.save_only_these_names(*SAVED_NAMES),
+    ),
+    "attention": jax.checkpoint_policies.save_only_these_names(*SAVED_NAMES),
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=[LAYER_INPUT, *SAVED_NAMES],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
@@ -41,6 +57,7 @@ class LayerSpec:
       norm_eps: added to the mean square in RMSNorm.
       attention: a backend name of `attention.api`.
       remat: a key of REMAT_POLICIES.
+      mlp_chunk_tokens: most tokens a device that the feed-forward computes at once; 0 for all.
       dtype: dtype of the computation; parameters are float32 whatever it is.
     """
 
@@ -51,6 +68,7 @@ class LayerSpec:
     norm_eps: float
     attention: str
     remat: str
+    mlp_chunk_tokens: int
     dtype: Any
 
     def norm(self, name: str) -> nn.RMSNorm:
@@ -175,6 +193,34 @@ class SwiGLU(nn.Module):
         )
 
 
+def in_chunks(mlp: SwiGLU, x_BSW: Array) -> Array:
+    """`mlp(x_BSW)` a chunk of every device's tokens at a time, so that hidden units are never all
+    there; the backward pass computes those of a chunk again."""
+    batch, tokens, width = x_BSW.shape
+    shards = logical_axis_shards("sequence")
+    local, most = tokens // shards, mlp.spec.mlp_chunk_tokens
+    if not most or local <= most or tokens % shards:
+        return mlp(x_BSW)
+    chunk = max(size for size in range(1, most + 1) if local % size == 0)
+    # The axis that lies over devices stays whole; the loop runs over one that does not.
+    chunks = x_BSW.reshape(batch, shards, local // chunk, chunk, width)
+    axes = ("batch", "sequence", None, None)
+
+    @partial(nn.remat, policy=jax.checkpoint_policies.nothing_saveable, prevent_cse=False)
+    def one_chunk(mlp: SwiGLU, carry: None, x: Array) -> tuple[None, Array]:
+        return carry, nn.with_logical_constraint(mlp(x), axes)
+
+    scan = nn.scan(
+        one_chunk,
+        variable_broadcast="params",
+        split_rngs={"params": False},
+        in_axes=2,
+        out_axes=2,
+    )
+    _, chunks = scan(mlp, None, chunks)
+    return chunks.reshape(x_BSW.shape)
+
+
 class Layer(nn.Module):
     """One pre-norm layer; returns (activations, None) as nn.scan wants."""
 
@@ -183,10 +229,11 @@ class Layer(nn.Module):
     @nn.compact
     def __call__(self, x_BSW: Array, places: TokenPlaces) -> tuple[Array, None]:
         x_BSW = nn.with_logical_constraint(x_BSW, ("batch", "sequence", None))
+        x_BSW = checkpoint_name(x_BSW, LAYER_INPUT)
         normed_BSW = self.spec.norm("attention_norm")(x_BSW)
         x_BSW += SelfAttention(self.spec, name="attention")(normed_BSW, places)
         normed_BSW = self.spec.norm("mlp_norm")(x_BSW)
-        return x_BSW + SwiGLU(self.spec, name="mlp")(normed_BSW), None
+        return x_BSW + in_chunks(SwiGLU(self.spec, name="mlp"), normed_BSW), None
 
 
 def stacked_layers(count: int, spec: LayerSpec) -> Callable[[Array, TokenPlaces], tuple]:

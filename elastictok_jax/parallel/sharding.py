@@ -1,5 +1,7 @@
 """One table from the logical axes that models name to the axes of the mesh."""
 
+import math
+
 import flax.linen as nn
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -42,3 +44,13 @@ def in_mesh(function, mesh: Mesh):
             return function(*args)
 
     return call
+
+
+def logical_axis_shards(name: str) -> int:
+    """Over how many devices a logical axis lies on the mesh at hand; 1 where none is set."""
+    mesh = jax.sharding.get_abstract_mesh()
+    spec = nn.logical_to_mesh_axes((name,))
+    if mesh.empty or not spec or spec[0] is None:
+        return 1
+    names = (spec[0],) if isinstance(spec[0], str) else spec[0]
+    return math.prod(mesh.shape[axis] for axis in names)

@@ -30,6 +30,9 @@ from elastictok_jax.tokenizer.tokens import Tokens
 from elastictok_jax.training.checkpoint import Checkpointer, shape_mismatches
 from elastictok_jax.weights.safetensors import load_params
 
+# Model keys that say how to compute, not what: they may differ between two equal tokenizers.
+HOW_NOT_WHAT = ("attention", "remat", "mlp_chunk_tokens")
+
 
 class ElasticTokenizer:
     """A trained model as a tokenizer. Build one with `from_pretrained`."""
@@ -398,7 +401,7 @@ def _fingerprint(config: ml_collections.ConfigDict, params) -> str:
     """16 hex digits of the model's config and weights."""
     digest = hashlib.sha256()
     for part in (config.model, config.video):
-        meaning = {k: v for k, v in part.to_dict().items() if k not in ("attention", "remat")}
+        meaning = {k: v for k, v in part.to_dict().items() if k not in HOW_NOT_WHAT}
         digest.update(repr(sorted(meaning.items())).encode())
     digest.update(str(config.data.sequence_blocks).encode())
     for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:

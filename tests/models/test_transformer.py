@@ -26,6 +26,7 @@ SPEC = LayerSpec(
     norm_eps=1e-5,
     attention="blockwise",
     remat="none",
+    mlp_chunk_tokens=0,
     dtype=jnp.float32,
 )
 PLACES = TokenPlaces(
@@ -151,7 +152,7 @@ def outputs_and_grads(layers, params, x):
     return out, grads
 
 
-@pytest.mark.parametrize("remat", ["dots", "full"])
+@pytest.mark.parametrize("remat", ["dots", "attention", "offload", "full"])
 def test_remat_changes_no_number(plain, remat):
     params, want_out, want_grads = plain
     layers, x = layers_and_input(remat=remat)
@@ -174,7 +175,21 @@ def saved_bytes(remat):
 
 
 def test_remat_saves_less_and_less():
-    assert saved_bytes("full") < saved_bytes("dots") < saved_bytes("none")
+    sizes = [saved_bytes(remat) for remat in ("full", "attention", "dots", "none")]
+    assert sizes == sorted(set(sizes))
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 4, 7])
+def test_feed_forward_in_chunks_changes_no_number(plain, chunk):
+    params, want_out, want_grads = plain
+    layers, x = layers_and_input(mlp_chunk_tokens=chunk)
+    fresh = nn.meta.unbox(jax.eval_shape(layers.init, jax.random.key(0), x, PLACES))
+    assert jax.tree.map(jnp.shape, fresh) == jax.tree.map(jnp.shape, params)
+    out, grads = outputs_and_grads(layers, params, x)
+    np.testing.assert_allclose(out, want_out, atol=1e-6, rtol=1e-6)
+    leaves = zip(jax.tree.leaves(grads), jax.tree.leaves(want_grads), strict=True)
+    for got, want in leaves:
+        np.testing.assert_allclose(got, want, atol=1e-5, rtol=1e-5)
 
 
 def test_a_scan_is_its_layers_in_turn(plain):

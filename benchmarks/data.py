@@ -25,6 +25,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from benchmarks.machine import describe_machine
+from benchmarks.table import table
 from elastictok_jax.config import block_tokens, override, resolve, source_config
 from elastictok_jax.data import media
 from elastictok_jax.data.mixture import Mixture
@@ -268,17 +269,6 @@ def measure(*, originals: Path, quick: bool) -> dict[str, Any]:
         packing_waste(blocks=n, rows=64 if quick else 1024) for n in (4, 16, 64, 256)
     ]
     return results
-
-
-def table(rows: list[dict[str, Any]]) -> str:
-    """Rows of equal keys as a Markdown table."""
-    keys = list(rows[0])
-
-    def text(value: Any) -> str:
-        return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-    lines = [keys, ["---"] * len(keys), *([text(row[key]) for key in keys] for row in rows)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -1,0 +1,59 @@
+"""Where the time of a compiled program goes: profiler events joined to the model's parts."""
+
+import collections
+import re
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.profiler import ProfileData
+
+# The first pattern that an operation's path in the program matches names its part.
+PARTS = {
+    "attention, backward": r"transpose.*/attention/(?!query|key|value|out)",
+    "attention, forward": r"/attention/(?!query|key|value|out)",
+    "projections of attention, backward": r"transpose.*/attention/",
+    "projections of attention, forward": r"/attention/",
+    "feed-forward, backward": r"transpose.*/mlp/",
+    "feed-forward, forward": r"/mlp/",
+    "norms, backward": r"transpose.*norm",
+    "norms, forward": r"norm",
+    "bottleneck": r"bottleneck",
+    "patches and pixels, backward": r"transpose.*(in_proj|out_proj)",
+    "patches and pixels, forward": r"in_proj|out_proj|tanh",
+    "other of backward": r"transpose",
+    "other of layers": r"/layers/",
+}
+
+
+def costs_by_part(run: Callable[[], None], program: str, *, runs: int = 5) -> list[dict[str, Any]]:
+    """Share of the devices' busy time that each part of the model takes, largest first.
+
+    Args:
+      run: runs the program once, to the end.
+      program: its optimised HLO text, which says the path of every operation.
+    """
+    paths = {}
+    for line in program.splitlines():
+        found = re.search(r'%?([\w.\-]+) = .*?op_name="([^"]*)"', line)
+        if found and not re.search(r" (while|call|conditional)\(", line):  # their insides count
+            paths[found[1]] = found[2]
+    busy: collections.Counter[str] = collections.Counter()
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            for _ in range(runs):
+                run()
+        (trace,) = Path(folder).rglob("*.xplane.pb")
+        for plane in ProfileData.from_file(str(trace)).planes:
+            for line in plane.lines:
+                for event in line.events:
+                    if event.name in paths:
+                        busy[_part(paths[event.name])] += event.duration_ns
+    total = sum(busy.values())
+    return [{"part": part, "share": time / total} for part, time in busy.most_common()]
+
+
+def _part(path: str) -> str:
+    return next((name for name, like in PARTS.items() if re.search(like, path)), "optimizer, other")

@@ -1,0 +1,133 @@
+"""The jitted training step of an experiment: time, utilisation, memory, and where the time goes.
+
+    python -m benchmarks.train_step --experiment E [--config.KEY=VALUE ...] [--json FILE]
+
+The batch is generated once and lies on the device: nothing but the step is measured. The peak that
+utilisation refers to is the best square matmul in the dtype of the computation, measured by turns
+with the steps. See RESULTS.md.
+"""
+
+import argparse
+import json
+import math
+import resource
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+
+from benchmarks.machine import describe_machine
+from benchmarks.profile import costs_by_part
+from benchmarks.table import table
+from elastictok_jax.cli import split_overrides
+from elastictok_jax.config import block_tokens, override, patch_values, resolve, sequence_tokens
+from elastictok_jax.parallel.mesh import make_mesh
+from elastictok_jax.parallel.sharding import batch_sharding, in_mesh, replicated
+from elastictok_jax.registry import get_experiment
+from elastictok_jax.training.state import abstract_state, sharded_init
+from elastictok_jax.training.step import make_train_step
+from elastictok_jax.training.throughput import measured_matmul_flops, train_flops_per_token
+from elastictok_jax.weights.lpips import load_lpips
+
+
+def generated_batch(config: ml_collections.ConfigDict, sharding) -> dict[str, jax.Array]:
+    """Random pixels in one clip a sequence, on the devices."""
+    rng = np.random.default_rng(0)
+    shape = (config.data.batch_size, sequence_tokens(config))
+    batch = {
+        "patches": rng.integers(0, 256, (*shape, patch_values(config)), dtype=np.uint8),
+        "segment_ids": np.ones(shape, np.int32),
+    }
+    return jax.device_put(batch, sharding)
+
+
+def peak_bytes() -> int:
+    """Most memory held so far: of a device, or of this process where devices do not say."""
+    stats = jax.local_devices()[0].memory_stats()
+    if stats:
+        return stats["peak_bytes_in_use"]
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def measure(config: ml_collections.ConfigDict, *, steps: int) -> dict[str, Any]:
+    """Figures of the training step; `steps` are timed, each to its end."""
+    mesh = make_mesh(config)
+    abstract = abstract_state(config, mesh)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    step = jax.jit(make_train_step(config), donate_argnums=0, out_shardings=(shardings, None))
+    state = sharded_init(config, abstract)
+    batch = generated_batch(config, batch_sharding(mesh))
+    lpips_params = {}
+    if config.loss.lpips_weight:
+        lpips_params = jax.device_put(load_lpips(config.loss.lpips_net), replicated(mesh))
+
+    start = time.perf_counter()
+    compiled = in_mesh(step.lower, mesh)(state, batch, lpips_params).compile()
+    compile_seconds = time.perf_counter() - start
+    memory = compiled.memory_analysis()
+
+    times, peaks = [], [measured_matmul_flops(config.model.dtype)]
+    for index in range(steps + 2):
+        start = time.perf_counter()
+        state, metrics = compiled(state, batch, lpips_params)
+        jax.block_until_ready((state, metrics))
+        times.append(time.perf_counter() - start)
+        if index % max(1, steps // 4) == 0:
+            peaks.append(measured_matmul_flops(config.model.dtype))
+    times, peak = times[2:], max(peaks) * jax.device_count()
+    seconds = statistics.median(times)
+
+    def one_more() -> None:
+        nonlocal state
+        state, metrics = compiled(state, batch, lpips_params)
+        jax.block_until_ready(metrics)
+
+    parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract.params))
+    tokens = config.data.batch_size * sequence_tokens(config)
+    matmul_flops = 6.0 * parameters * tokens
+    model_flops = train_flops_per_token(config) * tokens
+    return {
+        "machine": describe_machine(),
+        "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "experiment": config.name,
+        "million_parameters": parameters / 1e6,
+        "batch": f"{config.data.batch_size} x {config.data.sequence_blocks} blocks of "
+        f"{block_tokens(config)} tokens",
+        "dtype": config.model.dtype,
+        "compile_seconds": compile_seconds,
+        "step_seconds": seconds,
+        "quickest_step_seconds": min(times),
+        "tokens_per_second": tokens / seconds,
+        "matmul_peak_gflops": peak / 1e9,
+        "utilisation_6_parameters_tokens": matmul_flops / seconds / peak,
+        "utilisation_with_attention": model_flops / seconds / peak,
+        "peak_gib": peak_bytes() / 2**30,
+        "compiler_temporaries_gib": memory.temp_size_in_bytes / 2**30,
+        "parts": costs_by_part(one_more, compiled.as_text()),
+    }
+
+
+def main(argv: list[str] | None = None) -> None:
+    words, overrides = split_overrides(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser.add_argument("--experiment", required=True, help="a registered name or path/file.py")
+    parser.add_argument("--steps", type=int, default=20, help="steps to time")
+    parser.add_argument("--json", type=Path, help="write the results here")
+    args = parser.parse_args(words)
+    config = get_experiment(args.experiment)
+    override(config, overrides)
+    results = measure(resolve(config), steps=args.steps)
+    if args.json:
+        args.json.write_text(json.dumps(results, indent=1) + "\n")
+    parts = results.pop("parts")
+    print(table([{"": key, "value": value} for key, value in results.items()]))
+    print(f"\nwhere the time of a step goes\n\n{table(parts)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -115,7 +115,32 @@ class Linear(nn.Module):
         shape = (*x.shape[-contracted:], *self.features)
         weights: Any = self.param("kernel", nn.with_logical_partitioning(init, self.axes), shape)
         kernel = self.kernel_view(weights.astype(self.dtype))
-        return jnp.tensordot(x.astype(self.dtype), kernel, axes=contracted)
+        return contract(x.astype(self.dtype), kernel, contracted)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def contract(x: Array, kernel: Array, count: int) -> Array:
+    """Tensor product over the last `count` axes of `x` and the first of `kernel`.
+
+    Its gradient puts `x` on the left of the product that makes the kernel's. JAX's own rule puts
+    the gradient there, and XLA, which transposes what is on the left, then does the elementwise
+    work before it in strided order: 1.6 times the time of a feed-forward on a CPU.
+    """
+    return jnp.tensordot(x, kernel, axes=count)
+
+
+def _contract_forward(x: Array, kernel: Array, count: int):
+    return contract(x, kernel, count), (x, kernel)
+
+
+def _contract_backward(count: int, saved: tuple[Array, Array], grad: Array):
+    x, kernel = saved
+    lead = tuple(range(x.ndim - count))
+    outputs = (tuple(range(len(lead), grad.ndim)), tuple(range(count, kernel.ndim)))
+    return jnp.tensordot(grad, kernel, axes=outputs), jnp.tensordot(x, grad, axes=(lead, lead))
+
+
+contract.defvjp(_contract_forward, _contract_backward)
 
 
 def rotary_turns(head_width: int, theta: float) -> np.ndarray:

@@ -99,7 +99,9 @@ def parse_module(text: str) -> Module:
       ValueError: if there is no entry computation in it.
     """
     computations: dict[str, Computation] = {}
+    instructions: dict[str, Instruction] = {}
     entry = name = None
+    root = ""
     for line in _logical_lines(text):
         if name is None:
             started = _COMPUTATION.match(line)
@@ -107,8 +109,7 @@ def parse_module(text: str) -> Module:
                 name, instructions, root = started[2], {}, ""
                 entry = name if started[1] else entry
         elif line.startswith("}"):
-            root = root or next(reversed(instructions))
-            computations[name] = Computation(name, instructions, root)
+            computations[name] = Computation(name, instructions, root or [*instructions][-1])
             name = None
         else:
             started = _START.match(line)

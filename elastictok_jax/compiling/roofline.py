@@ -67,7 +67,7 @@ def roofline(costs: Costs, *, chip: Chip, slice_of: Sequence[int]) -> Roofline:
             across += sent
         else:
             inside += sent / (link if exchange.kind == "collective-permute" else 2 * link)
-    network = 0.0
+    network: float | None = 0.0
     if across:
         network = across / (chip.dcn_bandwidth / chip.devices) if chip.dcn_bandwidth else None
     return Roofline(

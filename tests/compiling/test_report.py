@@ -1,6 +1,7 @@
 """Programs of an experiment and their figures, compiled for the CPU at hand."""
 
 import json
+import math
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ import pytest
 
 from elastictok_jax import cli
 from elastictok_jax.compiling.chips import CHIPS, GIB
-from elastictok_jax.compiling.costs import Costs
+from elastictok_jax.compiling.costs import Costs, program_costs
 from elastictok_jax.compiling.hlo import parse_module
 from elastictok_jax.compiling.programs import programs
 from elastictok_jax.compiling.report import analyse, describe, memory_sizes, notes, refused
@@ -68,15 +69,21 @@ def test_training_is_three_times_that_less_the_gradient_of_the_pixels(figures):
     rows = 2  # of each device's batch
     assert step["model_flops_per_device"] == 3 * rows * forward
     pixels = 2 * rows * TOKENS * 384 * 16
-    assert step["flops_per_device"] == 3 * rows * forward - pixels
+    # XLA may write the squared error as a product too.
+    assert step["flops_per_device"] == pytest.approx(3 * rows * forward - pixels, rel=0.01)
 
 
 def test_memory_of_the_step_is_its_state_and_its_batch(figures):
     sizes = figures["train_step"]["bytes_per_device"]
     config = tiny()
     program, *_ = programs(config, make_mesh(config))
-    (state, batch, _), _ = program.lower().in_avals
-    size = lambda tree: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))  # noqa: E731
+    (state, batch, _), _ = program.lower().args_info
+    assert all(leaf.donated for leaf in jax.tree.leaves(state))
+    assert not any(leaf.donated for leaf in jax.tree.leaves(batch))
+
+    def size(tree):
+        return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
     assert sizes["aliased"] >= size(state)  # all of it is donated
     assert sizes["arguments"] == size(state) + size(batch) / jax.device_count()
     assert sizes["usable"] == 15.75 * GIB and sizes["capacity"] == 16 * GIB
@@ -153,12 +160,9 @@ def test_notes_say_what_is_left_out():
 def test_loops_of_the_real_step_are_all_known():
     config = tiny(optimizer__accumulate_steps=2, model__remat="full")
     _, found = compiled_programs(config)
-    text = found["train_step"][1].as_text()
-    assert " while(" in text and parse_module(text).entry
-    note = analyse(
-        found["train_step"][1], mesh=make_mesh(config), chip=CHIPS["v4"], model_flops=1.0
-    )["notes"]
-    assert not any("loops" in line for line in note)
+    _, compiled = found["train_step"]
+    assert " while(" in compiled.as_text()
+    assert program_costs(parse_module(compiled.as_text())).unknown_loops == ()
 
 
 def test_table_for_people(figures):

@@ -11,7 +11,7 @@ from collections import Counter
 
 from elastictok_jax.compiling.collectives import Collective, collective_of
 from elastictok_jax.compiling.hlo import Computation, Instruction, Module, Shape, trip_count
-from elastictok_jax.compiling.kernels import Kernel, kernel_of
+from elastictok_jax.compiling.kernels import MARKS, Kernel, call_target, kernel_of
 
 # Instructions that move nothing by themselves.
 _STILL = {
@@ -122,7 +122,7 @@ class _Counter:
     def _bytes(self, found: Instruction, computation: Computation) -> float:
         if found.opcode in _STILL or found.opcode.endswith("-start"):
             return 0.0
-        if found.opcode == "custom-call" and kernel_of(found) is None:
+        if call_target(found) in MARKS:
             return 0.0
         if found.opcode.endswith("-done"):  # of a copy or an exchange: as if it were at once
             started = computation.instructions[found.operands[0]]

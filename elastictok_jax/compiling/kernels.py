@@ -6,8 +6,9 @@ import re
 
 from elastictok_jax.compiling.hlo import Instruction, parse_shapes
 
-# Calls that mark memory and do no work.
-PLUMBING = ("AllocateBuffer", "ConcatBitcast", "Sharding", "SPMDFullToShardShape", "PinToHost")
+# The compiler's own calls: those that only mark memory, and those that move it.
+MARKS = ("AllocateBuffer", "ConcatBitcast", "Sharding")
+MOVES = ("ZeroCrop", "MoveToHost", "MoveToDevice")
 # Matrix products of a pass of JAX's splash attention, each of queries x keys x head width.
 SPLASH_PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4}
 SPLASH_FUSED_BACKWARD = 5
@@ -31,12 +32,17 @@ class Kernel:
     bytes: float | None = None
 
 
+def call_target(instruction: Instruction) -> str:
+    """What a custom call runs; empty for any other instruction."""
+    found = re.search(r'\bcustom_call_target="([^"]*)"', instruction.attributes)
+    return found[1] if found and instruction.opcode == "custom-call" else ""
+
+
 def kernel_of(instruction: Instruction) -> Kernel | None:
-    """The kernel that a custom call runs; None if it only marks memory."""
-    target = re.search(r'custom_call_target="([^"]*)"', instruction.attributes)
-    if instruction.opcode != "custom-call" or not target or target[1] in PLUMBING:
+    """The kernel that a custom call runs; None if the call is the compiler's own."""
+    name = call_target(instruction)
+    if not name or name in (*MARKS, *MOVES):
         return None
-    name = target[1]
     if name == "tpu_custom_call":
         name = re.sub(r"(\.\d+|\.clone)+$", "", instruction.name)
     stated = re.search(

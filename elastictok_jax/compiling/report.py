@@ -18,6 +18,7 @@ from elastictok_jax.compiling.programs import Program, programs
 from elastictok_jax.compiling.roofline import roofline
 from elastictok_jax.compiling.topology import Topology
 from elastictok_jax.config import resolve
+from elastictok_jax.errors import RunError
 from elastictok_jax.parallel.mesh import make_mesh
 
 Results = dict[str, Any]
@@ -32,6 +33,7 @@ def compile_experiment(config: ml_collections.ConfigDict, topology: Topology) ->
 
     Raises:
       UsageError: if the config is bad, or its mesh does not fit the pod.
+      RunError: if the compiler fails.
     """
     config = resolve(config)
     mesh = make_mesh(config, devices=topology.devices)
@@ -50,16 +52,21 @@ def compile_experiment(config: ml_collections.ConfigDict, topology: Topology) ->
 
 def compile_program(program: Program, mesh: Mesh, chip: Chip) -> Results:
     """Compiles one program and analyses it; one that the compiler refuses for want of memory does
-    not fit, and has no other figures."""
+    not fit, and has no other figures.
+
+    Raises:
+      RunError: if the compiler fails for another reason.
+    """
     kind = mesh.devices.flat[0].device_kind
     print(f"compiling {program.name} for {mesh.size} x {kind}", file=sys.stderr, flush=True)
     start = time.perf_counter()
     try:
         compiled = program.lower().compile()
     except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        return refused(str(error), chip)
+        if "RESOURCE_EXHAUSTED" in str(error) and "hbm" in str(error).lower():
+            return refused(str(error), chip)
+        reason = str(error).splitlines()[0]
+        raise RunError(f"the TPU compiler failed on {program.name}: {reason}") from error
     results = analyse(compiled, mesh=mesh, chip=chip, model_flops=program.model_flops)
     seconds = results["predicted"]["step_seconds"]
     return results | {

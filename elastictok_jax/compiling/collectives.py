@@ -87,9 +87,9 @@ def _rings(instruction: Instruction) -> Groups:
     found = re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}", instruction.attributes)
     pairs = re.findall(r"\{(\d+),(\d+)\}", found[1]) if found else []
     target = {int(a): int(b) for a, b in pairs}
-    rings, left = [], dict(target)
+    rings, left, reached = [], dict(target), set(target.values())
     # Chains start where nothing arrives; what remains are rings.
-    for start in sorted(target, key=lambda device: device in target.values()):
+    for start in sorted(target, key=lambda device: device in reached):
         if start in left:
             ring = [start]
             while ring[-1] in left:

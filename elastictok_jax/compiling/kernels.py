@@ -34,8 +34,10 @@ class Kernel:
 
 def call_target(instruction: Instruction) -> str:
     """What a custom call runs; empty for any other instruction."""
+    if instruction.opcode != "custom-call":
+        return ""
     found = re.search(r'\bcustom_call_target="([^"]*)"', instruction.attributes)
-    return found[1] if found and instruction.opcode == "custom-call" else ""
+    return found[1] if found else ""
 
 
 def kernel_of(instruction: Instruction) -> Kernel | None:

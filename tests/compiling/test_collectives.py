@@ -2,7 +2,8 @@
 
 import pytest
 
-from elastictok_jax.compiling.collectives import Collective, replica_groups
+from elastictok_jax.compiling.collectives import Collective, collective_of, replica_groups
+from elastictok_jax.compiling.hlo import parse_module
 
 MESH = {"data": 2, "fsdp": 3, "tensor": 1, "sequence": 4}
 
@@ -76,3 +77,25 @@ def test_groups_that_leave_their_slice():
     assert Collective("all-reduce", 1.0, ((0, 2), (1, 3))).crosses(slice_of)
     assert not Collective("all-reduce", 1.0, ((0, 1), (2, 3))).crosses(slice_of)
     assert Collective("all-reduce", 1.0, ()).crosses(slice_of)
+
+
+@pytest.mark.parametrize(
+    ("pairs", "groups"),
+    [
+        ("{0,1},{1,2},{2,0}", ((0, 1, 2),)),  # a ring
+        ("{1,2},{0,1}", ((0, 1, 2),)),  # a chain, whatever comes first
+        ("{3,3},{0,2},{2,0}", ((3,), (0, 2))),
+        ("", ()),
+    ],
+)
+def test_rings_and_chains_of_a_permute(pairs, groups):
+    text = f"""\
+ENTRY %main (p: f32[5]) -> f32[5] {{
+  %p = f32[5]{{0}} parameter(0)
+  ROOT %permute = f32[5]{{0}} collective-permute(%p), source_target_pairs={{{pairs}}}
+}}
+"""
+    main = parse_module(text).computations["main"]
+    assert collective_of(main.instructions["permute"], main) == Collective(
+        "collective-permute", 20.0, groups
+    )

@@ -135,6 +135,18 @@ def build_parser() -> argparse.ArgumentParser:
     inspect_data.add_argument("--json", action="store_true", help="print what is in the batch")
     inspect_data.set_defaults(run=run_inspect_data, takes_config=True)
 
+    compiling = verbs.add_parser(
+        "compile",
+        help="will an experiment fit a TPU pod, and how fast could it be? Needs no TPU",
+        epilog="any config key: --config.KEY=VALUE, e.g. --config.mesh.fsdp=4; "
+        "exit status 1 if it does not fit",
+    )
+    compiling.add_argument("experiment", help="a registered name or path/file.py[:arg]")
+    compiling.add_argument("--topology", required=True, help="chip and shape in chips: v4:8x8x4")
+    compiling.add_argument("--slices", type=int, default=1, help="how many pods of that shape")
+    compiling.add_argument("--json", action="store_true", help="print the results")
+    compiling.set_defaults(run=run_compile, takes_config=True)
+
     experiments = verbs.add_parser("experiments", help="list the registered experiments")
     experiments.add_argument("--json", action="store_true", help="print a JSON list")
     experiments.set_defaults(run=run_experiments)
@@ -233,6 +245,24 @@ def run_inspect_data(args: argparse.Namespace, overrides: dict[str, str]) -> Non
     results = inspect_data(config, output=args.output, split=args.split, batch=args.batch)
     print(f"batch drawn in {args.output}", file=sys.stderr)
     print_results(results, args)
+
+
+def run_compile(args: argparse.Namespace, overrides: dict[str, str]) -> int:
+    from elastictok_jax.compiling.report import compile_experiment, describe
+    from elastictok_jax.compiling.topology import describe_topology
+    from elastictok_jax.config import override
+    from elastictok_jax.registry import get_experiment
+
+    config = get_experiment(args.experiment)
+    override(config, overrides)
+    topology = describe_topology(args.topology, slices=args.slices)
+    results = compile_experiment(config, topology)
+    if args.json:
+        print_results(results, args)
+    else:
+        print(describe(results))
+    parts = (results, results["encode"], results["decode"])
+    return 0 if all(part["fits"] for part in parts) else 1
 
 
 def run_experiments(args: argparse.Namespace, overrides: dict[str, str]) -> None:

@@ -11,10 +11,15 @@ from elastictok_jax import config as config_lib
 from elastictok_jax import registry
 from elastictok_jax.errors import UsageError
 from elastictok_jax.models.elastictok import abstract_params
+from elastictok_jax.parallel.mesh import mesh_sizes
 
 GOLDEN = Path(__file__).parent / "golden"
 NAMES = registry.experiment_names()
-STAGES = ["mixture:stage=video"]
+STAGES = [
+    "mixture:stage=video",
+    *(f"elastictok_fsq:stage={stage}" for stage in ("video", "64k", "512k", "1m")),
+    *(f"elastictok_vae:stage={stage}" for stage in ("video", "64k", "512k")),
+]
 EXPERIMENT = """
 from elastictok_jax.config import default_config
 
@@ -86,6 +91,38 @@ def test_experiment_file_with_and_without_argument(tmp_path):
     assert (
         registry.get_experiment(str(path)).data.sources.main.path == "again"
     )  # read anew each time
+
+
+@pytest.mark.parametrize(
+    ("name", "tokens"),
+    [
+        *(("elastictok_fsq:stage=image", 2**12), ("elastictok_fsq:stage=video", 2**14)),
+        *(("elastictok_fsq:stage=64k", 2**16), ("elastictok_fsq:stage=512k", 2**19)),
+        *(("elastictok_fsq:stage=1m", 2**20), ("elastictok_vae:stage=image", 2**11)),
+        *(("elastictok_vae:stage=video", 2**14), ("elastictok_vae:stage=64k", 2**16)),
+        ("elastictok_vae:stage=512k", 2**19),
+    ],
+)
+def test_stages_of_the_paper_have_its_contexts_and_fit_its_pod(name, tokens):
+    config = config_lib.resolve(registry.get_experiment(name))
+    assert config_lib.sequence_tokens(config) == tokens
+    assert config.data.batch_size * tokens == 2**20  # 4096 tokens on each chip of a v4-512
+    sizes = mesh_sizes(config, devices=256)
+    assert config.data.batch_size % (sizes["data"] * sizes["fsdp"]) == 0
+    assert config.data.sequence_blocks % sizes["sequence"] == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("elastictok_fsq:stage=2m", r"elastictok_fsq:stage=image\|video\|64k\|512k\|1m"),
+        ("elastictok_fsq:1m", r"elastictok_fsq:1m: give elastictok_fsq:stage="),
+        ("elastictok_vae:stage=1m", r"the paper's VAE goes up to 512K .* elastictok_fsq has stage"),
+    ],
+)
+def test_a_stage_that_is_not_there(name, message):
+    with pytest.raises(UsageError, match=message):
+        registry.get_experiment(name)
 
 
 def test_each_call_gives_a_config_of_its_own():

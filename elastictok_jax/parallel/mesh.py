@@ -1,6 +1,7 @@
 """The device mesh: axes data, fsdp, tensor, sequence."""
 
 import math
+from collections.abc import Sequence
 
 import jax
 import ml_collections
@@ -35,13 +36,17 @@ def mesh_sizes(config: ml_collections.ConfigDict, *, devices: int) -> dict[str, 
     return sizes
 
 
-def make_mesh(config: ml_collections.ConfigDict) -> Mesh:
-    """The mesh of a resolved config over all devices, checked against batch and model.
+def make_mesh(
+    config: ml_collections.ConfigDict, *, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
+    """The mesh of a resolved config over `devices`, by default all that are here, checked against
+    batch and model.
 
     Raises:
       UsageError: if the mesh does not fit the devices, the batch, the sequence or the model.
     """
-    sizes = mesh_sizes(config, devices=jax.device_count())
+    count = jax.device_count() if devices is None else len(devices)
+    sizes = mesh_sizes(config, devices=count)
     shards = sizes["data"] * sizes["fsdp"]
     batch = config.data.batch_size // config.optimizer.accumulate_steps
     if batch % shards:
@@ -60,4 +65,5 @@ def make_mesh(config: ml_collections.ConfigDict) -> Mesh:
     ):
         if size % sizes[axis]:
             raise UsageError(f"{key} = {size} is not a multiple of mesh.{axis} = {sizes[axis]}")
-    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    auto = (AxisType.Auto,) * len(AXES)
+    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=auto, devices=devices)

@@ -23,7 +23,7 @@ from elastictok_jax.training.checkpoint import Checkpointer
 from elastictok_jax.training.interrupt import StopRequest
 from elastictok_jax.training.metrics import Console, MetricWriter, require_sinks
 from elastictok_jax.training.state import TrainState, abstract_state, sharded_init
-from elastictok_jax.training.step import make_eval_step, make_train_step
+from elastictok_jax.training.step import jit_train_step, make_eval_step
 from elastictok_jax.training.steplog import StepLog
 from elastictok_jax.training.validation import evaluate, open_held_out
 from elastictok_jax.weights.lpips import load_lpips
@@ -103,11 +103,7 @@ def _train(
         console.line("note: the data files have changed since this run was saved: it goes on,")
         console.line("      but not as it would have with the old ones")
 
-    state_sharding = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-    train_step = in_mesh(
-        jax.jit(make_train_step(config), donate_argnums=0, out_shardings=(state_sharding, None)),
-        mesh,
-    )
+    train_step = in_mesh(jit_train_step(config, abstract), mesh)
     eval_step = in_mesh(jax.jit(make_eval_step(config)), mesh)
     log = StepLog(config, writer, console, workdir)
     batches = DeviceBatches(reader, sharding, start=0, stop=steps - start)

@@ -201,6 +201,13 @@ def make_train_step(
     return train_step
 
 
+def jit_train_step(config: ml_collections.ConfigDict, abstract: TrainState):
+    """The step as it is run and as it is compiled for a pod that is not there: the state is
+    donated and stays as `abstract_state` lays it out. Call or lower it inside `in_mesh`."""
+    state_sharding = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    return jax.jit(make_train_step(config), donate_argnums=0, out_shardings=(state_sharding, None))
+
+
 def make_eval_step(
     config: ml_collections.ConfigDict,
 ) -> Callable[[Any, Batch, Array], tuple[Metrics, Array]]:

@@ -135,3 +135,9 @@ def test_mesh_of_the_devices_at_hand():
     assert mesh.axis_names == AXES
     assert mesh.devices.size == jax.device_count()
     assert dict(mesh.shape) == dict.fromkeys(AXES, 1) | {"data": jax.device_count()}
+
+
+def test_mesh_of_given_devices_and_no_others(monkeypatch):
+    with_devices(monkeypatch, 8)
+    given = jax.devices()[:1]
+    assert make_mesh(config_of(data__batch_size=1), devices=given).devices.tolist() == [[[given]]]

@@ -1,0 +1,98 @@
+"""TPU chips: what one chip can do a second, and what it holds.
+
+Sources, one page a chip: https://cloud.google.com/tpu/docs/v4, /v5e, /v5p, /v6e and /tpu7x; they
+give the chip's "bidirectional" interconnect bandwidth, half of which leaves it. The v4 page gives
+none: six links of 50 GB/s each way are from arXiv 2304.01433, table 4.
+"""
+
+import dataclasses
+
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """A TPU chip.
+
+    Attributes:
+      peak_flops: bf16 operations a second of the chip.
+      hbm_bytes: capacity of the chip's memory.
+      usable_bytes: what a program may use of it on one device, from the refusals of libtpu
+        0.0.42's compiler ("exceeds available HBM").
+      hbm_bandwidth: bytes a second between the chip and its memory.
+      ici_bandwidth: bytes a second that leave the chip through all its links together.
+      ici_links: links to neighbours, two on each axis of the torus.
+      dcn_bandwidth: bytes a second a chip to other slices; None where no page gives it.
+      devices: JAX devices a chip.
+      config: libtpu's name of the chip's set-up, if it is not the default one.
+    """
+
+    name: str
+    peak_flops: float
+    hbm_bytes: float
+    usable_bytes: float
+    hbm_bandwidth: float
+    ici_bandwidth: float
+    ici_links: int
+    dcn_bandwidth: float | None
+    devices: int = 1
+    config: str | None = None
+
+
+CHIPS = {
+    chip.name: chip
+    for chip in (
+        Chip(
+            name="v4",
+            peak_flops=275e12,
+            hbm_bytes=32 * GIB,
+            usable_bytes=30.75 * GIB,
+            hbm_bandwidth=1200e9,
+            ici_bandwidth=300e9,
+            ici_links=6,
+            dcn_bandwidth=None,
+            config="megacore",  # both cores are one device, as on a v4 machine
+        ),
+        Chip(
+            name="v5e",
+            peak_flops=197e12,
+            hbm_bytes=16 * GIB,
+            usable_bytes=15.75 * GIB,
+            hbm_bandwidth=819e9,
+            ici_bandwidth=200e9,
+            ici_links=4,
+            dcn_bandwidth=6.4e12 / 8 / 256,  # the page gives 6.4 Tbps a pod of 256 chips
+        ),
+        Chip(
+            name="v5p",
+            peak_flops=459e12,
+            hbm_bytes=95.74 * GIB,  # "95 GB" on the page, less than the compiler will use
+            usable_bytes=95.74 * GIB,
+            hbm_bandwidth=2765e9,
+            ici_bandwidth=600e9,
+            ici_links=6,
+            dcn_bandwidth=50e9 / 8,
+        ),
+        Chip(
+            name="v6e",
+            peak_flops=918e12,
+            hbm_bytes=32 * GIB,
+            usable_bytes=31.25 * GIB,
+            hbm_bandwidth=1638e9,
+            ici_bandwidth=400e9,
+            ici_links=4,
+            dcn_bandwidth=100e9 / 8,
+        ),
+        Chip(
+            name="tpu7x",
+            peak_flops=2307e12,
+            hbm_bytes=192 * GIB,
+            usable_bytes=94.75 * GIB,
+            hbm_bandwidth=7380e9,
+            ici_bandwidth=600e9,
+            ici_links=6,
+            dcn_bandwidth=100e9 / 8,
+            devices=2,
+        ),
+    )
+}

@@ -1,0 +1,78 @@
+"""How long a program would take at best: its costs over what the chip can do.
+
+Three terms: arithmetic, main memory, interconnect. If they overlap fully the longest is the time;
+if nothing overlaps their sum is. A real step lies between, or above where matrix units starve.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+from elastictok_jax.compiling.chips import Chip
+from elastictok_jax.compiling.costs import Costs
+
+
+@dataclasses.dataclass(frozen=True)
+class Roofline:
+    """Seconds of one run.
+
+    Attributes:
+      compute: operations at the bf16 peak.
+      memory: bytes of main memory at its bandwidth.
+      interconnect: exchanges within a slice. Each is taken to use the two links of one axis of the
+        torus, a permute one link, and none to overlap another.
+      network: exchanges between slices; None if there are some and their bandwidth is not known.
+    """
+
+    compute: float
+    memory: float
+    interconnect: float
+    network: float | None
+
+    @property
+    def terms(self) -> dict[str, float]:
+        return {
+            "compute": self.compute,
+            "memory": self.memory,
+            "interconnect": self.interconnect,
+            "network": self.network or 0.0,
+        }
+
+    @property
+    def seconds(self) -> float:
+        """With all terms overlapped."""
+        return max(self.terms.values())
+
+    @property
+    def serial_seconds(self) -> float:
+        """With nothing overlapped."""
+        return sum(self.terms.values())
+
+    @property
+    def bound(self) -> str:
+        """The longest term."""
+        return max(self.terms, key=self.terms.__getitem__)
+
+
+def roofline(costs: Costs, *, chip: Chip, slice_of: Sequence[int]) -> Roofline:
+    """The times of a program's costs on a device of `chip`.
+
+    Args:
+      slice_of: the slice of each device, in mesh order.
+    """
+    inside = across = 0.0
+    link = chip.ici_bandwidth / chip.ici_links
+    for exchange, count in costs.collectives.items():
+        sent = count * exchange.sent_bytes(len(slice_of))
+        if exchange.crosses(slice_of):
+            across += sent
+        else:
+            inside += sent / (link if exchange.kind == "collective-permute" else 2 * link)
+    network: float | None = 0.0
+    if across:
+        network = across / (chip.dcn_bandwidth / chip.devices) if chip.dcn_bandwidth else None
+    return Roofline(
+        compute=costs.flops * chip.devices / chip.peak_flops,
+        memory=costs.bytes * chip.devices / chip.hbm_bandwidth,
+        interconnect=inside,
+        network=network,
+    )

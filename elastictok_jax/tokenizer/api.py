@@ -24,11 +24,15 @@ from elastictok_jax.errors import UsageError
 from elastictok_jax.masking import keep_mask
 from elastictok_jax.models.bottlenecks import FSQ
 from elastictok_jax.models.elastictok import abstract_params, build_model
+from elastictok_jax.models.layer_layout import is_stacked, with_layout
 from elastictok_jax.models.patching import patchify, to_float, to_uint8, unpatchify
 from elastictok_jax.tokenizer.search import SEARCHES, Choice
 from elastictok_jax.tokenizer.tokens import Tokens
 from elastictok_jax.training.checkpoint import Checkpointer, shape_mismatches
+from elastictok_jax.training.relayout import relayout_shapes
 from elastictok_jax.weights.safetensors import load_params
+
+HOW_IT_RUNS = ("attention", "remat", "scan_layers")  # config.model, but not what its codes mean
 
 
 class ElasticTokenizer:
@@ -60,10 +64,10 @@ class ElasticTokenizer:
         exported = folder / "model.safetensors"
         if exported.exists():
             params, _ = load_params(exported)
-            wrong = shape_mismatches(params, shapes)
+            wrong = shape_mismatches(params, relayout_shapes(shapes, stacked=is_stacked(params)))
             if wrong:
                 raise UsageError(f"{exported} does not fit its config.json: {'; '.join(wrong)}")
-            return cls(config, params)
+            return cls(config, with_layout(params, stacked=config.model.scan_layers))
         if not (folder / "checkpoints").is_dir():
             raise UsageError(f"model {model} has no checkpoints yet: train it first")
         checkpoints = Checkpointer.for_reading(folder)
@@ -398,10 +402,11 @@ def _fingerprint(config: ml_collections.ConfigDict, params) -> str:
     """16 hex digits of the model's config and weights."""
     digest = hashlib.sha256()
     for part in (config.model, config.video):
-        meaning = {k: v for k, v in part.to_dict().items() if k not in ("attention", "remat")}
+        meaning = {k: v for k, v in part.to_dict().items() if k not in HOW_IT_RUNS}
         digest.update(repr(sorted(meaning.items())).encode())
     digest.update(str(config.data.sequence_blocks).encode())
-    for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
+    stacked = with_layout(params, stacked=True)
+    for path, leaf in jax.tree_util.tree_flatten_with_path(stacked)[0]:
         digest.update(jax.tree_util.keystr(path).encode())
         digest.update(np.ascontiguousarray(np.asarray(leaf, np.float32)).tobytes())
     return digest.hexdigest()[:16]

@@ -123,9 +123,7 @@ def default_config() -> ml_collections.ConfigDict:
     train.tensorboard = False
     train.wandb_project = ""  # empty: no wandb
     train.init_from = ""  # a workdir or exported folder whose weights a new run starts with
-    train.init_from_mismatch = (
-        "refuse"  # or "reinitialise": weights that it lacks, or of other sizes
-    )
+    train.init_from_mismatch = "refuse"  # or "reinitialise" what it lacks or has otherwise
 
     config.data = data = ml_collections.ConfigDict()
     data.sources = ml_collections.ConfigDict({"main": source_config(path="embedded")})

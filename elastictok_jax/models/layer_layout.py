@@ -72,5 +72,6 @@ def _unstack_half(half, unstack, is_leaf):
     leaves, structure = jax.tree.flatten(half[STACKED], is_leaf=is_leaf)
     layers = zip(*map(unstack, leaves), strict=True)
     return rest | {
-        f"{APART}{index}": structure.unflatten(layer) for index, layer in enumerate(layers)
+        f"{APART}{index}": jax.tree.unflatten(structure, layer)
+        for index, layer in enumerate(layers)
     }

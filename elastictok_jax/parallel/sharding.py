@@ -22,6 +22,7 @@ LOGICAL_AXIS_RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
     ("latent", None),
     ("norm", None),
 )
+WEIGHT_AXES = {"fsdp", "sequence"}  # of `embed`
 MEBIBYTE = 2**20
 
 
@@ -36,8 +37,8 @@ def param_specs(boxed_params, sizes: Mapping[str, int]):
     """
     rules = dict(LOGICAL_AXIS_RULES)
 
-    def cut(name: str, size: int) -> str | tuple[str, ...] | None:
-        rule = rules[name]
+    def cut(name: str | None, size: int) -> str | tuple[str, ...] | None:
+        rule = rules[name] if name else None
         axes = (rule,) if isinstance(rule, str) else rule or ()
         while axes and size % math.prod(sizes[axis] for axis in axes):
             axes = axes[:-1]
@@ -100,16 +101,12 @@ def sharding_notes(abstract) -> list[str]:
         f"whole on each of {mesh.size} devices: {name} {list(shape)}, {mebibytes:.1f} MiB"
         for name, shape, mebibytes in left_whole(abstract)
     ]
-    over_fsdp_alone = [
-        name
-        for name, leaf in leaves
-        if (axes := _axes(leaf)) >= {"fsdp"} and "sequence" not in axes
-    ]
-    if mesh.shape["sequence"] > 1 and over_fsdp_alone:
+    uncut = [name for name, leaf in leaves if _axes(leaf) & WEIGHT_AXES == {"fsdp"}]
+    if mesh.shape["sequence"] > 1 and uncut:
         both = mesh.shape["fsdp"] * mesh.shape["sequence"]
         notes.append(
-            f"cut over mesh.fsdp alone, since mesh.fsdp x mesh.sequence = {both} does not divide "
-            f"model.width: {len(over_fsdp_alone)} arrays, such as {over_fsdp_alone[0]}"
+            f"not cut over mesh.sequence, since mesh.fsdp x mesh.sequence = {both} does not divide "
+            f"model.width: {len(uncut)} arrays, such as {uncut[0]}"
         )
     return notes
 

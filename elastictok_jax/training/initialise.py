@@ -6,6 +6,7 @@ matched with layer i.
 """
 
 import contextlib
+import dataclasses
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,7 +19,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from elastictok_jax.errors import UsageError
-from elastictok_jax.models.layer_layout import APART, STACKED, depths, is_stacked, with_layout
+from elastictok_jax.models.layer_layout import APART, STACKED, depths, is_stacked
 from elastictok_jax.training.checkpoint import Checkpointer
 from elastictok_jax.training.relayout import relayout, relayout_shapes, stacked_struct
 from elastictok_jax.training.state import TrainState
@@ -103,13 +104,16 @@ def initialise(
     if state.ema_params is not None:
         shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract.params)
         copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree), out_shardings=shardings)
-        state = state.replace(ema_params=copy(params))
+        state = dataclasses.replace(state, ema_params=copy(params))
     record(plan, source.origin, path=workdir / RECORD)
     summary = (
         f"weights of {source.origin}: {len(plan.taken)} taken, {len(plan.reinitialised)} "
         f"re-initialised, {len(plan.skipped)} skipped (all in {RECORD})"
     )
-    return state.replace(params=params), [summary, *(f"  not taken: {d}" for d in differences)]
+    return dataclasses.replace(state, params=params), [
+        summary,
+        *(f"  not taken: {d}" for d in differences),
+    ]
 
 
 def make_plan(saved: Flat, wanted: Flat) -> Plan:

@@ -50,10 +50,9 @@ def run(workdir, **options) -> int:
 @pytest.fixture(scope="module", autouse=True)
 def quick_compiles():
     """Speed is not tested here, and compiling is most of the time."""
-    before = jax.config.jax_disable_most_optimizations
     jax.config.update("jax_disable_most_optimizations", True)
     yield
-    jax.config.update("jax_disable_most_optimizations", before)
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ Apart: subtrees "layers_0", "layers_1", ...
 What stacking means is up to the caller: arrays, shapes, or weights boxed with axis names.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -34,7 +35,7 @@ def _half(params, half: str) -> dict[str, Any]:
 def _depth(half: dict[str, Any]) -> int:
     if STACKED in half:
         return min((leaf.shape[0] for leaf in jax.tree.leaves(half[STACKED])), default=0)
-    return sum(name.startswith(APART) for name in half)
+    return next(index for index in itertools.count() if f"{APART}{index}" not in half)
 
 
 def with_layout(
@@ -62,7 +63,8 @@ def with_layout(
 
 def _stack_half(half, stack, is_leaf):
     layers = [half[f"{APART}{index}"] for index in range(_depth(half))]
-    rest = {name: tree for name, tree in half.items() if not name.startswith(APART)}
+    numbered = {f"{APART}{index}" for index in range(len(layers))}
+    rest = {name: tree for name, tree in half.items() if name not in numbered}
     stacked = jax.tree.map(lambda *leaves: stack(leaves), *layers, is_leaf=is_leaf)
     return rest | {STACKED: stacked}
 

@@ -24,13 +24,12 @@ from elastictok_jax.errors import UsageError
 from elastictok_jax.masking import keep_mask
 from elastictok_jax.models.bottlenecks import FSQ
 from elastictok_jax.models.elastictok import abstract_params, build_model
-from elastictok_jax.models.layer_layout import is_stacked, with_layout
+from elastictok_jax.models.layer_layout import with_layout
 from elastictok_jax.models.patching import patchify, to_float, to_uint8, unpatchify
 from elastictok_jax.tokenizer.search import SEARCHES, Choice
 from elastictok_jax.tokenizer.tokens import Tokens
-from elastictok_jax.training.checkpoint import Checkpointer, shape_mismatches
-from elastictok_jax.training.relayout import relayout_shapes
-from elastictok_jax.weights.safetensors import load_params
+from elastictok_jax.training.checkpoint import Checkpointer
+from elastictok_jax.training.exported import is_exported, read_exported
 
 HOW_IT_RUNS = ("attention", "remat", "scan_layers")  # config.model, but not what its codes mean
 
@@ -59,15 +58,10 @@ class ElasticTokenizer:
         folder = Path(model)
         if not folder.is_dir():
             raise UsageError(f"model {model} does not exist: give a workdir or an exported folder")
-        config = read_config(folder / "config.json")
-        shapes = abstract_params(config)
-        exported = folder / "model.safetensors"
-        if exported.exists():
-            params, _ = load_params(exported)
-            wrong = shape_mismatches(params, relayout_shapes(shapes, stacked=is_stacked(params)))
-            if wrong:
-                raise UsageError(f"{exported} does not fit its config.json: {'; '.join(wrong)}")
+        if is_exported(folder):
+            config, params = read_exported(folder)
             return cls(config, with_layout(params, stacked=config.model.scan_layers))
+        config = read_config(folder / "config.json")
         if not (folder / "checkpoints").is_dir():
             raise UsageError(f"model {model} has no checkpoints yet: train it first")
         checkpoints = Checkpointer.for_reading(folder)
@@ -77,7 +71,8 @@ class ElasticTokenizer:
                 raise UsageError(f"model {model} has no whole checkpoint yet: train it further")
             device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
             placed = jax.tree.map(
-                lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), shapes
+                lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device),
+                abstract_params(config),
             )
             return cls(config, checkpoints.restore_params(step, placed))
         finally:

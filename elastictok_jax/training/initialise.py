@@ -21,9 +21,9 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from elastictok_jax.errors import UsageError
 from elastictok_jax.models.layer_layout import APART, STACKED, depths, is_stacked
 from elastictok_jax.training.checkpoint import Checkpointer
+from elastictok_jax.training.exported import is_exported, read_exported
 from elastictok_jax.training.relayout import relayout, relayout_shapes, stacked_struct
 from elastictok_jax.training.state import TrainState
-from elastictok_jax.weights.safetensors import load_params
 
 RECORD = "init_from.json"
 Flat = dict[tuple[str, ...], Any]
@@ -147,14 +147,13 @@ def open_source(path: Path) -> Iterator[Source]:
     exported folder.
 
     Raises:
-      UsageError: if it is neither.
+      UsageError: if it is neither, or damaged.
     """
-    exported = path / "model.safetensors"
-    if exported.is_file():
-        params, _ = load_params(exported)
+    if is_exported(path):
+        _, params = read_exported(path)
         stored = flatten_dict(params)
         yield Source(
-            str(exported),
+            str(path),
             params,
             lambda wanted: {key: _place(stored[key], wanted[key]) for key in wanted},
         )

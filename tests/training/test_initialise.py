@@ -198,6 +198,19 @@ def test_a_model_of_which_nothing_fits_is_refused(trained, tmp_path):
         )
 
 
+def test_an_exported_folder_that_does_not_fit_its_config_is_refused(trained, tmp_path):
+    _, exported, params = trained
+    shutil.copy(exported / "config.json", tmp_path)
+    damaged = {name: value for name, value in params.items() if name != "decoder/norm/scale"}
+    damaged["encoder/layers_7/strange"] = np.zeros(3, np.float32)
+    nested = unflatten_dict(damaged, sep="/")
+    save_params(tmp_path / "model.safetensors", nested, metadata={})
+    with pytest.raises(UsageError) as caught:
+        begin(tmp_path, tmp_path)
+    assert "decoder/norm/scale: none saved, (16,) asked for" in str(caught.value)
+    assert "encoder/layers_7/strange: (3,) saved, none asked for" in str(caught.value)
+
+
 def test_the_command_line_says_what_was_taken(trained, tmp_path, capsys):
     options = dict(model__bottleneck="vae", train__init_from=trained[0], train__steps=1)
     assert run(tmp_path / "refused", **options) == 2

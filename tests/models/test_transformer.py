@@ -277,6 +277,9 @@ def test_what_is_dropped_never_reaches_the_decoder():
     assert np.any(np.asarray(decode(codes)) != np.asarray(decode(64000 - 1 - codes)))
 
 
+QUICK = {"xla_backend_optimization_level": 0}  # compiling is most of the time
+
+
 def both_layouts():
     sizes = {"model.encoder_layers": 1, "model.decoder_layers": 2}
     return tiny(**sizes), tiny(**sizes, **{"model.scan_layers": False})
@@ -295,7 +298,7 @@ def test_layers_stacked_or_apart_are_the_same_model():
         output = build_model(config).apply({"params": params}, patches, keep, PLACES)
         return jnp.mean(output.reconstruction**2), output
 
-    run = jax.jit(jax.grad(loss, has_aux=True), static_argnums=1)
+    run = jax.jit(jax.grad(loss, has_aux=True), static_argnums=1, compiler_options=QUICK)
     frozen = [ml_collections.FrozenConfigDict(config) for config in (stacked, apart)]
     grads, output = run(with_layout(params, stacked=True, stack=jnp.stack), frozen[0])
     apart_grads, apart_output = run(params, frozen[1])
@@ -312,7 +315,10 @@ def test_layers_stacked_or_apart_are_the_same_model():
 
 def test_initial_weights_do_not_depend_on_the_layout():
     stacked, apart = (
-        nn.meta.unbox(jax.jit(lambda c=config: init_params(build_model(c), jax.random.key(3)))())
+        jax.jit(
+            lambda c=config: nn.meta.unbox(init_params(build_model(c), jax.random.key(3))),
+            compiler_options=QUICK,
+        )()
         for config in both_layouts()
     )
     want = with_layout(jax.device_get(stacked), stacked=False)

@@ -14,6 +14,7 @@ test: check  ## static checks and the fast tests
 
 test-slow: .venv/installed-dev  ## the checks that take minutes
 	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow --devices 8 tests/eight_devices
 
 test-all:  ## the fast tests on every Python from 3.11 to 3.13 that is here
 	./tests/each_python.sh

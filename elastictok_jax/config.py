@@ -25,6 +25,7 @@ CHOICES = {
     "loss.lpips_net": ("alex", "vgg"),
     "optimizer.schedule": ("cosine", "constant"),
     "data.packing": ("mixed", "by_source"),
+    "train.init_from_mismatch": ("refuse", "reinitialise"),
 }
 SOURCE = r"data\.sources\.(\w+)\."  # what the keys of one source start with
 SOURCE_CHOICES = {"kind": ("any", "image", "video"), "crop": ("random", "center")}
@@ -85,6 +86,7 @@ def default_config() -> ml_collections.ConfigDict:
     model.remat = "dots"
     model.mlp_chunk_tokens = 0  # feed-forward: most tokens a device at once; 0 for all
     model.dtype = "bfloat16"  # of the computation; parameters are float32
+    model.scan_layers = True  # one program for all layers of a half; False: one each
 
     config.video = ml_collections.ConfigDict(dict(frames_per_block=4, resolution=256))
 
@@ -121,7 +123,8 @@ def default_config() -> ml_collections.ConfigDict:
     train.keep_best = 1
     train.tensorboard = False
     train.wandb_project = ""  # empty: no wandb
-    train.init_from = ""  # a workdir whose weights a new run starts with, e.g. an earlier stage
+    train.init_from = ""  # a workdir or exported folder whose weights a new run starts with
+    train.init_from_mismatch = "refuse"  # or "reinitialise" what it lacks or has otherwise
 
     config.data = data = ml_collections.ConfigDict()
     data.sources = ml_collections.ConfigDict({"main": source_config(path="embedded")})
@@ -144,7 +147,9 @@ def default_config() -> ml_collections.ConfigDict:
     evaluation.max_clips = 64  # of each source in the report
     evaluation.report = False  # write reports/ when training ends
 
-    config.mesh = ml_collections.ConfigDict(dict(data=-1, fsdp=1, tensor=1, sequence=1))
+    # One of each row may be -1: what is left. An axis has the product of its two sizes.
+    config.mesh = mesh = ml_collections.ConfigDict(dict(data=-1, fsdp=1, tensor=1, sequence=1))
+    mesh.update(dict(dcn_data=1, dcn_fsdp=1, dcn_tensor=1, dcn_sequence=1))  # slices along each
     return config
 
 

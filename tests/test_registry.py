@@ -4,14 +4,16 @@ import ast
 import json
 from pathlib import Path
 
+import jax
 import pytest
 from flax import traverse_util
 
 from elastictok_jax import config as config_lib
 from elastictok_jax import registry
 from elastictok_jax.errors import UsageError
-from elastictok_jax.models.elastictok import abstract_params
-from elastictok_jax.parallel.mesh import mesh_sizes
+from elastictok_jax.models.elastictok import build_model, init_params
+from elastictok_jax.parallel.mesh import AXES, mesh_sizes
+from elastictok_jax.parallel.sharding import param_specs
 
 GOLDEN = Path(__file__).parent / "golden"
 NAMES = registry.experiment_names()
@@ -35,13 +37,32 @@ def golden_name(name):
 
 
 def describe(name):
-    """Resolved config and parameter tree of an experiment, as JSON shows them."""
+    """Resolved config and parameter tree of an experiment, as JSON shows them: of each weight its
+    shape, logical axes, and what mesh axes cut it where each has two devices."""
     config = config_lib.resolve(registry.get_experiment(name))
-    flat = traverse_util.flatten_dict(abstract_params(config))
-    return {
-        "config": json.loads(config_lib.to_json(config)),
-        "parameters": {"/".join(key): list(leaf.shape) for key, leaf in sorted(flat.items())},
+    boxed = jax.eval_shape(lambda: init_params(build_model(config), jax.random.key(0)))
+    specs = traverse_util.flatten_dict(param_specs(boxed, dict.fromkeys(AXES, 2)))
+    parameters = {
+        "/".join(key): {
+            "shape": list(leaf.value.shape),
+            "axes": list(leaf.names),
+            "mesh": [list(part) if isinstance(part, tuple) else part for part in specs[key]],
+        }
+        for key, leaf in sorted(traverse_util.flatten_dict(boxed).items())
     }
+    return {"config": json.loads(config_lib.to_json(config)), "parameters": parameters}
+
+
+def write_golden(path, described):
+    """JSON with one weight a line."""
+    config = json.dumps(described["config"], indent=1)
+    weights = ",\n".join(
+        f"  {json.dumps(name)}: {json.dumps(weight)}"
+        for name, weight in described["parameters"].items()
+    )
+    text = f'{{"config": {config},\n "parameters": {{\n{weights}\n }}\n}}\n'
+    assert json.loads(text) == described
+    path.write_text(text)
 
 
 def test_there_are_experiments():
@@ -53,7 +74,7 @@ def test_experiment_is_as_its_golden_file_says(name, update_golden):
     path, got = GOLDEN / golden_name(name), describe(name)
     if update_golden:
         path.parent.mkdir(exist_ok=True)
-        path.write_text(json.dumps(got, indent=1) + "\n")
+        write_golden(path, got)
     assert path.is_file(), "run pytest --update-golden and review the new file"
     assert got == json.loads(path.read_text()), "if meant: pytest --update-golden, then review"
 

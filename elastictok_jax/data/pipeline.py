@@ -112,17 +112,19 @@ class BatchReader:
         }
 
 
-def local_part(sharding: NamedSharding, *, batch_size: int, blocks: int) -> tuple[range, range]:
-    """The rows and blocks of a global batch that this process's devices hold."""
-    indices = sharding.addressable_devices_indices_map((batch_size, blocks)).values()
+def local_part(sharding: NamedSharding, config: ml_collections.ConfigDict) -> tuple[range, range]:
+    """The rows and blocks of a global batch that this process's devices hold, if only in part."""
+    shape = config.data.batch_size, sequence_tokens(config)
+    indices = sharding.addressable_devices_indices_map(shape).values()
     spans = [
-        [part.indices(size) for part, size in zip(index, (batch_size, blocks), strict=True)]
+        [part.indices(size) for part, size in zip(index, shape, strict=True)]
         for index in indices
         if index is not None
     ]
     lows = [min(span[axis][0] for span in spans) for axis in (0, 1)]
     highs = [max(span[axis][1] for span in spans) for axis in (0, 1)]
-    return range(lows[0], highs[0]), range(lows[1], highs[1])
+    per_block = block_tokens(config)
+    return range(lows[0], highs[0]), range(lows[1] // per_block, -(-highs[1] // per_block))
 
 
 def read_ahead(reader: BatchReader, *, start: int, stop: int) -> Iterator[dict[str, Any]]:

@@ -10,6 +10,7 @@ import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from flax import traverse_util
 
@@ -17,6 +18,8 @@ from elastictok_jax import config as config_lib
 from elastictok_jax.errors import UsageError
 from elastictok_jax.interop.published_stream import Key, published_keys, read_published
 from elastictok_jax.models import elastictok
+from elastictok_jax.models.layer_layout import is_stacked, with_layout
+from elastictok_jax.training.relayout import relayout_shapes
 from elastictok_jax.weights import safetensors
 
 Shape = tuple[int, ...]
@@ -103,7 +106,7 @@ def import_params(path: str | os.PathLike, *, abstract_params: dict[str, Any]) -
 
     Args:
       path: a `streaming_params` or `streaming_train_state` file, its layers stacked or apart.
-      abstract_params: our tree; leaves need only `.shape`.
+      abstract_params: our tree, its layers stacked or apart; leaves need only `.shape`.
 
     Returns:
       A tree like `abstract_params` of float32 numpy arrays.
@@ -113,9 +116,9 @@ def import_params(path: str | os.PathLike, *, abstract_params: dict[str, Any]) -
         names every missing, extra and mis-shaped weight with both shapes.
     """
     path = Path(path)
-    shapes = {
-        key: tuple(leaf.shape) for key, leaf in traverse_util.flatten_dict(abstract_params).items()
-    }
+    structs = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, "f4"), abstract_params)
+    stacked = relayout_shapes(structs, stacked=True)
+    shapes = {key: leaf.shape for key, leaf in traverse_util.flatten_dict(stacked).items()}
     targets = _targets(shapes, found=published_keys(path))
     params: dict[Key, np.ndarray] = {}
     problems: list[str] = []
@@ -148,7 +151,7 @@ def import_params(path: str | os.PathLike, *, abstract_params: dict[str, Any]) -
             f"{path}: the weights do not fit the config: {'; '.join(problems)}. "
             "Use the config that was published with this file"
         )
-    return traverse_util.unflatten_dict(params)
+    return with_layout(traverse_util.unflatten_dict(params), stacked=is_stacked(abstract_params))
 
 
 def import_published(

@@ -3,6 +3,7 @@
 Dimension key: B batch, S tokens, D values a patch, W width, Z latent dims.
 """
 
+import dataclasses
 from typing import Any
 
 import flax.linen as nn
@@ -13,7 +14,8 @@ from flax import struct
 
 from elastictok_jax.attention.api import TokenPlaces
 from elastictok_jax.models.bottlenecks import FSQ, VAE
-from elastictok_jax.models.transformer import SMALL_INIT, LayerSpec, stacked_layers
+from elastictok_jax.models.layer_layout import with_layout
+from elastictok_jax.models.transformer import SMALL_INIT, LayerSpec, transformer_layers
 
 Array = jax.Array
 
@@ -52,7 +54,7 @@ class Encoder(nn.Module):
             kept_W: Any = self.param("kept_embed", init, (spec.width,))
             dropped_W: Any = self.param("dropped_embed", init, (spec.width,))
             x_BSW += jnp.where(keep_BS[..., None], kept_W, dropped_W).astype(spec.dtype)
-        x_BSW, _ = stacked_layers(self.layers, spec)(x_BSW, places)
+        x_BSW = transformer_layers(self.layers, spec)(x_BSW, places)
         x_BSW = spec.norm("norm")(x_BSW)
         return spec.linear(self.features, axes=("embed", "latent"), name="out_proj")(x_BSW)
 
@@ -68,11 +70,12 @@ class Decoder(nn.Module):
     def __call__(self, latents_BSZ: Array, places: TokenPlaces) -> Array:
         spec = self.spec
         x_BSW = spec.linear(spec.width, axes=("latent", "embed"), name="in_proj")(latents_BSZ)
-        x_BSW, _ = stacked_layers(self.layers, spec)(x_BSW, places)
+        x_BSW = transformer_layers(self.layers, spec)(x_BSW, places)
         x_BSW = spec.norm("norm")(x_BSW)
         x_BSD = spec.linear(
             self.features, axes=("embed", "patch"), name="out_proj", scale=SMALL_INIT
         )(x_BSW)
+        x_BSD = nn.with_logical_constraint(x_BSD, ("batch", "sequence", None))
         return jnp.tanh(x_BSD.astype(jnp.float32))
 
 
@@ -132,6 +135,7 @@ def build_model(config: ml_collections.ConfigDict) -> ElasticTok:
         remat=model.remat,
         mlp_chunk_tokens=model.mlp_chunk_tokens,
         dtype=jnp.dtype(model.dtype),
+        scan_layers=model.scan_layers,
     )
     pt, ph, pw = model.patch
     return ElasticTok(
@@ -147,14 +151,28 @@ def build_model(config: ml_collections.ConfigDict) -> ElasticTok:
 
 
 def init_params(model: ElasticTok, key: Array):
-    """Initial parameters, boxed with their logical axis names; sizes depend on no sequence."""
+    """Initial parameters, boxed with their logical axis names; sizes depend on no sequence.
+
+    They are the same numbers with layers stacked or apart.
+    """
     places = TokenPlaces(
         positions_S=jnp.zeros(1, jnp.int32),
         segments_BS=jnp.ones((1, 1), jnp.int32),
         tokens_per_block=1,
     )
     patches_BSD = jnp.zeros((1, 1, model.patch_values), jnp.float32)
-    return model.init(key, patches_BSD, jnp.ones((1, 1), bool), places)["params"]
+    stacked = model.clone(spec=dataclasses.replace(model.spec, scan_layers=True))
+    params = stacked.init(key, patches_BSD, jnp.ones((1, 1), bool), places)["params"]
+
+    def unbox_layers(weight: nn.Partitioned) -> list[nn.Partitioned]:
+        return [weight.replace(value=value, names=weight.names[1:]) for value in weight.value]
+
+    return with_layout(
+        params,
+        stacked=model.spec.scan_layers,
+        unstack=unbox_layers,
+        is_leaf=lambda leaf: isinstance(leaf, nn.Partitioned),
+    )
 
 
 def abstract_params(config: ml_collections.ConfigDict):

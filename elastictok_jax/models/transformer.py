@@ -18,6 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from elastictok_jax.attention.api import TokenPlaces, attention
 from elastictok_jax.attention.kernel import SAVED_NAMES
+from elastictok_jax.models.layer_layout import APART, STACKED
 from elastictok_jax.parallel.sharding import logical_axis_shards
 
 Array = jax.Array
@@ -59,6 +60,7 @@ class LayerSpec:
       remat: a key of REMAT_POLICIES.
       mlp_chunk_tokens: most tokens a device that the feed-forward computes at once; 0 for all.
       dtype: dtype of the computation; parameters are float32 whatever it is.
+      scan_layers: layers are stacked into one scan; otherwise each is a module of its own.
     """
 
     width: int
@@ -70,6 +72,7 @@ class LayerSpec:
     remat: str
     mlp_chunk_tokens: int
     dtype: Any
+    scan_layers: bool = True
 
     def norm(self, name: str) -> nn.RMSNorm:
         """RMSNorm with a learned scale and statistics in float32."""
@@ -191,6 +194,10 @@ class SelfAttention(nn.Module):
         query_BSHK = spec.linear(*features, axes=axes, name="query", kernel_view=view)(x_BSW)
         key_BSHK = spec.linear(*features, axes=axes, name="key", kernel_view=view)(x_BSW)
         value_BSHK = spec.linear(*features, axes=axes, name="value")(x_BSW)
+        query_BSHK, key_BSHK, value_BSHK = (
+            nn.with_logical_constraint(x_BSHK, ("batch", "sequence", "heads", None))
+            for x_BSHK in (query_BSHK, key_BSHK, value_BSHK)
+        )
         mixed_BSHK = attention(
             rotate(query_BSHK, places.positions_S, theta=spec.rope_theta),
             rotate(key_BSHK, places.positions_S, theta=spec.rope_theta),
@@ -213,6 +220,7 @@ class SwiGLU(nn.Module):
         gate_BSM = spec.linear(spec.mlp_width, axes=("embed", "mlp"), name="gate")(x_BSW)
         up_BSM = spec.linear(spec.mlp_width, axes=("embed", "mlp"), name="up")(x_BSW)
         hidden_BSM = nn.silu(gate_BSM) * up_BSM
+        hidden_BSM = nn.with_logical_constraint(hidden_BSM, ("batch", "sequence", "mlp"))
         return spec.linear(spec.width, axes=("mlp", "embed"), name="down", scale=SMALL_INIT)(
             hidden_BSM
         )
@@ -261,16 +269,35 @@ class Layer(nn.Module):
         return x_BSW + in_chunks(SwiGLU(self.spec, name="mlp"), normed_BSW), None
 
 
+def transformer_layers(count: int, spec: LayerSpec) -> Callable[[Array, TokenPlaces], Array]:
+    """`count` layers, stacked or apart as `spec` says; to be called in a compact method."""
+    if spec.scan_layers:
+        scan = stacked_layers(count, spec)
+        return lambda x_BSW, places: scan(x_BSW, places)[0]
+    layer = _rematerialised(spec, prevent_cse=True)
+    layers = [layer(spec, name=f"{APART}{index}") for index in range(count)]
+
+    def in_turn(x_BSW: Array, places: TokenPlaces) -> Array:
+        for layer in layers:
+            x_BSW, _ = layer(x_BSW, places)
+        return x_BSW
+
+    return in_turn
+
+
 def stacked_layers(count: int, spec: LayerSpec) -> Callable[[Array, TokenPlaces], tuple]:
     """`count` layers as one scan named "layers": compile time does not grow with depth."""
-    layer: Any = Layer
-    if REMAT_POLICIES[spec.remat] is not None:
-        layer = nn.remat(Layer, policy=REMAT_POLICIES[spec.remat], prevent_cse=False)
     return nn.scan(
-        layer,
+        _rematerialised(spec, prevent_cse=False),  # a scan prevents it by itself
         variable_axes={"params": 0},
         split_rngs={"params": True},
         in_axes=nn.broadcast,
         length=count,
         metadata_params={nn.PARTITION_NAME: "layers"},
-    )(spec, name="layers")
+    )(spec, name=STACKED)
+
+
+def _rematerialised(spec: LayerSpec, *, prevent_cse: bool) -> Any:
+    """The Layer class, wrapped as `spec.remat` says."""
+    policy = REMAT_POLICIES[spec.remat]
+    return Layer if policy is None else nn.remat(Layer, policy=policy, prevent_cse=prevent_cse)

@@ -1,69 +1,164 @@
-"""The device mesh: axes data, fsdp, tensor, sequence."""
+"""The device mesh: axes data, fsdp, tensor, sequence, within slices and between them.
 
+`mesh.X` is the size of axis X within a slice, over its fast links (ICI, NVLink), and `mesh.dcn_X`
+the number of slices along X, over the data-center network. The axis has their product. Slices are
+those of TPU devices; elsewhere each process counts as one. With every dcn size at 1, `mesh.X` is
+the whole axis, over all processes.
+"""
+
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import ml_collections
+import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
+from elastictok_jax.config import block_tokens
 from elastictok_jax.errors import UsageError
 
-AXES = ("data", "fsdp", "tensor", "sequence")
+AXES = ("data", "fsdp", "tensor", "sequence")  # the last talk the most, and get the nearest links
+DCN = "dcn_"
 
 
 def mesh_sizes(config: ml_collections.ConfigDict, *, devices: int) -> dict[str, int]:
-    """Sizes of the axes in `config.mesh`, with one -1 filled in.
+    """Sizes within a slice of `devices` devices, from `config.mesh`, with one -1 filled in.
 
     Raises:
       UsageError: if they do not make up the devices.
     """
-    sizes = {axis: config.mesh[axis] for axis in AXES}
-    text = ", ".join(f"mesh.{axis}={size}" for axis, size in sizes.items())
+    return _filled(config, "", count=devices, things="devices")
+
+
+def _filled(
+    config: ml_collections.ConfigDict, prefix: str, *, count: int, things: str
+) -> dict[str, int]:
+    sizes = {axis: config.mesh[prefix + axis] for axis in AXES}
+    text = ", ".join(f"mesh.{prefix}{axis}={size}" for axis, size in sizes.items())
     free = [axis for axis, size in sizes.items() if size == -1]
     if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
         raise UsageError(f"{text}: sizes must be positive, and at most one may be -1")
     fixed = math.prod(size for size in sizes.values() if size != -1)
     if free:
-        if devices % fixed:
-            raise UsageError(f"{text}: {fixed} does not divide the {devices} devices at hand")
-        sizes[free[0]] = devices // fixed
-    elif fixed != devices:
+        if count % fixed:
+            raise UsageError(f"{text}: {fixed} does not divide the {count} {things} at hand")
+        sizes[free[0]] = count // fixed
+    elif fixed != count:
         raise UsageError(
-            f"{text}: {fixed} devices are asked for and {devices} are at hand; set one to -1 "
+            f"{text}: {fixed} {things} are asked for and {count} are at hand; set one to -1 "
             "to take what is left"
         )
     return sizes
 
 
 def make_mesh(
-    config: ml_collections.ConfigDict, *, devices: Sequence[jax.Device] | None = None
+    config: ml_collections.ConfigDict, devices: Sequence[jax.Device] | None = None
 ) -> Mesh:
-    """The mesh of a resolved config over `devices`, by default all that are here, checked against
-    batch and model.
+    """The mesh of a resolved config, checked against batch, sequence and model.
+
+    Args:
+      devices: all of this run, if not given. They may be described ones, of a TPU topology.
 
     Raises:
       UsageError: if the mesh does not fit the devices, the batch, the sequence or the model.
     """
-    count = jax.device_count() if devices is None else len(devices)
-    sizes = mesh_sizes(config, devices=count)
-    shards = sizes["data"] * sizes["fsdp"]
-    batch = config.data.batch_size // config.optimizer.accumulate_steps
-    if batch % shards:
-        near = shards * max(1, round(batch / shards)) * config.optimizer.accumulate_steps
+    devices = jax.devices() if devices is None else devices
+    by_process = devices[0].platform != "tpu"
+    slices = {_slice_of(device) for device in devices}
+    between = dict.fromkeys(AXES, 1)
+    if any(config.mesh[DCN + axis] != 1 for axis in AXES):
+        kind = "processes" if by_process else "slices"
+        between = _filled(config, DCN, count=len(slices), things=kind)
+    elif len(slices) > 1 and not by_process:
         raise UsageError(
-            f"data.batch_size = {config.data.batch_size} (in {config.optimizer.accumulate_steps} "
-            f"microbatches of {batch}) is not divided by the mesh: mesh.data x mesh.fsdp = {shards}"
+            f"the devices are {len(slices)} slices: say along which axis they lie, "
+            "most often mesh.dcn_data=-1"
+        )
+    within = mesh_sizes(config, devices=len(devices) // math.prod(between.values()))
+    check_fits(config, {axis: within[axis] * between[axis] for axis in AXES})
+
+    def layout(*, allow_split_physical_axes: bool) -> np.ndarray:
+        if math.prod(between.values()) == 1:
+            return mesh_utils.create_device_mesh(
+                tuple(within.values()),
+                devices,
+                allow_split_physical_axes=allow_split_physical_axes,
+            )
+        return mesh_utils.create_hybrid_device_mesh(
+            tuple(within.values()),
+            tuple(between.values()),
+            devices,
+            process_is_granule=by_process,
+            allow_split_physical_axes=allow_split_physical_axes,
+        )
+
+    try:
+        laid_out = layout(allow_split_physical_axes=False)
+    except NotImplementedError:  # sizes that no whole axes of the torus make up
+        laid_out = layout(allow_split_physical_axes=True)
+    return Mesh(laid_out, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _slice_of(device: jax.Device) -> int:
+    """The slice of a TPU device (described ones of a single slice name none), else its process."""
+    if device.platform != "tpu":
+        return device.process_index
+    return device.slice_index if hasattr(device, "slice_index") else 0
+
+
+def check_fits(config: ml_collections.ConfigDict, sizes: dict[str, int]) -> None:
+    """Sees that whole axes of `sizes` divide batch, sequence and model.
+
+    Raises:
+      UsageError: naming the setting, the axis, and the nearest settings that fit.
+    """
+    pieces = config.optimizer.accumulate_steps
+    batch, shards = config.data.batch_size // pieces, sizes["data"] * sizes["fsdp"]
+    if batch % shards:
+        near = shards * max(1, round(batch / shards)) * pieces
+        raise UsageError(
+            f"data.batch_size = {config.data.batch_size} (in {pieces} microbatches of {batch}) is "
+            f"not divided by the mesh: {_axis(config, 'data')} x {_axis(config, 'fsdp')} = {shards}"
             f"; the nearest data.batch_size that fits is {near}"
         )
-    model = config.model
-    for key, size, axis in (
-        ("model.width", model.width, "fsdp"),
-        ("model.heads", model.heads, "tensor"),
-        ("model.mlp_width", model.mlp_width, "tensor"),
-        ("data.sequence_blocks", config.data.sequence_blocks, "sequence"),
-    ):
-        if size % sizes[axis]:
-            raise UsageError(f"{key} = {size} is not a multiple of mesh.{axis} = {sizes[axis]}")
-    auto = (AxisType.Auto,) * len(AXES)
-    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=auto, devices=devices)
+    model, tensor, sequence = config.model, sizes["tensor"], sizes["sequence"]
+
+    def even_heads(heads: int) -> bool:
+        return heads % tensor == 0 and model.width % (2 * heads) == 0
+
+    width_step, per_block = math.lcm(sizes["fsdp"], 2 * model.heads), block_tokens(config)
+    settings: tuple[tuple[str, int, int, str, Callable[[int], bool]], ...] = (
+        ("model.width", model.width, 1, "fsdp", lambda width: width % width_step == 0),
+        ("model.heads", model.heads, 1, "tensor", even_heads),
+        ("model.mlp_width", model.mlp_width, 1, "tensor", lambda width: width % tensor == 0),
+        (
+            *("data.sequence_blocks", config.data.sequence_blocks, per_block, "sequence"),
+            lambda blocks: blocks * per_block % sequence == 0,
+        ),
+    )
+    for key, value, unit, axis, fits in settings:
+        if value * unit % sizes[axis]:
+            tokens = f" x {unit} tokens" if unit > 1 else ""
+            raise UsageError(
+                f"{key} = {value}{tokens} is not a multiple of {_axis(config, axis)} = "
+                f"{sizes[axis]}; {_nearest(value, fits)}"
+            )
+
+
+def _axis(config: ml_collections.ConfigDict, axis: str) -> str:
+    """What the settings that make up the size of an axis are called."""
+    between = config.mesh[DCN + axis] != 1
+    return f"mesh.{axis} x mesh.{DCN}{axis}" if between else f"mesh.{axis}"
+
+
+def _nearest(size: int, fits: Callable[[int], bool]) -> str:
+    """The values on both sides of `size` that fit, as a phrase."""
+    below = next((n for n in range(size - 1, 0, -1) if fits(n)), None)
+    farthest = 64 * size  # beyond which nothing is near, or nothing fits
+    above = next((n for n in itertools.count(size + 1) if n > farthest or fits(n)), None)
+    near = [str(n) for n in (below, above) if n is not None and n <= farthest]
+    if not near:
+        return "none fits: make that axis smaller"
+    return f"the nearest that {'fit are' if len(near) > 1 else 'fits is'} {' and '.join(near)}"

@@ -24,14 +24,15 @@ from elastictok_jax.errors import UsageError
 from elastictok_jax.masking import keep_mask
 from elastictok_jax.models.bottlenecks import FSQ
 from elastictok_jax.models.elastictok import abstract_params, build_model
+from elastictok_jax.models.layer_layout import with_layout
 from elastictok_jax.models.patching import patchify, to_float, to_uint8, unpatchify
 from elastictok_jax.tokenizer.search import SEARCHES, Choice
 from elastictok_jax.tokenizer.tokens import Tokens
-from elastictok_jax.training.checkpoint import Checkpointer, shape_mismatches
-from elastictok_jax.weights.safetensors import load_params
+from elastictok_jax.training.checkpoint import Checkpointer
+from elastictok_jax.training.exported import is_exported, read_exported
 
-# Model keys that say how to compute, not what: they may differ between two equal tokenizers.
-HOW_NOT_WHAT = ("attention", "remat", "mlp_chunk_tokens")
+# Keys of config.model that say how it runs, not what its codes mean.
+HOW_IT_RUNS = ("attention", "remat", "mlp_chunk_tokens", "scan_layers")
 
 
 class ElasticTokenizer:
@@ -58,15 +59,10 @@ class ElasticTokenizer:
         folder = Path(model)
         if not folder.is_dir():
             raise UsageError(f"model {model} does not exist: give a workdir or an exported folder")
+        if is_exported(folder):
+            config, params = read_exported(folder)
+            return cls(config, with_layout(params, stacked=config.model.scan_layers))
         config = read_config(folder / "config.json")
-        shapes = abstract_params(config)
-        exported = folder / "model.safetensors"
-        if exported.exists():
-            params, _ = load_params(exported)
-            wrong = shape_mismatches(params, shapes)
-            if wrong:
-                raise UsageError(f"{exported} does not fit its config.json: {'; '.join(wrong)}")
-            return cls(config, params)
         if not (folder / "checkpoints").is_dir():
             raise UsageError(f"model {model} has no checkpoints yet: train it first")
         checkpoints = Checkpointer.for_reading(folder)
@@ -76,7 +72,8 @@ class ElasticTokenizer:
                 raise UsageError(f"model {model} has no whole checkpoint yet: train it further")
             device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
             placed = jax.tree.map(
-                lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), shapes
+                lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device),
+                abstract_params(config),
             )
             return cls(config, checkpoints.restore_params(step, placed))
         finally:
@@ -401,10 +398,11 @@ def _fingerprint(config: ml_collections.ConfigDict, params) -> str:
     """16 hex digits of the model's config and weights."""
     digest = hashlib.sha256()
     for part in (config.model, config.video):
-        meaning = {k: v for k, v in part.to_dict().items() if k not in HOW_NOT_WHAT}
+        meaning = {k: v for k, v in part.to_dict().items() if k not in HOW_IT_RUNS}
         digest.update(repr(sorted(meaning.items())).encode())
     digest.update(str(config.data.sequence_blocks).encode())
-    for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
+    stacked = with_layout(params, stacked=True)
+    for path, leaf in jax.tree_util.tree_flatten_with_path(stacked)[0]:
         digest.update(jax.tree_util.keystr(path).encode())
         digest.update(np.ascontiguousarray(np.asarray(leaf, np.float32)).tobytes())
     return digest.hexdigest()[:16]

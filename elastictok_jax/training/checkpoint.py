@@ -19,6 +19,8 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from elastictok_jax import __version__
 from elastictok_jax.errors import RunError, UsageError
+from elastictok_jax.models.layer_layout import is_stacked
+from elastictok_jax.training.relayout import relayout, relayout_shapes
 from elastictok_jax.training.state import TrainState
 
 BEST_METRIC = "eval/mse"
@@ -109,26 +111,49 @@ class Checkpointer:
     def restore(self, step: int, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
         """The state at `step`, placed as `abstract` says, and the data position.
 
+        The mesh, the number of processes, the kind of device and the layout of layers may be
+        others than when it was saved.
+
         Raises:
           UsageError: naming every weight that differs, with both shapes.
         """
-        self._check_shapes(step, shape_mismatches(self._saved(step), abstract))
-        restore_args = ocp.checkpoint_utils.construct_restore_args(abstract)
+        saved = self._saved(step)
+        wanted = relayout_shapes(abstract, stacked=is_stacked(saved["params"]))
+        self._check_shapes(step, shape_mismatches(saved, wanted))
         restored = self._manager.restore(
             step,
             args=ocp.args.Composite(
-                state=ocp.args.PyTreeRestore(item=abstract, restore_args=restore_args),
+                state=ocp.args.PyTreeRestore(
+                    item=wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted)
+                ),
                 data=ocp.args.JsonRestore(),
             ),
         )
-        return restored["state"], restored["data"]
+        state = relayout(restored["state"], stacked=is_stacked(abstract.params))
+        return state, restored["data"]
+
+    def saved_params(self, step: int) -> dict[str, Any]:
+        """The weights to evaluate (the average where there is one) as a tree of what has a
+        `.shape`, with layers stacked or apart as they were saved."""
+        return self._saved(step)[self._evaluated(step)]
 
     def restore_params(self, step: int, abstract_params: Any) -> Any:
-        """The weights to evaluate (the average where there is one), without the optimizer."""
-        saved = self._saved(step)
-        name = "ema_params" if saved["ema_params"] else "params"
+        """The weights to evaluate, placed as `abstract_params` says, without the optimizer.
+
+        Raises:
+          UsageError: naming every weight that differs, with both shapes.
+        """
+        saved = self.saved_params(step)
+        wanted = relayout_shapes(abstract_params, stacked=is_stacked(saved))
+        self._check_shapes(step, shape_mismatches(saved, wanted))
+        params = self.restore_some_params(step, wanted)
+        return relayout(params, stacked=is_stacked(abstract_params))
+
+    def restore_some_params(self, step: int, abstract_params: Any) -> Any:
+        """Those of the weights to evaluate that `abstract_params` has, which must fit what was
+        saved in names, shapes and layout."""
+        name = self._evaluated(step)
         wanted = {name: abstract_params}
-        self._check_shapes(step, shape_mismatches({name: saved[name]}, wanted))
         restored = self._manager.restore(
             step,
             args=ocp.args.Composite(
@@ -169,6 +194,9 @@ class Checkpointer:
             self.folder.absolute() / str(step) / "state"
         )
         return metadata.tree
+
+    def _evaluated(self, step: int) -> str:
+        return "ema_params" if self._saved(step)["ema_params"] else "params"
 
     def _check_shapes(self, step: int, wrong: list[str]) -> None:
         if wrong:

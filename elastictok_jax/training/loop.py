@@ -1,7 +1,6 @@
 """The training run: eval, save, next batch, step. Reads top to bottom."""
 
 import contextlib
-import dataclasses
 import math
 import os
 import time
@@ -10,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import ml_collections
 
 from elastictok_jax.config import flatten, read_config, resolve, sequence_tokens, to_json
@@ -18,8 +16,9 @@ from elastictok_jax.data.pipeline import BatchReader, DeviceBatches, local_part,
 from elastictok_jax.data.sources import open_feeds
 from elastictok_jax.errors import RunError, UsageError
 from elastictok_jax.parallel.mesh import make_mesh
-from elastictok_jax.parallel.sharding import batch_sharding, in_mesh, replicated
+from elastictok_jax.parallel.sharding import batch_sharding, in_mesh, replicated, sharding_notes
 from elastictok_jax.training.checkpoint import Checkpointer
+from elastictok_jax.training.initialise import initialise
 from elastictok_jax.training.interrupt import StopRequest
 from elastictok_jax.training.metrics import Console, MetricWriter, require_sinks
 from elastictok_jax.training.state import TrainState, abstract_state, sharded_init
@@ -64,8 +63,7 @@ def _train(
 ) -> bool:
     mesh = make_mesh(config)
     sharding = batch_sharding(mesh)
-    data = config.data
-    rows, blocks = local_part(sharding, batch_size=data.batch_size, blocks=data.sequence_blocks)
+    rows, blocks = local_part(sharding, config)
     require_sinks(config)
     feeds = open_feeds(config)
     reader = BatchReader(config, feeds, split="train", rows=rows, blocks=blocks)
@@ -80,12 +78,14 @@ def _train(
     )
     stack.callback(checkpoints.close)
     abstract = abstract_state(config, mesh)
+    notes = sharding_notes(abstract)
     latest = checkpoints.latest_step()
     files = feeds.fingerprint()
     if latest is None:
         state = sharded_init(config, abstract)
         if config.train.init_from:
-            state = take_params(state, abstract, Path(config.train.init_from))
+            state, taken = initialise(state, abstract, config=config, workdir=workdir)
+            notes += taken
         position: dict[str, Any] = {"next_row": 0, "files": files}
     else:
         state, position = checkpoints.restore(latest, abstract)
@@ -97,6 +97,8 @@ def _train(
     console = Console(total=steps, start=start)
     stack.callback(console.close)
     console.line(describe(config, abstract, start=start, workdir=workdir))
+    for note in notes:
+        console.line(note)
     for damaged in feeds.damaged:
         console.line(f"left out: {damaged}")
     if position["files"] != files:
@@ -169,24 +171,6 @@ def next_batch(batches: DeviceBatches, checkpoints: Checkpointer) -> dict[str, j
             f"{error}. Stopped: step {checkpoints.latest_step() or 0} is the newest saved; mend "
             "the data, then run the same command again"
         ) from error
-
-
-def take_params(state: TrainState, abstract: TrainState, workdir: Path) -> TrainState:
-    """The state with the weights that the run in `workdir` would be evaluated with.
-
-    Raises:
-      UsageError: if there is no checkpoint, or naming every weight of another shape.
-    """
-    checkpoints = Checkpointer.for_reading(workdir)
-    try:
-        step = checkpoints.latest_step()
-        if step is None:
-            raise UsageError(f"train.init_from = {workdir} has no checkpoint: give a workdir")
-        params = checkpoints.restore_params(step, abstract.params)
-    finally:
-        checkpoints.close()
-    ema_params = None if state.ema_params is None else jax.tree.map(jnp.copy, params)
-    return dataclasses.replace(state, params=params, ema_params=ema_params)
 
 
 def prepare_workdir(workdir: Path, config: ml_collections.ConfigDict) -> None:

@@ -219,8 +219,8 @@ def test_storage_that_hangs_is_noticed():
 @pytest.mark.parametrize("axes", [("data", "sequence"), ("sequence", "data")])
 def test_to_device_places_the_part_of_this_process(from_the_start, axes):
     mesh = jax.make_mesh((1, 1), axes, axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:1])
-    sharding = NamedSharding(mesh, PartitionSpec("data", "sequence"))
-    assert local_part(sharding, batch_size=6, blocks=3) == (range(6), range(3))
+    sharding, config = NamedSharding(mesh, PartitionSpec("data", "sequence")), tiny()
+    assert local_part(sharding, config) == (range(config.data.batch_size), range(3))
     placed = to_device(from_the_start[0], open_reader(tiny()), sharding)
     for key in ("patches", "segment_ids"):
         assert placed[key].sharding == sharding

@@ -5,6 +5,7 @@ import dataclasses
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 import pytest
 from flax import traverse_util
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from elastictok_jax import config as config_lib
 from elastictok_jax.attention.api import TokenPlaces
 from elastictok_jax.models.elastictok import abstract_params, build_model, init_params
+from elastictok_jax.models.layer_layout import with_layout
 from elastictok_jax.models.transformer import LayerSpec, pairs_to_halves, rotate, stacked_layers
 from elastictok_jax.parallel.sharding import LOGICAL_AXIS_RULES
 
@@ -288,3 +290,72 @@ def test_what_is_dropped_never_reaches_the_decoder():
     other = jnp.where(keep, codes, 64000 - 1 - codes)
     np.testing.assert_array_equal(decode(codes), decode(other))
     assert np.any(np.asarray(decode(codes)) != np.asarray(decode(64000 - 1 - codes)))
+
+
+QUICK = {"xla_backend_optimization_level": 0}  # compiling is most of the time
+
+
+def both_layouts():
+    sizes = {"model.encoder_layers": 1, "model.decoder_layers": 2}
+    return tiny(**sizes), tiny(**sizes, **{"model.scan_layers": False})
+
+
+def test_layers_stacked_or_apart_are_the_same_model():
+    """From the same weights, the forward pass and all gradients agree to rounding."""
+    stacked, apart = both_layouts()
+    params = with_layout(random_params(abstract_params(stacked)), stacked=False)
+    assert paths(params) == paths(abstract_params(apart))
+    assert len(params["decoder"].keys() & {"layers_0", "layers_1"}) == 2
+    patches = jnp.asarray(np.random.default_rng(1).uniform(-1, 1, (2, 8, 192)), jnp.float32)
+    keep = jnp.arange(8)[None].repeat(2, 0) % 4 < 3
+
+    def loss(params, config):
+        output = build_model(config).apply({"params": params}, patches, keep, PLACES)
+        return jnp.mean(output.reconstruction**2), output
+
+    run = jax.jit(jax.grad(loss, has_aux=True), static_argnums=1, compiler_options=QUICK)
+    frozen = [ml_collections.FrozenConfigDict(config) for config in (stacked, apart)]
+    grads, output = run(with_layout(params, stacked=True, stack=jnp.stack), frozen[0])
+    apart_grads, apart_output = run(params, frozen[1])
+    np.testing.assert_array_equal(apart_output.codes, output.codes)
+    np.testing.assert_allclose(
+        apart_output.reconstruction, output.reconstruction, atol=1e-6, rtol=1e-6
+    )
+    want = with_layout(jax.device_get(grads), stacked=False)
+    for got, expected in zip(jax.tree.leaves(apart_grads), jax.tree.leaves(want), strict=True):
+        scale = np.abs(expected).max()
+        assert scale > 0
+        np.testing.assert_allclose(got, expected, atol=1e-5 * scale, rtol=0)
+
+
+def test_initial_weights_do_not_depend_on_the_layout():
+    stacked, apart = (
+        jax.jit(
+            lambda c=config: nn.meta.unbox(init_params(build_model(c), jax.random.key(3))),
+            compiler_options=QUICK,
+        )()
+        for config in both_layouts()
+    )
+    want = with_layout(jax.device_get(stacked), stacked=False)
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(apart), want)
+
+
+@pytest.mark.parametrize("remat", ["dots", "full"])
+def test_layers_apart_are_rematerialised_too(remat):
+    def saved(remat):
+        config = tiny(**{"model.scan_layers": False, "model.remat": remat})
+        model, patches = build_model(config), jnp.zeros((2, 8, 192))
+        _, backward = jax.eval_shape(
+            lambda params: jax.vjp(
+                lambda p: (
+                    model.apply(
+                        {"params": p}, patches, jnp.ones((2, 8), bool), PLACES
+                    ).reconstruction
+                ),
+                params,
+            ),
+            abstract_params(config),
+        )
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(backward))
+
+    assert saved(remat) < saved("none")

@@ -66,7 +66,7 @@ def main() -> None:
     config = config_for(args.workers)
     mesh = make_mesh(config)
     sharding = batch_sharding(mesh)
-    rows, blocks = local_part(sharding, batch_size=4, blocks=4)
+    rows, blocks = local_part(sharding, config)
     feeds = open_feeds(config)
     reader = BatchReader(config, feeds, split="train", rows=rows, blocks=blocks)
     checkpoints = Checkpointer(args.workdir, keep_last=1, keep_best=0)

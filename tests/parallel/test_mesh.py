@@ -1,6 +1,9 @@
 """Mesh sizes fill in one -1, and every mesh that does not fit says what would."""
 
 import math
+import os
+import subprocess
+import sys
 
 import jax
 import pytest
@@ -9,7 +12,7 @@ from hypothesis import strategies as st
 
 from elastictok_jax import config as config_lib
 from elastictok_jax.errors import UsageError
-from elastictok_jax.parallel.mesh import AXES, make_mesh, mesh_sizes
+from elastictok_jax.parallel.mesh import AXES, check_fits, make_mesh, mesh_sizes
 
 small = st.integers(1, 6)
 
@@ -77,11 +80,6 @@ def test_sizes_that_mean_nothing(sizes):
         mesh_sizes(config_with(sizes), devices=8)
 
 
-def with_devices(monkeypatch, count):
-    """Only the count is consulted before the checks under test; no mesh of that size is made."""
-    monkeypatch.setattr(jax, "device_count", lambda: count)
-
-
 @given(batch=st.integers(1, 200), pieces=st.integers(1, 4), shards=st.sampled_from([2, 4, 8]))
 @settings(max_examples=50, deadline=None)
 def test_batch_that_is_not_divided_names_the_nearest_that_is(batch, pieces, shards):
@@ -92,9 +90,8 @@ def test_batch_that_is_not_divided_names_the_nearest_that_is(batch, pieces, shar
     unit = shards * pieces
     if batch % unit == 0:
         return
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(UsageError) as caught:
-        with_devices(patch, shards)
-        make_mesh(config)
+    with pytest.raises(UsageError) as caught:
+        check_fits(config, mesh_sizes(config, devices=shards))
     text = str(caught.value)
     assert text.startswith(f"data.batch_size = {batch} ")
     assert f"mesh.data x mesh.fsdp = {shards}" in text
@@ -105,29 +102,134 @@ def test_batch_that_is_not_divided_names_the_nearest_that_is(batch, pieces, shar
 
 
 @pytest.mark.parametrize(
-    ("overrides", "message"),
+    ("sizes", "overrides", "message"),
     [
-        ({"model__width": 1022}, "model.width = 1022 is not a multiple of mesh.fsdp = 4"),
         (
-            {"mesh__fsdp": 1, "mesh__tensor": 4, "model__heads": 2},
-            "model.heads = 2 is not a multiple of mesh.tensor = 4",
+            {"fsdp": 4},
+            {"model__width": 1018, "model__heads": 1},
+            "model.width = 1018 is not a multiple of mesh.fsdp = 4; "
+            "the nearest that fit are 1016 and 1020",
         ),
         (
-            {"mesh__fsdp": 1, "mesh__tensor": 4, "model__mlp_width": 30},
-            "model.mlp_width = 30 is not a multiple of mesh.tensor = 4",
+            {"fsdp": 3},
+            {"data__batch_size": 9},  # heads of an even width must still fit: steps of 48
+            "model.width = 1024 is not a multiple of mesh.fsdp = 3; "
+            "the nearest that fit are 1008 and 1056",
         ),
         (
-            {"mesh__fsdp": 1, "mesh__sequence": 4, "data__sequence_blocks": 6},
-            "data.sequence_blocks = 6 is not a multiple of mesh.sequence = 4",
+            {"tensor": 4},
+            {"model__heads": 2},
+            "model.heads = 2 is not a multiple of mesh.tensor = 4; the nearest that fits is 4",
+        ),
+        (
+            {"tensor": 3},
+            {},  # no multiple of 3 divides a width of 1024
+            "model.heads = 8 is not a multiple of mesh.tensor = 3; "
+            "none fits: make that axis smaller",
+        ),
+        (
+            {"tensor": 4},
+            {"model__mlp_width": 30},
+            "model.mlp_width = 30 is not a multiple of mesh.tensor = 4; "
+            "the nearest that fit are 28 and 32",
+        ),
+        (
+            {"sequence": 12},
+            {"data__sequence_blocks": 4},  # of 4096 tokens: 4 of the 12 shards cut no block evenly
+            "data.sequence_blocks = 4 x 4096 tokens is not a multiple of mesh.sequence = 12; "
+            "the nearest that fit are 3 and 6",
+        ),
+        (
+            {"sequence": 12},
+            {"data__sequence_blocks": 4, "mesh__dcn_sequence": 3},
+            "data.sequence_blocks = 4 x 4096 tokens is not a multiple of "
+            "mesh.sequence x mesh.dcn_sequence = 12; the nearest that fit are 3 and 6",
         ),
     ],
 )
-def test_model_and_sequence_that_do_not_divide(monkeypatch, overrides, message):
-    with_devices(monkeypatch, 8)
-    config = config_of(**({"mesh__data": 2, "mesh__fsdp": 4} | overrides))
+def test_model_and_sequence_that_do_not_divide(sizes, overrides, message):
     with pytest.raises(UsageError) as caught:
-        make_mesh(config)
+        check_fits(config_of(**overrides), dict.fromkeys(AXES, 1) | sizes)
     assert str(caught.value) == message
+
+
+def test_a_sequence_may_be_cut_within_its_blocks():
+    check_fits(config_of(data__sequence_blocks=1), dict.fromkeys(AXES, 1) | {"sequence": 8})
+
+
+def test_more_slices_than_are_at_hand():
+    with pytest.raises(UsageError) as caught:
+        make_mesh(config_of(mesh__dcn_fsdp=2))
+    assert str(caught.value) == (
+        "mesh.dcn_data=1, mesh.dcn_fsdp=2, mesh.dcn_tensor=1, mesh.dcn_sequence=1: 2 processes "
+        "are asked for and 1 are at hand; set one to -1 to take what is left"
+    )
+
+
+def test_one_process_is_a_mesh_of_one_slice():
+    config = config_of(data__batch_size=jax.device_count(), mesh__dcn_sequence=-1)
+    assert make_mesh(config) == make_mesh(config_of(data__batch_size=jax.device_count()))
+
+
+TOPOLOGIES = """
+import math, sys
+from jax.experimental import topologies
+from elastictok_jax import config as config_lib
+from elastictok_jax.errors import UsageError
+from elastictok_jax.parallel.mesh import make_mesh
+
+def mesh(devices, **sizes):
+    config = config_lib.default_config()
+    values = {"data.batch_size": 512, "data.sequence_blocks": 256}
+    config_lib.override(config, values | {f"mesh.{axis}": n for axis, n in sizes.items()})
+    return make_mesh(config_lib.resolve(config), devices)
+
+one = topologies.get_topology_desc(
+    platform="tpu", topology_name="v4:8x8x4", chips_per_host_bounds=(2, 2, 1),
+    chip_config_name="megacore",
+).devices
+ring = mesh(one, data=1, sequence=-1).devices.reshape(-1)
+assert len(ring) == 256
+torus = (8, 8, 4)
+for here, there in zip(ring, [*ring[1:], ring[0]]):
+    apart = [min((a - b) % n, (b - a) % n) for a, b, n in zip(here.coords, there.coords, torus)]
+    assert sum(apart) <= 3, (here.coords, there.coords)
+assert mesh(one, data=2, fsdp=4, tensor=8, sequence=-1).devices.shape == (2, 4, 8, 4)
+two = topologies.get_topology_desc(
+    platform="tpu", topology_name="v5e:16x16", num_slices=2
+).devices
+hybrid = mesh(two, data=4, fsdp=8, tensor=-1, dcn_fsdp=2)
+assert hybrid.devices.shape == (4, 16, 8, 1)
+slices = [[d.slice_index for d in hybrid.devices[:, row].flat] for row in range(16)]
+assert slices == [[0] * 32] * 8 + [[1] * 32] * 8  # no other axis leaves a slice
+try:
+    mesh(two, data=-1)
+except UsageError as error:
+    assert "the devices are 2 slices" in str(error) and "mesh.dcn_data=-1" in str(error)
+else:
+    sys.exit("two slices were taken for one")
+"""
+
+
+def test_meshes_of_described_tpus():
+    """Needs libtpu (`pip install 'jax[tpu]'`), which describes any TPU on any machine."""
+    pytest.importorskip("libtpu")
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "TPU_SKIP_MDS_QUERY": "1",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # no TPU is used, so that nothing is shared
+        "TPU_ACCELERATOR_TYPE": "v4-512",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", TOPOLOGIES],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=environment,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
 
 
 def test_mesh_of_the_devices_at_hand():
@@ -137,7 +239,6 @@ def test_mesh_of_the_devices_at_hand():
     assert dict(mesh.shape) == dict.fromkeys(AXES, 1) | {"data": jax.device_count()}
 
 
-def test_mesh_of_given_devices_and_no_others(monkeypatch):
-    with_devices(monkeypatch, 8)
+def test_mesh_of_given_devices_and_no_others():
     given = jax.devices()[:1]
     assert make_mesh(config_of(data__batch_size=1), devices=given).devices.tolist() == [[[given]]]

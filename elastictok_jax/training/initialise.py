@@ -1,0 +1,208 @@
+"""What a new run starts with: the weights of another one, as far as they fit (train.init_from).
+
+Weights are matched by name and shape alone, so a next stage may have a longer context, another
+resolution, rotary base or bottleneck. Where the halves have other numbers of layers, layer i is
+matched with layer i.
+"""
+
+import contextlib
+import dataclasses
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from elastictok_jax.errors import UsageError
+from elastictok_jax.models.layer_layout import APART, STACKED, depths, is_stacked
+from elastictok_jax.training.checkpoint import Checkpointer
+from elastictok_jax.training.exported import is_exported, read_exported
+from elastictok_jax.training.relayout import relayout, relayout_shapes, stacked_struct
+from elastictok_jax.training.state import TrainState
+
+RECORD = "init_from.json"
+Flat = dict[tuple[str, ...], Any]
+
+
+class Source(NamedTuple):
+    """Weights that can be read.
+
+    Attributes:
+      origin: where they come from, in words.
+      shapes: their tree; leaves have `.shape`.
+      read: reads those that a flat dict of ShapeDtypeStructs names, placed as these say.
+    """
+
+    origin: str
+    shapes: dict[str, Any]
+    read: Callable[[Flat], Flat]
+
+
+class Plan(NamedTuple):
+    """What becomes of each weight.
+
+    Attributes:
+      taken: names of those with one shape in both.
+      skipped: name -> shape, of those that the model has no place for.
+      reinitialised: name -> (shape saved or None, shape in the model).
+    """
+
+    taken: list[str]
+    skipped: dict[str, tuple[int, ...]]
+    reinitialised: dict[str, tuple[tuple[int, ...] | None, tuple[int, ...]]]
+
+    def differences(self) -> list[str]:
+        """A phrase for every weight that is not taken, with both shapes."""
+        return [
+            *(
+                f"{name}: {'none' if saved is None else saved} saved, {wanted} asked for"
+                for name, (saved, wanted) in self.reinitialised.items()
+            ),
+            *(f"{name}: {saved} saved, none asked for" for name, saved in self.skipped.items()),
+        ]
+
+
+def initialise(
+    state: TrainState, abstract: TrainState, *, config: ml_collections.ConfigDict, workdir: Path
+) -> tuple[TrainState, list[str]]:
+    """A fresh state with the weights of `config.train.init_from`, and lines on what was taken.
+
+    The optimizer starts anew, and an average of the weights with the weights. Which weights were
+    taken, skipped and re-initialised is written to `workdir/init_from.json`. Weights of `state`
+    that are replaced are freed first.
+
+    Raises:
+      UsageError: if there are no weights; naming every weight that differs, with both shapes, if
+        train.init_from_mismatch is "refuse"; or if no weight fits.
+    """
+    stacked = is_stacked(abstract.params)
+    with open_source(Path(config.train.init_from)) as source:
+        layout = is_stacked(source.shapes)
+        if depths(source.shapes) != depths(abstract.params):
+            layout = False  # compared layer by layer
+        wanted = flatten_dict(relayout_shapes(abstract.params, stacked=layout))
+        plan = make_plan(flatten_dict(_shapes_in_layout(source.shapes, stacked=layout)), wanted)
+        differences = plan.differences()
+        if differences and (config.train.init_from_mismatch == "refuse" or not plan.taken):
+            raise UsageError(
+                f"train.init_from = {config.train.init_from} does not fit the config: "
+                f"{'; '.join(differences)}. Use the config it was trained with, or set "
+                "train.init_from_mismatch=reinitialise to start those weights anew"
+                + ("" if plan.taken else " (no weight fits, so nothing would be taken)")
+            )
+        taken = {key: wanted[key] for key in wanted if "/".join(key) in plan.taken}
+        _free(state.ema_params)
+        params = flatten_dict(relayout(state.params, stacked=layout))
+        _free([params[key] for key in taken])
+        params |= _read(source, taken, stacked=layout)
+    params = relayout(unflatten_dict(params), stacked=stacked)
+    if state.ema_params is not None:
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract.params)
+        copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree), out_shardings=shardings)
+        state = dataclasses.replace(state, ema_params=copy(params))
+    record(plan, source.origin, path=workdir / RECORD)
+    summary = (
+        f"weights of {source.origin}: {len(plan.taken)} taken, {len(plan.reinitialised)} "
+        f"re-initialised, {len(plan.skipped)} skipped (all in {RECORD})"
+    )
+    return dataclasses.replace(state, params=params), [
+        summary,
+        *(f"  not taken: {d}" for d in differences),
+    ]
+
+
+def make_plan(saved: Flat, wanted: Flat) -> Plan:
+    """Compares two flat dicts of what has a `.shape`."""
+    old = {"/".join(key): tuple(leaf.shape) for key, leaf in saved.items()}
+    new = {"/".join(key): tuple(leaf.shape) for key, leaf in wanted.items()}
+    taken = sorted(name for name in new if old.get(name) == new[name])
+    return Plan(
+        taken=taken,
+        skipped={name: old[name] for name in sorted(old.keys() - new.keys())},
+        reinitialised={
+            name: (old.get(name), new[name]) for name in sorted(new.keys() - set(taken))
+        },
+    )
+
+
+def record(plan: Plan, origin: str, *, path: Path) -> None:
+    """Writes what became of each weight as JSON, on the first process."""
+    if jax.process_index() == 0:
+        shapes = {
+            name: {"saved": saved, "model": wanted}
+            for name, (saved, wanted) in plan.reinitialised.items()
+        }
+        values = {"from": origin, **plan._asdict(), "reinitialised": shapes}
+        path.write_text(json.dumps(values, indent=1) + "\n")
+
+
+@contextlib.contextmanager
+def open_source(path: Path) -> Iterator[Source]:
+    """The weights of a workdir (its newest checkpoint, the average if it has one) or of an
+    exported folder.
+
+    Raises:
+      UsageError: if it is neither, or damaged.
+    """
+    if is_exported(path):
+        _, params = read_exported(path)
+        stored = flatten_dict(params)
+        yield Source(
+            str(path),
+            params,
+            lambda wanted: {key: _place(stored[key], wanted[key]) for key in wanted},
+        )
+        return
+    checkpoints = Checkpointer.for_reading(path)
+    try:
+        step = checkpoints.latest_step()
+        if step is None:
+            raise UsageError(
+                f"train.init_from = {path} has no checkpoint: give a workdir or an exported folder"
+            )
+
+        def read(wanted: Flat) -> Flat:
+            tree = unflatten_dict(wanted)
+            return flatten_dict(checkpoints.restore_some_params(step, tree))
+
+        yield Source(f"{path} at step {step}", checkpoints.saved_params(step), read)
+    finally:
+        checkpoints.close()
+
+
+def _read(source: Source, taken: Flat, *, stacked: bool) -> Flat:
+    """The weights `taken`, which are named as in the layout asked for."""
+    if is_stacked(source.shapes) == stacked:
+        return source.read(taken)
+    count = depths(source.shapes)
+    wanted = {}  # as the source has them
+    for half, part, *rest in flatten_dict(source.shapes):
+        first = (half, f"{APART}0", *rest) if part == STACKED else (half, part, *rest)
+        if first in taken:
+            leaf = taken[first]
+            wanted[half, part, *rest] = (
+                stacked_struct(leaf, count[half]) if part == STACKED else leaf
+            )
+    found = relayout(unflatten_dict(source.read(wanted)), stacked=False)
+    return {key: array for key, array in flatten_dict(found).items() if key in taken}
+
+
+def _shapes_in_layout(shapes, *, stacked: bool):
+    """A tree of what has a `.shape`, as ShapeDtypeStructs in the layout asked for."""
+    structs = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, np.float32), shapes)
+    return relayout_shapes(structs, stacked=stacked)
+
+
+def _place(array: np.ndarray, like: jax.ShapeDtypeStruct) -> jax.Array:
+    values = array.astype(like.dtype)
+    return jax.make_array_from_callback(like.shape, like.sharding, lambda index: values[index])
+
+
+def _free(tree) -> None:
+    for leaf in jax.tree.leaves(tree):
+        leaf.delete()

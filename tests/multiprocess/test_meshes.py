@@ -1,0 +1,107 @@
+"""Meshes over several processes train like one device, and a run moves between process counts.
+
+Each process is started anew and has its share of 8 fake devices; gloo carries what they exchange.
+"""
+
+import json
+import os
+import runpy
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).with_name("train_steps.py")
+TOLERANCE = runpy.run_path(str(SCRIPT))["TOLERANCE"]
+
+LIMIT = 580  # seconds that all processes of a run may take
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return probe.getsockname()[1]
+
+
+def launch(folder, mesh, *options, processes, workdir="run", **overrides):
+    """The reports of the processes of a run, and what they wrote to stderr."""
+    output = folder / f"report-{len(list(folder.iterdir()))}"
+    output.mkdir()
+    words = ["--processes", processes, "--port", free_port(), "--output", output, "--mesh", mesh]
+    words += ["--workdir", folder / workdir, "--overrides", json.dumps(overrides), *options]
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    environment |= {"JAX_PLATFORMS": "cpu"}
+    running = [
+        subprocess.Popen(
+            [sys.executable, SCRIPT, "--process", str(process), *map(str, words)],
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+        for process in range(processes)
+    ]
+    try:
+        errors = [process.communicate(timeout=LIMIT)[1] for process in running]
+    finally:
+        for process in running:
+            process.kill()
+    if any(process.returncode for process in running):
+        return None, errors
+    reports = [json.loads((output / f"{i}.json").read_text()) for i in range(processes)]
+    return reports, errors
+
+
+def losses_of(reports, errors):
+    assert reports is not None, "\n".join(errors)
+    assert all(report["losses"] == reports[0]["losses"] for report in reports)
+    return reports[0]["losses"]
+
+
+@pytest.fixture(scope="module", params=["fsq", "vae"])
+def one_device(request, tmp_path_factory):
+    """The losses of one device in one process, and the bottleneck."""
+    folder = tmp_path_factory.mktemp("one")
+    found = launch(folder, "1x1x1x1", processes=1, model__bottleneck=request.param)
+    return request.param, losses_of(*found)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("processes", "mesh"), [(2, "2x2x2x1"), (4, "1x2x2x2"), (2, "1x1x1x8")])
+def test_thirty_steps_in_processes(one_device, processes, mesh, tmp_path):
+    bottleneck, want = one_device
+    found = launch(tmp_path, mesh, processes=processes, model__bottleneck=bottleneck)
+    losses = losses_of(*found)
+    assert losses[0] == pytest.approx(want[0], rel=1e-5)
+    assert losses == pytest.approx(want, rel=TOLERANCE[bottleneck])
+
+
+@pytest.mark.slow
+def test_saved_in_two_processes_and_continued_in_four_and_back_in_one(one_device, tmp_path):
+    """On other meshes each time, and in four with the layers apart."""
+    bottleneck, want = one_device
+    options = dict(model__bottleneck=bottleneck)
+    first = launch(tmp_path, "8x1x1x1", "--save", "--steps", 10, processes=2, **options)
+    second = launch(
+        *(tmp_path, "1x2x2x2", "--restore", "--save", "--steps", 20),
+        **options,
+        processes=4,
+        model__scan_layers=False,
+    )
+    third = launch(tmp_path, "1x1x1x1", "--restore", processes=1, **options)
+    losses = [*losses_of(*first), *losses_of(*second), *losses_of(*third)]
+    assert losses == pytest.approx(want, rel=TOLERANCE[bottleneck])
+
+
+def test_processes_are_the_slices_of_a_hybrid_mesh(tmp_path):
+    """Only the axes that dcn sizes name leave a process."""
+    options = dict(processes=2, mesh__dcn_fsdp=2)
+    reports, errors = launch(tmp_path, "1x1x2x2", "--steps", 0, **options)
+    assert reports is not None, "\n".join(errors)
+    for report in reports:
+        assert report["mesh"] == [1, 2, 2, 2]
+        assert report["processes"] == [0] * 4 + [1] * 4
+    reports, errors = launch(tmp_path, "1x1x2x1", "--steps", 0, **options)
+    assert reports is None
+    assert "mesh.tensor=2, mesh.sequence=1: 2 devices are asked for and 4 are at hand" in errors[0]

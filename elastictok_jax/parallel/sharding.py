@@ -34,6 +34,14 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def replicate(tree, mesh: Mesh):
+    """Arrays that every process has, as one whole copy on every device."""
+    whole = replicated(mesh)
+    return jax.tree.map(
+        lambda x: jax.make_array_from_callback(x.shape, whole, lambda index: x[index]), tree
+    )
+
+
 def in_mesh(function, mesh: Mesh):
     """`function` jitted or called where logical axis names mean axes of `mesh`."""
 

@@ -12,10 +12,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from elastictok_jax.parallel.peers import ANSWER, BEAT, Clock, within
+from elastictok_jax.training.steplog import IN_FLIGHT
 
 
 class Watchdog:
-    """Calls `end` with the reason when `step` or `pause` was not called for too long.
+    """Calls `end` with the reason when steps stop coming, or what is no step takes too long.
 
     Args:
       step_timeout: seconds that may pass between steps, 0 for any.
@@ -44,11 +45,14 @@ class Watchdog:
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
     def step(self) -> None:
-        """A step has just been taken."""
-        self._since = (Clock(), *self._step)
+        """A step has been sent off, and the one IN_FLIGHT before it has ended."""
+        self._sent += 1
+        if self._sent > IN_FLIGHT:  # until then it may be peers that still compile or save
+            self._since = (Clock(), *self._step)
 
     def pause(self) -> None:
         """What follows is no step."""
+        self._sent = 0
         self._since = (Clock(), *self._pause)
 
     def close(self) -> None:

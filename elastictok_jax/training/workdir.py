@@ -20,7 +20,7 @@ FIXED_ON_RESUME = (
     *("model.rope_theta", "model.norm_eps", "model.conditioned", "video."),
 )
 FIRST_SECONDS = 1800.0  # for process 0 to look through its data
-SHARED_SECONDS = 60.0  # for a network file system to show a new file
+SHARED_SECONDS = 30.0  # for a network file system to show a new file
 
 
 def enter_workdir(workdir: Path, config: ml_collections.ConfigDict, *, files: Any) -> None:

@@ -33,6 +33,7 @@ class Peers:
       kept: a sentence on what is saved and how to go on.
 
     Attributes:
+      process, processes: which this is, of how many.
       before_end: called before a failure here ends all, to finish what is being saved.
     """
 
@@ -40,8 +41,8 @@ class Peers:
         self._kept = kept
         self.before_end: Callable[[], None] = lambda: None
         self._client = distributed.client()
-        self._process, self._processes = distributed.place()
-        self.name = f"process {self._process} of {self._processes} ({socket.gethostname()})"
+        self.process, self.processes = distributed.place()
+        self.name = f"process {self.process} of {self.processes} ({socket.gethostname()})"
         self._state = "alive"  # then "done" or "failed"
         self._left = threading.Event()
         self._last_word = threading.Lock()
@@ -99,21 +100,21 @@ class Peers:
     def _exit(self, message: str, status: int) -> NoReturn:
         self._last_word.acquire()  # of two threads, one
         say(message)
-        if self._client is not None and self._process == 0:
+        if self._client is not None and self.process == 0:
             time.sleep(5 * BEAT)  # the others hear of it from this process, and end before it
         os._exit(status)
 
     def _sign(self) -> tuple[str, str]:
         sign = {"name": self.name, "state": self._state, "at": time.monotonic()}
-        return f"{_SIGNS}{self._process}", json.dumps(sign)
+        return f"{_SIGNS}{self.process}", json.dumps(sign)
 
     def _give_signs(self) -> None:
         """Signs of life. Every call hangs when process 0 does, so that another thread looks on."""
-        signs = Signs(self._processes)
+        signs = Signs(self.processes)
         while not self._left.wait(BEAT):
             try:
                 self._client.key_value_set(*self._sign(), allow_overwrite=True)
-                if self._process == 0:
+                if self.process == 0:
                     wrong = signs.read(dict(self._client.key_value_dir_get(_SIGNS)))
                     if wrong:
                         self._give_verdict(f"{wrong}. {self.kept()}", 1)
@@ -133,18 +134,18 @@ class Peers:
     def _watch_first(self) -> None:
         """Ends this process when process 0 has not answered for too long."""
         clock, answers = Clock(), 0
-        while self._process != 0 and not self._left.wait(BEAT):
+        while self.process != 0 and not self._left.wait(BEAT):
             if self._answers != answers:
                 clock, answers = Clock(), self._answers
             if clock.tick() > LOST:
                 self._exit(f"{lost(self._first())}. {self.kept()}", 1)
 
     def _first(self) -> str:
-        return f"process 0 of {self._processes} ({distributed.coordinator_address()[0]})"
+        return f"process 0 of {self.processes} ({distributed.coordinator_address()[0]})"
 
     def _why_aborted(self) -> str:
         gone = False
-        if self._process != 0:
+        if self.process != 0:
             try:
                 socket.create_connection(distributed.coordinator_address(), ANSWER).close()
             except OSError:

@@ -111,7 +111,7 @@ def _train(
     steps = max(start, config.train.steps)
     writer: MetricWriter | Silent = Silent(peers.name)
     console: Console | Silent = Silent(peers.name)
-    if jax.process_index() == 0:
+    if peers.process == 0:
         writer = MetricWriter(workdir, config, start_step=start)
         console = Console(total=steps, start=start)
     stack.callback(writer.close)
@@ -135,7 +135,7 @@ def _train(
     watchdog = Watchdog(
         step_timeout=config.train.step_timeout,
         pause_timeout=config.train.pause_timeout,
-        stacks=workdir / f"stacks-{jax.process_index()}.txt",
+        stacks=workdir / f"stacks-{peers.process}.txt",
         end=lambda reason: peers.end(f"{reason}. {peers.kept()}"),
     )
     stack.callback(watchdog.close)
@@ -187,7 +187,7 @@ def _train(
     checkpoints.finish()
     saved = checkpoints.latest_step()
     kept = "nothing to save yet" if saved is None else f"step {saved} is saved in {workdir}"
-    console.line(f"{'finished' if step == steps else 'stopped'} at step {step}: {kept}")
+    console.own_line(f"{'finished' if step == steps else 'stopped'} at step {step}: {kept}")
     return step == steps
 
 

@@ -40,6 +40,7 @@ def test_sigterm_to_one_stops_both_at_one_step_and_they_go_on(tmp_path):
             run.lines(0)[-1] == f"stopped at step {stopped}: step {stopped} is saved in {workdir}"
         )
         assert "SIGTERM: saving, then stopping" in run.text(1)
+        assert re.match(rf"process 1 of 2 \(.*\): stopped at step {stopped}: ", run.lines(1)[-1])
         # The first speaks for all.
         assert "step 3/1000" in run.text(0) and "step 3/1000" not in run.text(1)
         assert "Traceback" not in run.report

@@ -4,13 +4,18 @@ jax finds the other processes by itself on TPU pods, under Slurm and under Open 
 process is told where process 0 is, how many there are, and which one it is.
 """
 
+import functools
 import glob
 import importlib.util
+import itertools
+import math
 import os
 from collections.abc import Mapping
 
 import jax
+import numpy as np
 from jax._src import distributed as _distributed  # the key-value store has no public name
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from elastictok_jax.errors import RunError, UsageError
 from elastictok_jax.parallel.abort import on_abort
@@ -165,6 +170,39 @@ def place() -> tuple[int, int]:
     """(which process this is, of how many), without waiting for any device."""
     state = _distributed.global_state
     return state.process_id, state.num_processes
+
+
+def meet(mesh: Mesh, *, timeout: float) -> None:
+    """Waits for all processes, then has them form the groups that collectives run in.
+
+    On CPUs a group is formed by the first collective that needs it, whose processes wait for each
+    other for 30 s only: less than one of them may take to compile what another has at hand.
+
+    Raises:
+      RunError: if not all have come in `timeout` seconds.
+    """
+    store = client()
+    if store is None:
+        return
+    try:
+        store.wait_at_barrier("elastictok/meet", int(timeout * 1000))
+    except RuntimeError as error:
+        raise RunError(f"not all processes started within {timeout:g} s: see their logs") from error
+    axes = [axis for axis in mesh.axis_names if mesh.shape[axis] > 1]
+    for count in range(1, len(axes) + 1):
+        for group in itertools.combinations(axes, count):
+            spec = PartitionSpec(group)
+            add = jax.shard_map(
+                functools.partial(jax.lax.psum, axis_name=group),
+                mesh=mesh,
+                in_specs=spec,
+                out_specs=PartitionSpec(),
+            )
+            ones = np.ones(math.prod(mesh.shape[axis] for axis in group), np.float32)
+            placed = jax.make_array_from_callback(
+                ones.shape, NamedSharding(mesh, spec), ones.__getitem__
+            )
+            jax.block_until_ready(jax.jit(add)(placed))
 
 
 def first_says(name: str, value: str, *, timeout: float) -> str:

@@ -17,7 +17,7 @@ from elastictok_jax.config import resolve, sequence_tokens
 from elastictok_jax.data.pipeline import BatchReader, DeviceBatches, local_part, to_device
 from elastictok_jax.data.sources import open_feeds
 from elastictok_jax.errors import RunError, UsageError
-from elastictok_jax.parallel.distributed import first_says
+from elastictok_jax.parallel.distributed import first_says, meet
 from elastictok_jax.parallel.mesh import make_mesh
 from elastictok_jax.parallel.peers import Peers
 from elastictok_jax.parallel.sharding import batch_sharding, in_mesh, replicate, replicated
@@ -90,6 +90,7 @@ def _train(
         lpips_params = replicate(load_lpips(config.loss.lpips_net), mesh)
     files = feeds.fingerprint()
     enter_workdir(workdir, config, files=files)
+    meet(mesh, timeout=FIRST_SECONDS)
 
     checkpoints = Checkpointer(
         workdir, keep_last=config.train.keep_last, keep_best=config.train.keep_best

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 from elastictok_jax import cli
@@ -79,9 +80,12 @@ def test_a_hang_leaves_stacks_and_ends_in_time(tmp_path):
         "train.eval_every": 100000,
         "train.checkpoint_every": 100000,
         "train.step_timeout": 10,
+        "data.workers": 1,
     }
     with Processes(workdir, processes=2, options=options) as run:
         run.until(lambda: run.steps_logged() >= 3)
+        workers = [w for p in run.processes for w in psutil.Process(p.pid).children()]
+        assert workers
         run.signal(1, signal.SIGSTOP)
         assert run.wait(seconds=LOST - 5, but=1) == [1], run.report  # before it counts as lost
         last = run.lines(0)[-1]
@@ -97,6 +101,7 @@ def test_a_hang_leaves_stacks_and_ends_in_time(tmp_path):
         run.signal(1, signal.SIGCONT)
         assert run.wait(seconds=60, but=0) == [1], run.report
         assert re.match(r"elastictok: error: process 0 of 2 .* (failed|was lost)", run.lines(1)[-1])
+        assert psutil.wait_procs(workers, timeout=30)[1] == []  # none is left behind
 
 
 def test_a_coordinator_that_is_not_there_is_named_in_time(tmp_path):

@@ -99,9 +99,9 @@ class Peers:
 
     def _exit(self, message: str, status: int) -> NoReturn:
         self._last_word.acquire()  # of two threads, one
-        say(message)
         if self._client is not None and self.process == 0:
             time.sleep(5 * BEAT)  # the others hear of it from this process, and end before it
+        say(message)
         os._exit(status)
 
     def _sign(self) -> tuple[str, str]:

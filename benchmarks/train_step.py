@@ -27,11 +27,12 @@ from benchmarks.table import table
 from elastictok_jax.cli import split_overrides
 from elastictok_jax.config import block_tokens, override, patch_values, resolve, sequence_tokens
 from elastictok_jax.parallel.mesh import make_mesh
-from elastictok_jax.parallel.sharding import batch_sharding, in_mesh, replicated
+from elastictok_jax.parallel.sharding import batch_sharding, in_mesh, replicate
 from elastictok_jax.registry import get_experiment
 from elastictok_jax.training.state import abstract_state, sharded_init
-from elastictok_jax.training.step import make_train_step
+from elastictok_jax.training.step import jit_train_step
 from elastictok_jax.training.throughput import measured_matmul_flops, train_flops_per_token
+from elastictok_jax.training.votes import Votes
 from elastictok_jax.weights.lpips import load_lpips
 
 
@@ -58,23 +59,23 @@ def measure(config: ml_collections.ConfigDict, *, steps: int) -> dict[str, Any]:
     """Figures of the training step; `steps` are timed, each to its end."""
     mesh = make_mesh(config)
     abstract = abstract_state(config, mesh)
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-    step = jax.jit(make_train_step(config), donate_argnums=0, out_shardings=(shardings, None))
+    step = jit_train_step(config, abstract)
     state = sharded_init(config, abstract)
     batch = generated_batch(config, batch_sharding(mesh))
     lpips_params = {}
     if config.loss.lpips_weight:
-        lpips_params = jax.device_put(load_lpips(config.loss.lpips_net), replicated(mesh))
+        lpips_params = replicate(load_lpips(config.loss.lpips_net), mesh)
+    inputs = (batch, lpips_params, Votes(mesh).cast(stop=False, replaced_blocks=0))
 
     start = time.perf_counter()
-    compiled = in_mesh(step.lower, mesh)(state, batch, lpips_params).compile()
+    compiled = in_mesh(step.lower, mesh)(state, *inputs).compile()
     compile_seconds = time.perf_counter() - start
     memory = compiled.memory_analysis()
 
     times, peaks = [], [measured_matmul_flops(config.model.dtype)]
     for index in range(steps + 2):
         start = time.perf_counter()
-        state, metrics = compiled(state, batch, lpips_params)
+        state, metrics = compiled(state, *inputs)
         jax.block_until_ready((state, metrics))
         times.append(time.perf_counter() - start)
         if index % max(1, steps // 4) == 0:
@@ -84,7 +85,7 @@ def measure(config: ml_collections.ConfigDict, *, steps: int) -> dict[str, Any]:
 
     def one_more() -> None:
         nonlocal state
-        state, metrics = compiled(state, batch, lpips_params)
+        state, metrics = compiled(state, *inputs)
         jax.block_until_ready(metrics)
 
     parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract.params))

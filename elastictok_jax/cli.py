@@ -69,6 +69,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     train.add_argument("experiment", help="a registered name or path/file.py[:arg]")
     train.add_argument("--workdir", type=Path, required=True, help="resumes by itself from here")
+    add_process_options(train)
     train.set_defaults(run=run_train, takes_config=True)
 
     evaluate = verbs.add_parser("evaluate", help="token use and error on held-out clips")
@@ -153,16 +154,49 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def add_process_options(parser: argparse.ArgumentParser) -> None:
+    """The options that say which of several processes this one is."""
+    group = parser.add_argument_group(
+        "several processes",
+        "found without these on TPU pods, under Slurm and under Open MPI; or in the variables "
+        "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID",
+    )
+    group.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens")
+    group.add_argument("--processes", metavar="N", type=int, help="how many train together")
+    group.add_argument("--process", metavar="I", type=int, help="which of them this is, from 0")
+    group.add_argument(
+        "--initialization-timeout",
+        metavar="SECONDS",
+        type=int,
+        default=300,
+        help="how long to wait at the start for the others (%(default)s)",
+    )
+
+
 def run_train(args: argparse.Namespace, overrides: dict[str, str]) -> None:
     from elastictok_jax.config import override
     from elastictok_jax.data.sources import has_held_out
+    from elastictok_jax.parallel import distributed
     from elastictok_jax.registry import get_experiment
     from elastictok_jax.training.loop import train
 
     config = get_experiment(args.experiment)
     override(config, overrides)
+    distributed.initialize(
+        coordinator=args.coordinator,
+        processes=args.processes,
+        process=args.process,
+        timeout=args.initialization_timeout,
+    )
+    process, processes = distributed.place()
     finished = train(config, workdir=args.workdir)
-    if finished and config.evaluation.report and has_held_out(config):
+    distributed.shutdown()
+    report = finished and config.evaluation.report and has_held_out(config)
+    if report and processes > 1:
+        if process == 0:
+            output = args.workdir / "reports"
+            print(f"report: elastictok evaluate {args.workdir} -o {output}", file=sys.stderr)
+    elif report:
         from elastictok_jax.evaluation.run import evaluate_model
 
         evaluate_model(args.workdir, output=args.workdir / "reports")

@@ -47,7 +47,7 @@ POSITIVE = (
 )
 NOT_NEGATIVE = (
     *("loss.lpips_weight", "loss.kl_weight", "optimizer.weight_decay", "optimizer.warmup_steps"),
-    *("train.keep_best", "data.cache_mib", "seed"),
+    *("train.keep_best", "train.step_timeout", "train.pause_timeout", "data.cache_mib", "seed"),
     *("masking.mean", "data.workers", "model.mlp_chunk_tokens"),
 )
 RANGES: tuple[tuple[Callable[[float], bool], str, tuple[str, ...]], ...] = (
@@ -123,6 +123,8 @@ def default_config() -> ml_collections.ConfigDict:
     train.keep_best = 1
     train.tensorboard = False
     train.wandb_project = ""  # empty: no wandb
+    train.step_timeout = 900.0  # seconds without a step after which the run ends; 0: never
+    train.pause_timeout = 7200.0  # the same for a first step, an evaluation, a checkpoint
     train.init_from = ""  # a workdir or exported folder whose weights a new run starts with
     train.init_from_mismatch = "refuse"  # or "reinitialise" what it lacks or has otherwise
 

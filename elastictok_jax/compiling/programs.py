@@ -22,6 +22,7 @@ from elastictok_jax.parallel.sharding import batch_sharding, in_mesh, replicated
 from elastictok_jax.training.state import abstract_state
 from elastictok_jax.training.step import jit_train_step, token_places
 from elastictok_jax.training.throughput import train_flops_per_token
+from elastictok_jax.training.votes import abstract_votes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +77,9 @@ def _train_step(config: ml_collections.ConfigDict, mesh: Mesh) -> Program:
     tokens = config.data.batch_size * sequence_tokens(config)
     return Program(
         name="train_step",
-        lower=lambda: in_mesh(step.lower, mesh)(abstract, batch, lpips_params),
+        lower=lambda: in_mesh(step.lower, mesh)(
+            abstract, batch, lpips_params, abstract_votes(mesh)
+        ),
         tokens=tokens,
         model_flops=tokens * train_flops_per_token(config),
     )

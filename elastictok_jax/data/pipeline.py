@@ -3,6 +3,8 @@
 Dimension key: B batch, N blocks, S tokens (N blocks x L), D values a patch.
 """
 
+import multiprocessing
+import os
 import queue
 import threading
 from collections.abc import Iterator
@@ -138,9 +140,23 @@ def read_ahead(reader: BatchReader, *, start: int, stop: int) -> Iterator[dict[s
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()  # grain looks at its own flags, which nobody gave
         dataset = dataset.mp_prefetch(
-            grain.MultiprocessingOptions(num_workers=data.workers, per_worker_buffer_size=1)
+            grain.MultiprocessingOptions(num_workers=data.workers, per_worker_buffer_size=1),
+            worker_init_fn=end_with_parent,
         )
     return iter(dataset)
+
+
+def end_with_parent(worker: int, workers: int) -> None:
+    """Has a worker process end when its parent does, also when that is killed."""
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, name="end with parent", daemon=True).start()
 
 
 def to_device(batch: Batch, reader: BatchReader, sharding: NamedSharding) -> dict[str, jax.Array]:

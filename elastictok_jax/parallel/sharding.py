@@ -66,6 +66,14 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def replicate(tree, mesh: Mesh):
+    """Arrays that every process has, as one whole copy on every device."""
+    whole = replicated(mesh)
+    return jax.tree.map(
+        lambda x: jax.make_array_from_callback(x.shape, whole, lambda index: x[index]), tree
+    )
+
+
 class Whole(NamedTuple):
     """An array of which every device holds all."""
 

@@ -108,6 +108,17 @@ class Checkpointer:
         except Exception as error:
             raise self._failed(error) from error
 
+    def raise_if_failed(self) -> None:
+        """Looks whether what was written in the background has failed, without waiting for it.
+
+        Raises:
+          RunError: if it could not be written.
+        """
+        try:
+            self._manager.check_for_errors()
+        except Exception as error:
+            raise self._failed(error) from error
+
     def restore(self, step: int, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
         """The state at `step`, placed as `abstract` says, and the data position.
 

@@ -1,8 +1,8 @@
 """The training run: eval, save, next batch, step. Reads top to bottom."""
 
 import contextlib
+import json
 import math
-import os
 import time
 from functools import partial
 from pathlib import Path
@@ -11,28 +11,38 @@ from typing import Any
 import jax
 import ml_collections
 
-from elastictok_jax.config import flatten, read_config, resolve, sequence_tokens, to_json
+from elastictok_jax.config import resolve, sequence_tokens
 from elastictok_jax.data.pipeline import BatchReader, DeviceBatches, local_part, to_device
 from elastictok_jax.data.sources import open_feeds
-from elastictok_jax.errors import RunError, UsageError
+from elastictok_jax.errors import RunError
+from elastictok_jax.parallel.distributed import first_says, meet
 from elastictok_jax.parallel.mesh import make_mesh
-from elastictok_jax.parallel.sharding import batch_sharding, in_mesh, replicated, sharding_notes
+from elastictok_jax.parallel.peers import Peers
+from elastictok_jax.parallel.sharding import (
+    batch_sharding,
+    in_mesh,
+    replicate,
+    replicated,
+    sharding_notes,
+)
 from elastictok_jax.training.checkpoint import Checkpointer
 from elastictok_jax.training.initialise import initialise
 from elastictok_jax.training.interrupt import StopRequest
-from elastictok_jax.training.metrics import Console, MetricWriter, require_sinks
+from elastictok_jax.training.metrics import (
+    Console,
+    MetricWriter,
+    Silent,
+    require_sinks,
+    shows_pictures,
+)
 from elastictok_jax.training.state import TrainState, abstract_state, sharded_init
 from elastictok_jax.training.step import jit_train_step, make_eval_step
 from elastictok_jax.training.steplog import StepLog
-from elastictok_jax.training.validation import evaluate, open_held_out
+from elastictok_jax.training.validation import evaluate, make_first_frames, open_held_out
+from elastictok_jax.training.votes import Votes
+from elastictok_jax.training.watchdog import Watchdog
+from elastictok_jax.training.workdir import FIRST_SECONDS, enter_workdir, newest_saved, write_config
 from elastictok_jax.weights.lpips import load_lpips
-
-# What the state and its meaning hang on. Execution (dtype, remat, attention, mesh) may change.
-FIXED_ON_RESUME = (
-    *("model.width", "model.mlp_width", "model.encoder_layers", "model.decoder_layers"),
-    *("model.heads", "model.patch", "model.bottleneck", "model.fsq_levels", "model.vae_dim"),
-    *("model.rope_theta", "model.norm_eps", "model.conditioned", "video."),
-)
 
 
 def train(config: ml_collections.ConfigDict, *, workdir: Path) -> bool:
@@ -41,12 +51,17 @@ def train(config: ml_collections.ConfigDict, *, workdir: Path) -> bool:
     What a run starts from, in order of precedence:
       1. The newest whole checkpoint in `workdir/checkpoints` gives the state and data position.
       2. The config passed here gives everything else. It may change on resume, except for the
-         keys that the state hangs on (FIXED_ON_RESUME), which must equal `workdir/config.json`.
+         keys that the state hangs on (workdir.py), which must equal `workdir/config.json`.
       3. With no checkpoint, the state is a function of `config.seed`, but for the weights if
          `config.train.init_from` names another run to take them from.
 
+    In several processes, all call this alike: they decide the same after the same step, and only
+    the first writes and speaks. When one fails, hangs or is lost, all end with exit status 1 or 2,
+    a line that says why, and no return from here (parallel/peers.py).
+
     Returns:
-      True when finished, False when stopped early by SIGTERM or Ctrl-C (saved either way).
+      True when finished, False when stopped early by SIGTERM or Ctrl-C in any process (saved
+      either way).
 
     Raises:
       UsageError: bad config, data or workdir; what was saved there stays as it is.
@@ -55,11 +70,17 @@ def train(config: ml_collections.ConfigDict, *, workdir: Path) -> bool:
     """
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(StopRequest())  # first in, so that it outlasts the last save
-        return _train(resolve(config), workdir, stop, stack)
+        peers = Peers(kept=partial(newest_saved, workdir))
+        with peers.shared_fate():
+            return _train(resolve(config), workdir, stop, peers, stack)
 
 
 def _train(
-    config: ml_collections.ConfigDict, workdir: Path, stop: StopRequest, stack: contextlib.ExitStack
+    config: ml_collections.ConfigDict,
+    workdir: Path,
+    stop: StopRequest,
+    peers: Peers,
+    stack: contextlib.ExitStack,
 ) -> bool:
     mesh = make_mesh(config)
     sharding = batch_sharding(mesh)
@@ -70,17 +91,20 @@ def _train(
     held_out = open_held_out(config, feeds, rows=rows, blocks=blocks)
     lpips_params = {}
     if config.loss.lpips_weight:
-        lpips_params = jax.device_put(load_lpips(config.loss.lpips_net), replicated(mesh))
-    prepare_workdir(workdir, config)
+        lpips_params = replicate(load_lpips(config.loss.lpips_net), mesh)
+    files = feeds.fingerprint()
+    enter_workdir(workdir, config, files=files)
+    meet(mesh, timeout=FIRST_SECONDS)
 
     checkpoints = Checkpointer(
         workdir, keep_last=config.train.keep_last, keep_best=config.train.keep_best
     )
     stack.callback(checkpoints.close)
+    peers.before_end = checkpoints.finish
     abstract = abstract_state(config, mesh)
     notes = sharding_notes(abstract)
-    latest = checkpoints.latest_step()
-    files = feeds.fingerprint()
+    newest = json.dumps(checkpoints.latest_step())  # as process 0 sees it, should others lag
+    latest = json.loads(first_says("newest checkpoint", newest, timeout=FIRST_SECONDS))
     if latest is None:
         state = sharded_init(config, abstract)
         if config.train.init_from:
@@ -92,9 +116,12 @@ def _train(
     write_config(workdir, config)
     start, reader.first_row = latest or 0, position["next_row"]
     steps = max(start, config.train.steps)
-    writer = MetricWriter(workdir, config, start_step=start)
+    writer: MetricWriter | Silent = Silent(peers.name)
+    console: Console | Silent = Silent(peers.name)
+    if peers.process == 0:
+        writer = MetricWriter(workdir, config, start_step=start)
+        console = Console(total=steps, start=start)
     stack.callback(writer.close)
-    console = Console(total=steps, start=start)
     stack.callback(console.close)
     console.line(describe(config, abstract, start=start, workdir=workdir))
     for note in notes:
@@ -105,29 +132,40 @@ def _train(
         console.line("note: the data files have changed since this run was saved: it goes on,")
         console.line("      but not as it would have with the old ones")
 
+    whole = replicated(mesh)  # so that every process reads the same metrics
     train_step = in_mesh(jit_train_step(config, abstract), mesh)
-    eval_step = in_mesh(jax.jit(make_eval_step(config)), mesh)
-    log = StepLog(config, writer, console, workdir)
+    eval_step = in_mesh(jax.jit(make_eval_step(config), out_shardings=(whole, sharding)), mesh)
+    draw = in_mesh(jax.jit(make_first_frames(config), out_shardings=whole), mesh)
+    log, votes = StepLog(config, writer, console, workdir), Votes(mesh)
     batches = DeviceBatches(reader, sharding, start=0, stop=steps - start)
     stack.callback(batches.close)
+    watchdog = Watchdog(
+        step_timeout=config.train.step_timeout,
+        pause_timeout=config.train.pause_timeout,
+        stacks=workdir / f"stacks-{peers.process}.txt",
+        end=lambda reason: peers.end(f"{reason}. {peers.kept()}"),
+    )
+    stack.callback(watchdog.close)
 
     for step in range(start, steps + 1):
-        last = step == steps or stop.requested
+        last = step == steps or log.stop_agreed
         eval_metrics = None
         # A resumed step has its evaluation and its checkpoint already.
         if step != latest and (step % config.train.eval_every == 0 or step == steps):
             log.flush()
+            watchdog.pause()
             eval_metrics = evaluate(
                 eval_step,
                 state.eval_params,
                 held_out,
                 place=partial(to_device, reader=reader, sharding=sharding),
-                config=config,
-                show=partial(writer.picture, step) if writer.shows_pictures else None,
+                draw=draw,
+                show=partial(writer.picture, step) if shows_pictures(config) else None,
             )
             log.record_eval(step, eval_metrics)
         if step != start and (step % config.train.checkpoint_every == 0 or last):
             log.flush()  # refuses a non-finite state before it can be saved
+            watchdog.pause()
             next_row = reader.first_row + (step - start) * config.data.batch_size
             checkpoints.save(
                 step,
@@ -139,22 +177,24 @@ def _train(
             log.pause()
         if last:
             break
+        checkpoints.raise_if_failed()
         waited = time.perf_counter()
         batch = next_batch(batches, checkpoints)
         waited = time.perf_counter() - waited
         while batches.new_faults:
-            console.line(f"replaced: {batches.new_faults.pop(0)}")
+            console.own_line(f"replaced: {batches.new_faults.pop(0)}")
+        wishes = votes.cast(stop=stop.requested, replaced_blocks=batches.replaced)
         with jax.transfer_guard("disallow"):
-            state, metrics = train_step(state, batch, lpips_params)
-        if batches.replaced:
-            metrics["replaced_blocks"] = batches.replaced
+            state, metrics = train_step(state, batch, lpips_params, wishes)
         log.record(step + 1, metrics, waited)
         console.advance()
+        watchdog.step()
 
+    watchdog.pause()
     checkpoints.finish()
     saved = checkpoints.latest_step()
     kept = "nothing to save yet" if saved is None else f"step {saved} is saved in {workdir}"
-    console.line(f"{'finished' if step == steps else 'stopped'} at step {step}: {kept}")
+    console.own_line(f"{'finished' if step == steps else 'stopped'} at step {step}: {kept}")
     return step == steps
 
 
@@ -171,44 +211,6 @@ def next_batch(batches: DeviceBatches, checkpoints: Checkpointer) -> dict[str, j
             f"{error}. Stopped: step {checkpoints.latest_step() or 0} is the newest saved; mend "
             "the data, then run the same command again"
         ) from error
-
-
-def prepare_workdir(workdir: Path, config: ml_collections.ConfigDict) -> None:
-    """Makes `workdir` and sees that it can be written.
-
-    Raises:
-      UsageError: if it cannot be written, or has checkpoints of another model.
-    """
-    path = workdir / "config.json"
-    if path.exists():
-        old, new = flatten(read_config(path)), flatten(config)
-        changed = [
-            f"{key} {old[key]!r} -> {new[key]!r}"
-            for key in sorted(new)
-            if key.startswith(FIXED_ON_RESUME) and old[key] != new[key]
-        ]
-        if changed and any((workdir / "checkpoints").glob("[0-9]*")):
-            raise UsageError(
-                f"workdir {workdir} holds a run with another model: {', '.join(changed)}. "
-                "Use its config, or another --workdir"
-            )
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        if not path.exists():
-            write_config(workdir, config)
-        with path.open("a"):
-            pass
-    except OSError as error:
-        raise UsageError(
-            f"workdir {workdir} cannot be written ({error.strerror}): choose a writable --workdir"
-        ) from None
-
-
-def write_config(workdir: Path, config: ml_collections.ConfigDict) -> None:
-    """Writes config.json whole or not at all."""
-    temporary = workdir / "config.tmp"
-    temporary.write_text(to_json(config))
-    os.replace(temporary, workdir / "config.json")
 
 
 def describe(config, abstract: TrainState, *, start: int, workdir: Path) -> str:

@@ -29,11 +29,6 @@ class MetricWriter:
             self._tensorboard = _open_tensorboard(workdir, start_step=start_step)
         self._wandb = _open_wandb(workdir, config) if config.train.wandb_project else None
 
-    @property
-    def shows_pictures(self) -> bool:
-        """Whether `picture` has anywhere to go."""
-        return self._tensorboard is not None or self._wandb is not None
-
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """One JSONL line, and the same values to the other sinks."""
         self._file.write(json.dumps({"step": step, **values}) + "\n")
@@ -84,9 +79,39 @@ class Console:
         else:
             print(text, file=sys.stderr, flush=True)
 
+    def own_line(self, text: str) -> None:
+        """What concerns this process alone."""
+        self.line(text)
+
     def close(self) -> None:
         if self._bar is not None:
             self._bar.close()
+
+
+class Silent:
+    """The MetricWriter and Console of all processes but the first, which speaks for them."""
+
+    def __init__(self, name: str):
+        self._name = name
+
+    def advance(self) -> None:
+        pass
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        pass
+
+    def picture(self, step: int, name: str, image_HWC: np.ndarray) -> None:
+        pass
+
+    def line(self, text: str) -> None:
+        pass
+
+    def own_line(self, text: str) -> None:
+        """What concerns this process alone."""
+        print(f"{self._name}: {text}", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        pass
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
@@ -105,6 +130,11 @@ def _cut_back(path: Path, step: int) -> None:
     temporary = path.with_suffix(".tmp")
     temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
     os.replace(temporary, path)
+
+
+def shows_pictures(config: ml_collections.ConfigDict) -> bool:
+    """Whether pictures have anywhere to go; drawing them takes all processes."""
+    return bool(config.train.tensorboard or config.train.wandb_project)
 
 
 def require_sinks(config: ml_collections.ConfigDict) -> None:

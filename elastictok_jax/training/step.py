@@ -20,8 +20,10 @@ from elastictok_jax.losses.reconstruction import kl_sum, squared_error_sum
 from elastictok_jax.models.bottlenecks import FSQ, codebook_counts
 from elastictok_jax.models.elastictok import build_model
 from elastictok_jax.models.patching import to_float, unpatchify
+from elastictok_jax.parallel.sharding import replicated
 from elastictok_jax.training.optimizer import make_optimizer, make_schedule
 from elastictok_jax.training.state import TrainState
+from elastictok_jax.training.votes import with_votes
 
 Array = jax.Array
 Batch = dict[str, Array]
@@ -202,10 +204,13 @@ def make_train_step(
 
 
 def jit_train_step(config: ml_collections.ConfigDict, abstract: TrainState):
-    """The step as it is run and as it is compiled for a pod that is not there: the state is
-    donated and stays as `abstract_state` lays it out. Call or lower it inside `in_mesh`."""
-    state_sharding = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-    return jax.jit(make_train_step(config), donate_argnums=0, out_shardings=(state_sharding, None))
+    """The step as it is run and as it is compiled for a pod that is not there: with the votes of
+    processes, the state donated and laid out as `abstract_state` has it, metrics whole everywhere.
+    Call or lower it inside `in_mesh`."""
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    metrics = replicated(shardings.step.mesh)
+    step = with_votes(make_train_step(config))
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, metrics))
 
 
 def make_eval_step(

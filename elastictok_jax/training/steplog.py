@@ -10,7 +10,7 @@ import numpy as np
 
 from elastictok_jax.config import sequence_tokens
 from elastictok_jax.errors import RunError
-from elastictok_jax.training.metrics import Console, MetricWriter
+from elastictok_jax.training.metrics import Console, MetricWriter, Silent
 from elastictok_jax.training.throughput import peak_flops, train_flops_per_token
 
 # Steps that the host may run ahead: enough that the device never idles, few enough that batches
@@ -23,15 +23,18 @@ class StepLog:
     """Holds the metrics of steps on the device and reads them only when a line is due.
 
     A line is read one step late, when the next step is already on its way, so that the device
-    never waits for the host.
+    never waits for the host. Metrics and votes are whole on every device, so that all processes
+    read the same, and read them after the same step.
     """
 
     config: ml_collections.ConfigDict
-    writer: MetricWriter
-    console: Console
+    writer: MetricWriter | Silent
+    console: Console | Silent
     workdir: Path
 
     def __post_init__(self) -> None:
+        self.stop_agreed = False  # after the same step in all processes
+        self._stops: list[jax.Array] = []  # votes of the steps under way
         self._pending: list[tuple[int, dict[str, jax.Array]]] = []
         self._waited = 0.0
         self._steps = 0
@@ -49,6 +52,9 @@ class StepLog:
             self.flush()
         if len(self._pending) >= IN_FLIGHT:
             jax.block_until_ready(self._pending[-IN_FLIGHT][1])
+        self._stops.append(metrics.pop("stop"))
+        if len(self._stops) > IN_FLIGHT:
+            self.stop_agreed |= bool(jax.device_get(self._stops.pop(0)))
         self._pending.append((step, metrics))
         self._steps += 1
         if not self._compiled:
@@ -77,6 +83,8 @@ class StepLog:
         for step, metrics in read:
             if step % self.config.train.log_every == 0:
                 values = {key: float(value) for key, value in metrics.items()} | self._speed()
+                if not values["replaced_blocks"]:
+                    del values["replaced_blocks"]
                 self.writer.scalars(step, values)
                 self.console.scalars(step, values)
 

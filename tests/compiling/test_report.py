@@ -77,7 +77,7 @@ def test_memory_of_the_step_is_its_state_and_its_batch(figures):
     sizes = figures["train_step"]["bytes_per_device"]
     config = tiny()
     program, *_ = programs(config, make_mesh(config))
-    (state, batch, _), _ = program.lower().args_info
+    (state, batch, _, votes), _ = program.lower().args_info
     assert all(leaf.donated for leaf in jax.tree.leaves(state))
     assert not any(leaf.donated for leaf in jax.tree.leaves(batch))
 
@@ -85,7 +85,7 @@ def test_memory_of_the_step_is_its_state_and_its_batch(figures):
         return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
     assert sizes["aliased"] >= size(state)  # all of it is donated
-    assert sizes["arguments"] == size(state) + size(batch) / jax.device_count()
+    assert sizes["arguments"] == size(state) + size((batch, votes)) / jax.device_count()
     assert sizes["usable"] == 15.75 * GIB and sizes["capacity"] == 16 * GIB
     assert figures["train_step"]["fits"] is True
 

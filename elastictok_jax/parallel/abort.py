@@ -1,0 +1,38 @@
+"""A last word where C++ ends the process: jax calls abort() when it loses its coordinator.
+
+Python's own signal handlers never run then, since abort() does not come back to the interpreter;
+a C handler that enters Python does.
+"""
+
+import contextlib
+import ctypes
+import os
+import signal
+from collections.abc import Callable, Iterator
+
+_HANDLER = ctypes.CFUNCTYPE(None, ctypes.c_int)
+
+
+@contextlib.contextmanager
+def on_abort(last_word: Callable[[], str]) -> Iterator[None]:
+    """While inside, abort() prints `last_word()` and exits with status 1, with no core dump."""
+
+    def handle(number: int) -> None:
+        try:
+            say(last_word())
+        finally:
+            os._exit(1)
+
+    install = ctypes.CDLL(None).signal
+    install.restype, install.argtypes = ctypes.c_void_p, (ctypes.c_int, ctypes.c_void_p)
+    handler = _HANDLER(handle)  # has to live as long as it may be called
+    previous = install(signal.SIGABRT, ctypes.cast(handler, ctypes.c_void_p))
+    try:
+        yield
+    finally:
+        install(signal.SIGABRT, previous)
+
+
+def say(text: str) -> None:
+    """Writes one line of error to stderr, past Python's buffers, whatever else is stuck."""
+    os.write(2, f"elastictok: error: {text}\n".encode())

@@ -1,0 +1,114 @@
+"""The folder of a run: made and checked by process 0, and the same one in all processes."""
+
+import json
+import os
+import time
+import uuid
+from pathlib import Path
+from typing import Any
+
+import ml_collections
+
+from elastictok_jax.config import flatten, read_config, to_json
+from elastictok_jax.errors import UsageError
+from elastictok_jax.parallel.distributed import first_says, place
+
+# What the state and its meaning hang on. Execution (dtype, remat, attention, mesh) may change.
+FIXED_ON_RESUME = (
+    *("model.width", "model.mlp_width", "model.encoder_layers", "model.decoder_layers"),
+    *("model.heads", "model.patch", "model.bottleneck", "model.fsq_levels", "model.vae_dim"),
+    *("model.rope_theta", "model.norm_eps", "model.conditioned", "video."),
+)
+FIRST_SECONDS = 1800.0  # for process 0 to look through its data
+SHARED_SECONDS = 30.0  # for a network file system to show a new file
+
+
+def enter_workdir(workdir: Path, config: ml_collections.ConfigDict, *, files: Any) -> None:
+    """Makes `workdir`, and sees that all processes train the same run in it on the same `files`.
+
+    Raises:
+      UsageError: if it cannot be written, has checkpoints of another model, is another folder
+        in this process than in process 0, or if config or data files differ from process 0's.
+    """
+    process, processes = place()
+    if process == 0:
+        prepare_workdir(workdir, config)
+    if processes == 1:
+        return
+    mark = workdir / "run_id"  # new at every start
+    mine = {"config": flatten(config), "files": files, "run_id": uuid.uuid4().hex}
+    if process == 0:
+        mark.write_text(mine["run_id"])
+    mine = json.loads(json.dumps(mine))
+    first = json.loads(first_says("run", json.dumps(mine), timeout=FIRST_SECONDS))
+    theirs = first["config"]
+    differ = [
+        f"{key} {theirs.get(key)!r} there, {mine['config'].get(key)!r} here"
+        for key in sorted(theirs.keys() | mine["config"].keys())
+        if theirs.get(key) != mine["config"].get(key)
+    ]
+    if differ:
+        raise UsageError(
+            f"process {process} has another config than process 0: {', '.join(differ)}. Give all "
+            "processes the same command"
+        )
+    if first["files"] != mine["files"]:
+        raise UsageError(
+            f"process {process} sees other data files than process 0: give all processes the same "
+            "data sets, on shared storage or as whole copies"
+        )
+    deadline = time.monotonic() + SHARED_SECONDS
+    while not (mark.exists() and mark.read_text() == first["run_id"]):
+        if time.monotonic() > deadline:
+            raise UsageError(
+                f"workdir {workdir} of process {process} is not that of process 0: give a folder "
+                "on storage that all processes share"
+            )
+        time.sleep(0.2)
+
+
+def prepare_workdir(workdir: Path, config: ml_collections.ConfigDict) -> None:
+    """Makes `workdir` and sees that it can be written.
+
+    Raises:
+      UsageError: if it cannot be written, or has checkpoints of another model.
+    """
+    path = workdir / "config.json"
+    if path.exists():
+        old, new = flatten(read_config(path)), flatten(config)
+        changed = [
+            f"{key} {old[key]!r} -> {new[key]!r}"
+            for key in sorted(new)
+            if key.startswith(FIXED_ON_RESUME) and old[key] != new[key]
+        ]
+        if changed and any((workdir / "checkpoints").glob("[0-9]*")):
+            raise UsageError(
+                f"workdir {workdir} holds a run with another model: {', '.join(changed)}. "
+                "Use its config, or another --workdir"
+            )
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        if not path.exists():
+            write_config(workdir, config)
+        with path.open("a"):
+            pass
+    except OSError as error:
+        raise UsageError(
+            f"workdir {workdir} cannot be written ({error.strerror}): choose a writable --workdir"
+        ) from None
+
+
+def write_config(workdir: Path, config: ml_collections.ConfigDict) -> None:
+    """Writes config.json whole or not at all; process 0 does so for all."""
+    if place()[0] == 0:
+        temporary = workdir / "config.tmp"
+        temporary.write_text(to_json(config))
+        os.replace(temporary, workdir / "config.json")
+
+
+def newest_saved(workdir: Path) -> str:
+    """A sentence on the newest whole checkpoint, as it lies on the disk, and how to go on."""
+    names = [path.name for path in (workdir / "checkpoints").glob("*")]
+    steps = [int(name) for name in names if name.isdigit()]
+    saved = f"Step {max(steps)} is the newest saved" if steps else "No step is saved yet"
+    return f"{saved} in {workdir}: run the same command again in every process to go on from it"

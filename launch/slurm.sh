@@ -1,0 +1,41 @@
+#!/usr/bin/env bash
+# One training run on a Slurm cluster, a process a GPU. jax finds the processes by itself.
+#
+#   sbatch launch/slurm.sh EXPERIMENT --workdir DIR [--config.KEY=VALUE ...]
+#
+# DIR must be on storage that all nodes share. Slurm warns two minutes before the time limit, and at
+# preemption: the run saves, ends with status 0, and this job is queued again, and goes on from
+# there until `train.steps`. A lost node ends the run with status 1; it is queued again as well, up
+# to RESTARTS times.
+#
+# Not run here for want of a cluster: see that the lines of #SBATCH fit yours.
+#SBATCH --job-name=elastictok
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=8
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=8
+#SBATCH --time=24:00:00
+#SBATCH --signal=TERM@120
+#SBATCH --requeue
+#SBATCH --open-mode=append
+set -uo pipefail
+
+if [ $# -lt 3 ]; then
+    sed -n '2,4s/^# \{0,1\}//p' "$0" >&2
+    exit 2
+fi
+restarts=${RESTARTS:-10}
+
+# Lines of each process go to its own file, so that the last line of each can be read.
+# --kill-on-bad-exit=0: the processes end each other, each with its reason.
+srun --kill-on-bad-exit=0 --error="slurm-%j-%t.log" \
+    --open-mode=append elastictok train "$@"
+status=$?
+
+if [ "$status" -eq 2 ] || tail -n 3 "slurm-$SLURM_JOB_ID-0.log" | grep -q 'finished at step'; then
+    exit "$status" # done, or nothing that another try would mend
+fi
+if [ "${SLURM_RESTART_COUNT:-0}" -lt "$restarts" ]; then
+    scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "$status"

@@ -1,0 +1,40 @@
+#!/usr/bin/env bash
+# One training run on all hosts of a Cloud TPU VM slice, from your own machine. jax finds the hosts
+# by itself.
+#
+#   TPU=NAME ZONE=ZONE launch/tpu_vm.sh EXPERIMENT --workdir DIR [--config.KEY=VALUE ...]
+#
+# DIR must be a folder that all hosts share, such as a mounted Filestore. Installs this checkout on
+# every host, and starts the run again after a preemption or a lost host until it has finished:
+# status 0 with "finished", or 2 for bad usage. Lines of each host go to elastictok.log in its home.
+#
+# Not run here for want of a TPU. Needs gcloud.
+set -uo pipefail
+
+if [ $# -lt 3 ] || [ -z "${TPU:-}" ] || [ -z "${ZONE:-}" ]; then
+    sed -n '2,5s/^# \{0,1\}//p' "$0" >&2
+    exit 2
+fi
+cd "$(dirname "$0")/.." || exit 1
+
+on_all_hosts() {
+    gcloud compute tpus tpu-vm ssh "$TPU" --zone="$ZONE" --worker=all --command="$1"
+}
+
+archive=$(mktemp --suffix=.tar.gz)
+trap 'rm -f "$archive"' EXIT
+git archive --format=tar.gz -o "$archive" HEAD || exit 1
+gcloud compute tpus tpu-vm scp "$archive" "$TPU:elastictok.tar.gz" --zone="$ZONE" --worker=all &&
+    on_all_hosts "mkdir -p elastictok && tar -xzf elastictok.tar.gz -C elastictok &&
+        python3 -m venv venv && venv/bin/pip install -q './elastictok[tpu]'" || exit 1
+
+words=$(printf '%q ' "$@")
+for _ in $(seq "${RESTARTS:-10}"); do
+    on_all_hosts "venv/bin/elastictok train $words 2>&1 | tee -a elastictok.log; exit \${PIPESTATUS[0]}"
+    status=$?
+    if [ $status -eq 2 ] || on_all_hosts "tail -n 3 elastictok.log" | grep -q 'finished at step'; then
+        exit $status
+    fi
+    sleep 30 # for hosts that come back
+done
+exit 1

@@ -55,5 +55,5 @@ def get_config(arg="stage=image"):
         config.data.sources.videos = source_config(
             path="data/videos", kind="video", weight=0.9, fps=4.0
         )
-    config.mesh.sequence = blocks
+    config.mesh.data, config.mesh.fsdp, config.mesh.sequence = 1, -1, blocks
     return config

@@ -12,6 +12,7 @@ ring would idle, so the 2n halves of shards are dealt like a folded strip: devic
 So every device computes two products of halves a step, of which nothing is hidden, and three at
 the step of its own keys: 2n + 1 of the 4n of the whole square. Only where a block lies over
 several halves do queries see later ones, at most `reach` halves on, which is known beforehand.
+Half of the heads go round one way and half the other, so that links carry both ways at once.
 """
 
 import dataclasses
@@ -52,14 +53,13 @@ class Ring:
 
     def forward(self, query_BHSK, key_BHSK, value_BHSK, visibility):
         """As `Kernel.forward`."""
-        dealt = Dealt(self, query_BHSK.shape[2], visibility.tokens_per_block)
+        dealt = Dealt(self, query_BHSK.shape, visibility.tokens_per_block)
         query, key, value, ids = dealt.deal(
             query_BHSK, key_BHSK, value_BHSK, visibility.query_ids_BS
         )
 
-        def add(sums, guests, keys, product):
-            out, lse = sums
-            key, value, key_ids = keys
+        def add(home, sums, guests, keys, product):
+            (query, ids), (out, lse), (key, value, key_ids) = home, sums, keys
             part = self.kernel.forward(
                 product.queries_of(query),
                 product.keys_of(key),
@@ -73,21 +73,21 @@ class Ring:
 
         out = jnp.zeros(query.shape, jnp.float32)
         lse = jnp.full(query.shape[:-1], HIDDEN_SCORE, jnp.float32)
-        sums, _ = dealt.go_round(add, (out, lse), (), (key, value, ids))
+        sums, _ = dealt.go_round(add, (query, ids), (out, lse), (), (key, value, ids))
         return dealt.gather(*sums)
 
     def backward(
         self, query_BHSK, key_BHSK, value_BHSK, visibility, *, out_BHSK, lse_BHS, grad_BHSK
     ):
         """As `Kernel.backward`; the gradients of keys and values go round with them."""
-        dealt = Dealt(self, query_BHSK.shape[2], visibility.tokens_per_block)
+        dealt = Dealt(self, query_BHSK.shape, visibility.tokens_per_block)
         query, key, value, ids, out, lse, grad = dealt.deal(
             *(query_BHSK, key_BHSK, value_BHSK, visibility.query_ids_BS),
             *(out_BHSK, lse_BHS, grad_BHSK),
         )
 
-        def add(sums, guests, keys, product):
-            key, value, key_ids = keys
+        def add(home, sums, guests, keys, product):
+            (query, ids, out, lse, grad), (key, value, key_ids) = home, keys
             part = self.kernel.backward(
                 product.queries_of(query),
                 product.keys_of(key),
@@ -97,18 +97,16 @@ class Ring:
                 lse_BHS=product.queries_of(lse),
                 grad_BHSK=product.queries_of(grad),
             )
-            for half, more in product.query_parts(part[0]):
-                sums = _with_half(sums, half, _half(sums, half) + more)
+            for half, *more in product.query_parts(part[0]):
+                sums = _with_sums(sums, half, more)
             for half, *more in product.key_parts(*part[1:]):
-                guests = tuple(
-                    _with_half(total, half, _half(total, half) + value)
-                    for total, value in zip(guests, more, strict=True)
-                )
+                guests = _with_sums(guests, half, more)
             return sums, guests
 
         zeros = tuple(jnp.zeros(x.shape, jnp.float32) for x in (query, key, value))
-        query_grad, guests = dealt.go_round(add, zeros[0], zeros[1:], (key, value, ids))
-        return dealt.gather(query_grad, *guests)
+        home = (query, ids, out, lse, grad)
+        sums, guests = dealt.go_round(add, home, zeros[:1], zeros[1:], (key, value, ids))
+        return dealt.gather(*sums, *guests)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,8 +144,10 @@ class Product:
 class Dealt:
     """How the halves of shards lie on this device, what it computes, and what goes round."""
 
-    def __init__(self, ring: Ring, tokens: int, tokens_per_block: int):
+    def __init__(self, ring: Ring, shape_BHSK: tuple[int, ...], tokens_per_block: int):
+        _, heads, tokens, _ = shape_BHSK
         self.axis, self.shards = ring.axis, ring.shards
+        self.ways = (1, -1) if heads % 2 == 0 and self.shards > 2 else (1,)
         self.tokens, self.half_tokens = tokens, -(-tokens // 2)
         self.tokens_per_block = tokens_per_block
         self.reach = reach(tokens, shards=ring.shards, tokens_per_block=tokens_per_block)
@@ -190,24 +190,30 @@ class Dealt:
         odd = self.device % 2 == 1
         return jnp.where(odd, second, first), jnp.where(odd, first, second)
 
-    def go_round(self, add: Callable, sums, guests, keys):
-        """`sums, guests = add(sums, guests, keys, product)` for every visible product.
+    def go_round(self, add: Callable, home, sums, guests, keys):
+        """`sums, guests = add(home, sums, guests, keys, product)` for every visible product.
 
-        `keys` go round the ring. `guests` go with the keys that they belong to and come home.
+        All are tuples of arrays. `keys` go round the ring; `guests` go with the keys that they
+        belong to and come home. `add` is called for the heads of each way on their own.
 
         Returns:
-          (sums, guests).
+          (sums, guests) of all heads.
         """
-        onward = [(here, (here + 1) % self.shards) for here in range(self.shards)]
+        home, sums, guests, keys = map(self._by_way, (home, sums, guests, keys))
 
-        def pass_on(tree):
-            return jax.tree.map(lambda x: jax.lax.ppermute(x, self.axis, onward), tree)
+        def pass_on(trees: list) -> list:
+            return [
+                jax.lax.ppermute(
+                    tree, self.axis, [(d, (d + way) % self.shards) for d in range(self.shards)]
+                )
+                for way, tree in zip(self.ways, trees, strict=True)
+            ]
 
-        def work(sums, guests, keys, products: Iterable[Product]):
+        def work(home, sums, guests, keys, products: Iterable[Product]):
             for product in products:
 
                 def run(sums, guests, product=product):
-                    return add(sums, guests, keys, product)
+                    return add(home, sums, guests, keys, product)
 
                 if product.needed is None:
                     sums, guests = run(sums, guests)
@@ -217,19 +223,33 @@ class Dealt:
                     )
             return sums, guests
 
+        def work_all(sums, guests, keys, products: list[Iterable[Product]]):
+            done = map(work, home, sums, guests, keys, products)
+            return tuple(map(list, zip(*done, strict=True)))
+
         def step(carry, turn, near: bool, last: bool):
             keys, sums, guests = carry
             # What travels is sent first, to be on its way while this device computes.
             next_keys, guests = keys if last else pass_on(keys), pass_on(guests)
-            source = (self.device - turn) % self.shards
-            sums, guests = work(sums, guests, keys, self.products(source, near))
-            return (next_keys, sums, guests), None
+            sources = [(self.device - way * turn) % self.shards for way in self.ways]
+            products = [self.products(source, near) for source in sources]
+            return (next_keys, *work_all(sums, guests, keys, products)), None
 
         next_keys = pass_on(keys) if self.shards > 1 else keys
-        carry = (next_keys, *work(sums, guests, keys, self.own_products()))
+        own = [self.own_products() for _ in self.ways]
+        carry = (next_keys, *work_all(sums, guests, keys, own))
         for (near, last), turns in self.turns():
             carry, _ = jax.lax.scan(partial(step, near=near, last=last), carry, jnp.array(turns))
-        return carry[1], pass_on(carry[2])
+        return self._all_heads(carry[1]), self._all_heads(pass_on(carry[2]))
+
+    def _by_way(self, arrays: tuple[Array, ...]) -> list[tuple[Array, ...]]:
+        """For each way round: its heads of [2, B, H, ...], and all of ids [2, B, C]."""
+        count = len(self.ways)
+        parts = [jnp.split(x, count, 2) if x.ndim > 3 else [x] * count for x in arrays]
+        return [tuple(part[way] for part in parts) for way in range(count)]
+
+    def _all_heads(self, ways: list[tuple[Array, ...]]) -> tuple[Array, ...]:
+        return tuple(jnp.concatenate(parts, 2) for parts in zip(*ways, strict=True))
 
     def turns(self) -> list[tuple[tuple[bool, bool], list[int]]]:
         """Turns 1, ..., n - 1 in stretches of equal (any later halves visible, last)."""
@@ -321,6 +341,13 @@ def _halves(x: Array, halves: tuple) -> Array:
 
 def _half(x: Array, half) -> Array:
     return jax.lax.dynamic_index_in_dim(x, half, keepdims=False)
+
+
+def _with_sums(totals: tuple[Array, ...], half, more) -> tuple[Array, ...]:
+    return tuple(
+        _with_half(total, half, _half(total, half) + x)
+        for total, x in zip(totals, more, strict=True)
+    )
 
 
 def _with_half(x: Array, half, value: Array) -> Array:

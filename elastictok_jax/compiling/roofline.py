@@ -4,10 +4,12 @@ Three terms: arithmetic, main memory, interconnect. If they overlap fully the lo
 if nothing overlaps their sum is. A real step lies between, or above where matrix units starve.
 """
 
+import collections
 import dataclasses
 from collections.abc import Sequence
 
 from elastictok_jax.compiling.chips import Chip
+from elastictok_jax.compiling.collectives import Groups
 from elastictok_jax.compiling.costs import Costs
 
 
@@ -19,7 +21,8 @@ class Roofline:
       compute: operations at the bf16 peak.
       memory: bytes of main memory at its bandwidth.
       interconnect: exchanges within a slice. Each is taken to use the two links of one axis of the
-        torus, a permute one link, and none to overlap another.
+        torus, a permute one link, and none to overlap another but permutes that go round the same
+        rings the other way, since a link carries both ways at once.
       network: exchanges between slices; None if there are some and their bandwidth is not known.
     """
 
@@ -61,12 +64,19 @@ def roofline(costs: Costs, *, chip: Chip, slice_of: Sequence[int]) -> Roofline:
     """
     inside = across = 0.0
     link = chip.ici_bandwidth / chip.ici_links
+    permutes: collections.Counter[Groups] = collections.Counter()
     for exchange, count in costs.collectives.items():
         sent = count * exchange.sent_bytes(len(slice_of))
         if exchange.crosses(slice_of):
             across += sent
+        elif exchange.kind == "collective-permute":
+            permutes[exchange.groups] += sent / link
         else:
-            inside += sent / (link if exchange.kind == "collective-permute" else 2 * link)
+            inside += sent / (2 * link)
+    while permutes:
+        rings, seconds = permutes.popitem()
+        other_way = tuple((ring[0], *ring[:0:-1]) for ring in rings)
+        inside += max(seconds, permutes.pop(other_way, 0.0))
     network: float | None = 0.0
     if across:
         network = across / (chip.dcn_bandwidth / chip.devices) if chip.dcn_bandwidth else None

@@ -37,6 +37,17 @@ def test_each_term():
     assert (line.seconds, line.bound, line.serial_seconds) == (22.0, "interconnect", 44.0)
 
 
+def test_the_two_ways_round_a_ring_share_its_time():
+    def permute(*rings):
+        return Collective("collective-permute", 4.0, rings)
+
+    backwards, others = (0, 3, 2, 1), (0, 2, 1, 3)
+    exchanges = Counter({permute(*FOUR): 5, permute(backwards): 3, permute(others): 1})
+    costs = Costs(flops=0.0, bytes=0.0, collectives=exchanges)
+    line = roofline(costs, chip=CHIP, slice_of=[0] * 4)
+    assert line.interconnect == max(10.0, 6.0) + 2.0
+
+
 def test_exchanges_between_slices_use_the_network():
     costs = Costs(collectives=Counter({Collective("all-reduce", 4.0, FOUR): 1}))  # sends 6 bytes
     line = roofline(costs, chip=CHIP, slice_of=[0, 0, 1, 1])

@@ -29,7 +29,7 @@ import numpy as np
 
 from benchmarks.machine import describe_machine
 from benchmarks.table import table
-from elastictok_jax.attention.api import TokenPlaces, attention, make_kernel
+from elastictok_jax.attention.api import TokenPlaces, attention
 from elastictok_jax.attention.blockwise import Blockwise
 from elastictok_jax.attention.kernel import Kernel, Visibility, flash_attention
 from elastictok_jax.errors import UsageError
@@ -55,7 +55,7 @@ def visible_scores(tokens: int, block: int) -> int:
     return sum(min(block, tokens - start) * min(start + block, tokens) for start in starts)
 
 
-def attend(name: str, query, key, value, places: TokenPlaces) -> jax.Array:
+def attend(name: str, query, key, value, *, places: TokenPlaces) -> jax.Array:
     """Attention by the backend of this name, [B, S, H, K].
 
     Raises:
@@ -82,9 +82,7 @@ def _with_tiles(backend: str, tiles: str) -> Kernel:
         from elastictok_jax.attention.fused import Fused, Tiles
 
         return Fused(interpret=False, forward_tiles=Tiles(*sizes), backward_tiles=Tiles(*sizes))
-    raise UsageError(
-        f"{backend}:{tiles}: give blockwise:QUERIESxKEYS or fused:HELDxPASSINGxWARPS"
-    )
+    raise UsageError(f"{backend}:{tiles}: give blockwise:QUERIESxKEYS or fused:HELDxPASSINGxWARPS")
 
 
 def _cudnn(query, key, value, block: int) -> jax.Array:
@@ -129,10 +127,10 @@ def programs(name: str, places: TokenPlaces) -> dict[str, Callable]:
     """The functions that are timed, of (query, key, value, cotangent)."""
 
     def forward(*arrays):
-        return attend(name, *arrays[:3], places)
+        return attend(name, *arrays[:3], places=places)
 
     def forward_backward(*arrays):
-        out, pull = jax.vjp(lambda *qkv: attend(name, *qkv, places), *arrays[:3])
+        out, pull = jax.vjp(lambda *qkv: attend(name, *qkv, places=places), *arrays[:3])
         return out, *pull(arrays[3])
 
     return {"forward": forward, "forward+backward": forward_backward}
@@ -145,7 +143,7 @@ def measure_one(run: Callable, arrays, *, at_least: float) -> tuple[float, int]:
       UsageError: if it would not fit.
     """
     compiled = jax.jit(run).lower(*arrays).compile()
-    memory = compiled.memory_analysis()
+    memory: Any = compiled.memory_analysis()
     needed = memory.temp_size_in_bytes + memory.output_size_in_bytes
     held = sum(x.nbytes for x in arrays)
     if needed + held > memory_limit():

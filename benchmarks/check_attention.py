@@ -3,8 +3,8 @@
     python -m benchmarks.check_attention [--backends NAME,NAME,...] [--json FILE]
 
 Forward and gradients, float32 and bfloat16, packed clips with padding, blocks that tiles cut and
-blocks that they do not. Exit status 1 if any is wrong. The tests do the same for CPUs, where kernels
-for accelerators are interpreted; here they run as they are compiled.
+blocks that they do not. Exit status 1 if any is wrong. The tests do the same for CPUs, where the
+kernels for accelerators are interpreted; here they run as they are compiled.
 """
 
 import argparse

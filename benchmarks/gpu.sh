@@ -8,7 +8,8 @@
 #
 # Python: $PYTHON, else .venv/bin/python, else python3, the first that has jax with CUDA. What else
 # is missing there is installed from the wheels in $WHEELS (a folder), else from the package index;
-# without either, the report says what is missing.
+# without either, the report says what is missing. The benchmarks need ml-collections alone beside
+# jax, flax and optax; the quick start needs all that setup.py names.
 #
 #     BUDGET=480     seconds for everything; steps that no time is left for are reported as such
 #     DRY=1          the same steps on tiny sizes, on any platform: a test of this script

@@ -1,6 +1,6 @@
 """The report of benchmarks/gpu.sh, in Markdown, from what its steps have left in a folder.
 
-    python -m benchmarks.gpu_report FOLDER
+python -m benchmarks.gpu_report FOLDER
 """
 
 import json
@@ -22,7 +22,11 @@ LARGEST_PARTS = 3
 def environment() -> dict[str, str]:
     """What the figures were measured on."""
     try:
-        words = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
+        words = [
+            "nvidia-smi",
+            "--query-gpu=name,driver_version,memory.total",
+            "--format=csv,noheader",
+        ]
         device = subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         device = f"none (jax: {jax.devices()[0].device_kind})"

@@ -51,7 +51,9 @@ def costs_by_part(run: Callable[[], None], program: str, *, runs: int = 5) -> li
         (trace,) = Path(folder).rglob("*.xplane.pb")
         planes = list(ProfileData.from_file(str(trace)).planes)
         # A GPU's operations show on the host too, where they are started.
-        devices = [plane for plane in planes if plane.name.startswith(("/device:GPU", "/device:TPU"))]
+        devices = [
+            plane for plane in planes if plane.name.startswith(("/device:GPU", "/device:TPU"))
+        ]
         for plane in devices or planes:
             for line in plane.lines:
                 for event in line.events:

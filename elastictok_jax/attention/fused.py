@@ -8,6 +8,11 @@ A program holds a tile of queries (or of keys, for their gradients) and goes ove
 other side from the first to the last that it may see. So scores never leave the chip, and tiles
 that blocks or clips hide are not computed. Scores are in base 2 inside the kernels, as the
 hardware's exponential is.
+
+What is known of them: they equal the dense reference in the interpreter, and XLA compiles them for
+an H200, in bfloat16 without spilling registers. They have not run on a GPU, so no speed is known:
+benchmarks/gpu.sh measures it. jax 0.12 warns that Pallas for Triton will be dropped one day; where
+it is missing, `make_kernel` says so.
 """
 
 import dataclasses
@@ -51,7 +56,8 @@ class Fused:
     """Flash attention in three kernels: output; gradient of queries; gradients of keys and values.
 
     Sizes that are not whole tiles are filled up. float32 is multiplied as float32, without tensor
-    cores. The tiles were chosen to fit on chips from Ampere on, and have not been tuned.
+    cores. The tiles take less than 99 KiB of an SM's shared memory, what chips from Ampere on have;
+    they have not been tuned.
 
     Attributes:
       interpret: run by the interpreter, on any platform, which is slow.
@@ -70,18 +76,16 @@ class Fused:
         """
         check(query_BHSK, key_BHTK)
         tiles = _fitting(self.forward_tiles, query_BHSK.dtype)
-        query, key, value = (
-            _filled(x, tiles.multiple) for x in (query_BHSK, key_BHTK, value_BHTK)
-        )
+        query, key, value = (_filled(x, tiles.multiple) for x in (query_BHSK, key_BHTK, value_BHTK))
         query_places, key_places = _places(visibility, tiles.multiple)
         visible = _may_see(query_places, key_places, tiles.held, tiles.passing)
         out_BHSK, lse_BHS = self._call(
             partial(_forward_kernel, scale=query_BHSK.shape[3] ** -0.5),
             tiles,
-            _stretches(visible),
-            [_needed(query_places, visibility, tiles), query],
-            [_needed(key_places, visibility, tiles), key, value],
-            [query.shape, query.shape[:3]],
+            stretches=_stretches(visible),
+            held=[_needed(query_places, visibility, tiles), query],
+            passing=[_needed(key_places, visibility, tiles), key, value],
+            results=[query.shape, query.shape[:3]],
         )
         tokens, width = query_BHSK.shape[2:]
         return out_BHSK[:, :, :tokens, :width], lse_BHS[:, :, :tokens]
@@ -111,19 +115,19 @@ class Fused:
         (query_grad,) = self._call(
             partial(_query_grad_kernel, scale=scale),
             tiles,
-            _stretches(_may_see(query_places, key_places, tiles.held, tiles.passing)),
-            of_queries,
-            of_keys,
-            [query.shape],
+            stretches=_stretches(_may_see(query_places, key_places, tiles.held, tiles.passing)),
+            held=of_queries,
+            passing=of_keys,
+            results=[query.shape],
         )
         visible = _may_see(query_places, key_places, tiles.passing, tiles.held)
         key_grad, value_grad = self._call(
             partial(_key_grad_kernel, scale=scale),
             tiles,
-            _stretches(visible.swapaxes(1, 2)),
-            of_keys,
-            of_queries,
-            [key.shape, key.shape],
+            stretches=_stretches(visible.swapaxes(1, 2)),
+            held=of_keys,
+            passing=of_queries,
+            results=[key.shape, key.shape],
         )
         return tuple(
             grad[:, :, : x.shape[2], : x.shape[3]]
@@ -138,6 +142,7 @@ class Fused:
         self,
         kernel: Callable,
         tiles: Tiles,
+        *,
         stretches: tuple[Array, Array],
         held: list[Array],
         passing: list[Array],
@@ -192,7 +197,8 @@ def check(query_BHSK: Array, key_BHTK: Array) -> None:
     elsewhere = "or choose model.attention = 'blockwise'"
     if dtype not in DTYPES:
         raise UsageError(
-            f"fused attention in {dtype}: set model.dtype to one of {', '.join(DTYPES)}, {elsewhere}"
+            f"fused attention in {dtype}: set model.dtype to one of {', '.join(DTYPES)}, "
+            f"{elsewhere}"
         )
     if width > MAX_WIDTH:
         raise UsageError(
@@ -208,20 +214,9 @@ def check(query_BHSK: Array, key_BHTK: Array) -> None:
             )
 
 
-def _forward_kernel(
-    first_ref,
-    end_ref,
-    query_places_ref,
-    query_ref,
-    key_places_ref,
-    key_ref,
-    value_ref,
-    out_ref,
-    lse_ref,
-    *,
-    size: int,
-    scale: float,
-):
+def _forward_kernel(*refs, size: int, scale: float) -> None:
+    first_ref, end_ref, query_places_ref, query_ref, *rest = refs
+    key_places_ref, key_ref, value_ref, out_ref, lse_ref = rest
     query = query_ref[...]
     queries = [x[:, None] for x in _rows(query_places_ref, slice(None))]
 
@@ -249,22 +244,9 @@ def _forward_kernel(
     lse_ref[...] = (top + jnp.log2(total)) / LOG2_E
 
 
-def _query_grad_kernel(
-    first_ref,
-    end_ref,
-    query_places_ref,
-    query_ref,
-    grad_ref,
-    lse2_ref,
-    delta_ref,
-    key_places_ref,
-    key_ref,
-    value_ref,
-    query_grad_ref,
-    *,
-    size: int,
-    scale: float,
-):
+def _query_grad_kernel(*refs, size: int, scale: float) -> None:
+    first_ref, end_ref, query_places_ref, query_ref, grad_ref, lse2_ref, delta_ref, *rest = refs
+    key_places_ref, key_ref, value_ref, query_grad_ref = rest
     query, grad = query_ref[...], grad_ref[...]
     lse2, delta = lse2_ref[...][:, None], delta_ref[...][:, None]
     queries = [x[:, None] for x in _rows(query_places_ref, slice(None))]
@@ -283,24 +265,10 @@ def _query_grad_kernel(
     query_grad_ref[...] = query_grad * scale
 
 
-def _key_grad_kernel(
-    first_ref,
-    end_ref,
-    key_places_ref,
-    key_ref,
-    value_ref,
-    query_places_ref,
-    query_ref,
-    grad_ref,
-    lse2_ref,
-    delta_ref,
-    key_grad_ref,
-    value_grad_ref,
-    *,
-    size: int,
-    scale: float,
-):
+def _key_grad_kernel(*refs, size: int, scale: float) -> None:
     """Scores are held with keys first, so that no product wants them transposed."""
+    first_ref, end_ref, key_places_ref, key_ref, value_ref, *rest = refs
+    query_places_ref, query_ref, grad_ref, lse2_ref, delta_ref, key_grad_ref, value_grad_ref = rest
     key, value = key_ref[...], value_ref[...]
     keys = [x[:, None] for x in _rows(key_places_ref, slice(None))]
 
@@ -388,7 +356,7 @@ def _may_see(query_places: Array, key_places: Array, query_tile: int, key_tile: 
 
 
 def _stretches(visible_BGP: Array) -> tuple[Array, Array]:
-    """int32 [B, G]: first tile that is visible, and the one after the last; none: an empty range."""
+    """int32 [B, G]: the first visible tile and the one after the last; an empty range if none."""
     index, count = jnp.arange(visible_BGP.shape[2]), visible_BGP.shape[2]
     first = jnp.min(jnp.where(visible_BGP, index, count), axis=2)
     return first, jnp.max(jnp.where(visible_BGP, index + 1, 0), axis=2)

@@ -172,4 +172,3 @@ def test_it_lowers_for_cuda(dtype, tokens_per_block):
         for shape in re.findall(r"tensor<((?:\d+x)+\d+)xf32>", text)
     ]
     assert max(sizes) == 2 * 8192 * 8 * 128
-

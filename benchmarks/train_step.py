@@ -127,7 +127,8 @@ def main(argv: list[str] | None = None) -> None:
         args.json.write_text(json.dumps(results, indent=1) + "\n")
     parts = results.pop("parts")
     print(table([{"": key, "value": value} for key, value in results.items()]))
-    print(f"\nwhere the time of a step goes\n\n{table(parts)}")
+    seen = table(parts) if parts else "the profiler saw no operation: see benchmarks/profile.py"
+    print(f"\nwhere the time of a step goes\n\n{seen}")
 
 
 if __name__ == "__main__":

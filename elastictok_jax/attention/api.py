@@ -11,9 +11,10 @@ from elastictok_jax.attention.blockwise import Blockwise
 from elastictok_jax.attention.dense import Dense, dense_attention
 from elastictok_jax.attention.kernel import Kernel, Visibility, flash_attention
 from elastictok_jax.attention.sharded import on_mesh
+from elastictok_jax.errors import UsageError
 
 Array = jax.Array
-BACKENDS = ("auto", "dense", "blockwise", "splash")
+BACKENDS = ("auto", "dense", "blockwise", "splash", "fused")
 
 
 @struct.dataclass
@@ -43,8 +44,9 @@ def attention(
 
     Args:
       backend: what a device runs. "dense" (every score at once), "blockwise" (tiles, plain XLA),
-        "splash" (Pallas kernel for TPUs; interpreted elsewhere), or "auto": splash on a TPU,
-        else blockwise.
+        "splash" (Pallas kernel for TPUs; interpreted elsewhere), "fused" (Pallas kernels for GPUs;
+        interpreted elsewhere), or "auto": splash on a TPU, else blockwise. "fused" has been
+        checked in the interpreter and compiled, but not timed on a GPU, so "auto" leaves it alone.
 
     Returns:
       [B, S, H, K] in the dtype of `value_BSHK`.
@@ -77,6 +79,7 @@ def make_kernel(backend: str, platform: str) -> Kernel:
 
     Raises:
       ValueError: if there is no such backend.
+      UsageError: if this jax lacks what the backend is made of.
     """
     if backend == "auto":
         backend = "splash" if platform == "tpu" else "blockwise"
@@ -84,8 +87,22 @@ def make_kernel(backend: str, platform: str) -> Kernel:
         from elastictok_jax.attention.splash import Splash  # Pallas is slow to import
 
         return Splash(interpret=platform != "tpu")
+    if backend == "fused":
+        return _make_fused(platform)
     if backend == "dense":
         return Dense()
     if backend == "blockwise":
         return Blockwise()
     raise ValueError(f"attention backend {backend!r}: choose one of {', '.join(BACKENDS)}")
+
+
+def _make_fused(platform: str) -> Kernel:
+    try:
+        from elastictok_jax.attention.fused import Fused
+    except ImportError as error:
+        raise UsageError(
+            f"attention backend 'fused' needs jax.experimental.pallas.triton, which jax "
+            f"{jax.__version__} lacks ({error}): install a jax of 0.10 to 0.12, or set "
+            f"model.attention = 'blockwise'"
+        ) from error
+    return Fused(interpret=platform != "gpu")

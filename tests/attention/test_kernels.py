@@ -9,11 +9,17 @@ from hypothesis import strategies as st
 
 from elastictok_jax.attention.blockwise import Blockwise, visible_tiles
 from elastictok_jax.attention.dense import Dense, dense_attention
+from elastictok_jax.attention.fused import Fused
 from elastictok_jax.attention.kernel import HIDDEN_SCORE, Visibility, flash_attention, merge
 from elastictok_jax.attention.splash import Splash
 
 B, S, H, K = 2, 330, 2, 8
-KERNELS = {"dense": Dense(), "blockwise": Blockwise(64, 96), "splash": Splash(interpret=True)}
+KERNELS = {
+    "dense": Dense(),
+    "blockwise": Blockwise(64, 96),
+    "splash": Splash(interpret=True),
+    "fused": Fused(interpret=True),
+}
 # Whole and partial blocks; shorter and longer than a tile; with and without divisors.
 LENGTHS = (48, 64, 100, 128, 210, 330)
 

@@ -95,7 +95,7 @@ def test_rings_of_every_size(devices, tokens, length):
     check(mesh, batch=2, tokens=tokens, length=length, backend="blockwise")
 
 
-@pytest.mark.parametrize("backend", ["dense", "splash"])
+@pytest.mark.parametrize("backend", ["dense", "splash", "fused"])
 @pytest.mark.parametrize(
     ("devices", "tokens", "length"), [(2, 16, 4), (4, 32, 8), (3, 21, 5), (8, 64, 8)]
 )
@@ -104,7 +104,7 @@ def test_rings_of_every_backend(backend, devices, tokens, length):
     check(mesh, batch=1, tokens=tokens, length=length, backend=backend)
 
 
-@pytest.mark.parametrize("backend", ["dense", "blockwise", "splash"])
+@pytest.mark.parametrize("backend", ["dense", "blockwise", "splash", "fused"])
 def test_bfloat16_rings(backend):
     """To three roundings (2^-9) of values and gradients that reach 4."""
     mesh = mesh_of(sequence=4)
@@ -112,7 +112,7 @@ def test_bfloat16_rings(backend):
     check(mesh, batch=1, tokens=32, length=8, backend=backend, **settings)
 
 
-@pytest.mark.parametrize("backend", ["dense", "blockwise", "splash"])
+@pytest.mark.parametrize("backend", ["dense", "blockwise", "splash", "fused"])
 def test_batch_heads_and_sequence_are_shared(backend):
     mesh = mesh_of(data=2, tensor=2, sequence=2)
     check(mesh, batch=2, tokens=24, length=6, backend=backend)

@@ -64,7 +64,7 @@ def roofline(costs: Costs, *, chip: Chip, slice_of: Sequence[int]) -> Roofline:
     """
     inside = across = 0.0
     link = chip.ici_bandwidth / chip.ici_links
-    permutes: collections.Counter[Groups] = collections.Counter()
+    permutes: dict[Groups, float] = collections.defaultdict(float)
     for exchange, count in costs.collectives.items():
         sent = count * exchange.sent_bytes(len(slice_of))
         if exchange.crosses(slice_of):

@@ -10,9 +10,10 @@ that blocks or clips hide are not computed. Scores are in base 2 inside the kern
 hardware's exponential is.
 
 What is known of them: they equal the dense reference in the interpreter, and XLA compiles them for
-an H200, in bfloat16 without spilling registers. They have not run on a GPU, so no speed is known:
-benchmarks/gpu.sh measures it. jax 0.12 warns that Pallas for Triton will be dropped one day; where
-it is missing, `make_kernel` says so.
+an H200: to Hopper's matrix instructions, with copies under way meanwhile, and in bfloat16 without
+spilling registers. They have not run on a GPU, so no speed is known: benchmarks/gpu.sh measures it.
+jax 0.12 warns that Pallas for Triton will be dropped one day; where it is missing, `make_kernel`
+says so.
 """
 
 import dataclasses

@@ -43,7 +43,10 @@ def words(workdir: Path, options: dict) -> list[str]:
 
 def environment(devices: int = 1) -> dict[str, str]:
     kept = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
-    return kept | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
+    # Python's tracker of shared memory speaks after a process that ended in haste, past its last
+    # word.
+    quiet = {"PYTHONWARNINGS": "ignore:resource_tracker"}
+    return kept | quiet | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
 
 
 class Processes:

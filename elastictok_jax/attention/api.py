@@ -1,6 +1,6 @@
 """Block-causal attention over packed clips (paper, section 3.1): one function.
 
-Dimension key: B batch, S tokens, H heads, K head width.
+Dimension key: B batch, C candidates, S tokens, T cached tokens, H heads, K head width.
 """
 
 import jax
@@ -9,7 +9,7 @@ from flax import struct
 
 from elastictok_jax.attention.blockwise import Blockwise
 from elastictok_jax.attention.dense import Dense, dense_attention
-from elastictok_jax.attention.kernel import Kernel, Visibility, flash_attention
+from elastictok_jax.attention.kernel import Kernel, Visibility, flash_attention, merge
 from elastictok_jax.attention.sharded import on_mesh
 from elastictok_jax.errors import UsageError
 
@@ -25,11 +25,14 @@ class TokenPlaces:
       positions_S: int32 [S], what rotary embedding turns by. Only differences matter.
       segments_BS: int32 [B, S], the clip each token belongs to; 0 is padding.
       tokens_per_block: L; token i of the sequence is in block i // L.
+      past_ids_T: int32 [T], where keys and values of earlier blocks are given (`attend_to_past`):
+        1 for those that there are, 0 for room that is still empty. None where nothing is given.
     """
 
     positions_S: Array
     segments_BS: Array
     tokens_per_block: int = struct.field(pytree_node=False)
+    past_ids_T: Array | None = None
 
 
 def attention(
@@ -67,6 +70,38 @@ def attention(
         )
     visibility = Visibility(segments_BS, segments_BS, per_block)
     return flash_attention(kernel, *inputs, visibility).swapaxes(1, 2)
+
+
+def attend_to_past(
+    query_CSHK: Array,
+    key_CHSK: Array,
+    value_CHSK: Array,
+    past_key_HTK: Array,
+    past_value_HTK: Array,
+    *,
+    past_ids_T: Array,
+    backend: str,
+) -> Array:
+    """Attention of one block to itself and to the cached keys and values of the blocks before it.
+
+    C is a number of candidates for the block. They share the past, which is read once for all of
+    them. Scores are those of `attention` over the whole sequence.
+
+    Returns:
+      [C, S, H, K] in the dtype of `value_CHSK`.
+    """
+    kernel = make_kernel(backend, platform_of(jax.sharding.get_abstract_mesh()))
+    count, tokens, heads, _ = query_CSHK.shape
+    query_CHSK, ids_CS = query_CSHK.swapaxes(1, 2), jnp.ones((count, tokens), jnp.int32)
+    out = kernel.forward(query_CHSK, key_CHSK, value_CHSK, Visibility(ids_CS, ids_CS))
+    if past_ids_T.size:
+        # Candidates one after the other, as if they were one long row of queries.
+        query_HSK = jnp.concatenate(list(query_CHSK), axis=1)
+        seen = Visibility(ids_CS.reshape(1, -1), past_ids_T[None])
+        past = kernel.forward(query_HSK[None], past_key_HTK[None], past_value_HTK[None], seen)
+        apart = [x[0].reshape(heads, count, tokens, *x.shape[3:]).swapaxes(0, 1) for x in past]
+        out = merge(*out, *apart)
+    return out[0].swapaxes(1, 2).astype(value_CHSK.dtype)
 
 
 def platform_of(mesh: jax.sharding.AbstractMesh) -> str:

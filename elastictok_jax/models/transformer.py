@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from elastictok_jax.attention.api import TokenPlaces, attention
+from elastictok_jax.attention.api import TokenPlaces, attend_to_past, attention
 from elastictok_jax.attention.kernel import SAVED_NAMES
 from elastictok_jax.models.layer_layout import APART, STACKED
 from elastictok_jax.parallel.sharding import logical_axis_shards
@@ -41,6 +41,10 @@ REMAT_POLICIES: dict[str, Callable[..., Any] | None] = {
     ),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
+
+# Collections of rotated keys and values: of the blocks before, [H, T, K] a layer, and of those at
+# hand, [B, H, S, K]. Where `TokenPlaces.past_ids_T` is given, the one is read and the other made.
+PAST, PRESENT = "past", "present"
 
 # Of what is added to the residual stream, and of the pixels, at the start: the model begins close
 # to a linear patch autoencoder of grey. At full scale the first steps go into unlearning noise and
@@ -198,15 +202,35 @@ class SelfAttention(nn.Module):
             nn.with_logical_constraint(x_BSHK, ("batch", "sequence", "heads", None))
             for x_BSHK in (query_BSHK, key_BSHK, value_BSHK)
         )
-        mixed_BSHK = attention(
-            rotate(query_BSHK, places.positions_S, theta=spec.rope_theta),
-            rotate(key_BSHK, places.positions_S, theta=spec.rope_theta),
-            value_BSHK,
-            places=places,
-            backend=spec.attention,
-        )
+        query_BSHK = rotate(query_BSHK, places.positions_S, theta=spec.rope_theta)
+        key_BSHK = rotate(key_BSHK, places.positions_S, theta=spec.rope_theta)
+        if places.past_ids_T is None:
+            mixed_BSHK = attention(
+                query_BSHK, key_BSHK, value_BSHK, places=places, backend=spec.attention
+            )
+        else:
+            mixed_BSHK = self._with_past(query_BSHK, key_BSHK, value_BSHK, places)
         axes = ("heads", "head_width", "embed")
         return spec.linear(spec.width, axes=axes, name="out", scale=SMALL_INIT)(mixed_BSHK)
+
+    def _with_past(
+        self, query_BSHK: Array, key_BSHK: Array, value_BSHK: Array, places: TokenPlaces
+    ) -> Array:
+        """Attends to the collection PAST as well, and leaves what is new in PRESENT."""
+        assert places.past_ids_T is not None
+        present = {"key": key_BSHK.swapaxes(1, 2), "value": value_BSHK.swapaxes(1, 2)}
+        for name, new_BHSK in present.items():
+            self.put_variable(PRESENT, name, new_BHSK)
+        past = {name: new_BHSK[0, :, :0] for name, new_BHSK in present.items()}
+        if places.past_ids_T.size:
+            past = {name: self.get_variable(PAST, name) for name in present}
+        return attend_to_past(
+            query_BSHK,
+            *present.values(),
+            *past.values(),
+            past_ids_T=places.past_ids_T,
+            backend=self.spec.attention,
+        )
 
 
 class SwiGLU(nn.Module):
@@ -289,7 +313,7 @@ def stacked_layers(count: int, spec: LayerSpec) -> Callable[[Array, TokenPlaces]
     """`count` layers as one scan named "layers": compile time does not grow with depth."""
     return nn.scan(
         _rematerialised(spec, prevent_cse=False),  # a scan prevents it by itself
-        variable_axes={"params": 0},
+        variable_axes={"params": 0, PAST: 0, PRESENT: 0},
         split_rngs={"params": True},
         in_axes=nn.broadcast,
         length=count,

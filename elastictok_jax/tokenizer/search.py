@@ -1,50 +1,162 @@
-"""How many tokens a block needs for a target (paper, section 3.4): searches over a measured error.
+"""How many tokens a block needs for a target (paper, section 3.4).
 
-The error is not quite monotone in the number of tokens, so a search returns only what it measured.
+A search is a generator: it yields lengths to measure, is sent their errors, and returns the length
+that it chooses, which it has measured. It knows nothing of models.
+
+The error is not quite monotone in the number of tokens, so only `full` proves that no shorter
+length would do, or that none reaches the target at all. The others hold a target for out of reach
+when all tokens miss it and so do the lengths that promised most.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Mapping, Sequence
 
-Measure = Callable[[int], float]
+import numpy as np
+
+Search = Generator[Sequence[int], Sequence[float], int]
+
+BINS = 100  # lengths of the paper's binned search
+AT_ONCE = 16  # lengths that the full search asks for in one call
+# Before a target that all tokens miss is given up, so many lengths are tried as long as one may be
+# expected to come this near to it.
+LAST_HOPES, NEAR = 6, 1.5
+CLOSE = 0.02  # `hybrid` looks no further where it could save no more than this share of tokens
 
 
 @dataclasses.dataclass(frozen=True)
-class Choice:
-    """A length, its measured error, and whether that meets the target."""
+class Problem:
+    """What a search is to solve.
 
-    length: int
-    mse: float
-    met: bool
-
-
-def full_search(measure: Measure, *, low: int, high: int, target: float) -> Choice:
-    """The shortest length in [low, high] that meets `target`; `high`, not met, where none does."""
-    for length in range(low, high + 1):
-        mse = measure(length)
-        if mse <= target:
-            return Choice(length, mse, True)
-    return Choice(high, mse, False)
-
-
-def binary_search(measure: Measure, *, low: int, high: int, target: float) -> Choice:
-    """A length in [low, high] that meets `target`, in about log2(high - low) measurements.
-
-    Where all `high` tokens miss the target fewer may still reach it, so every length is tried
-    before the target is given up; a length shorter than the one returned may meet it too.
+    Attributes:
+      low, high: the shortest and longest length that may be chosen.
+      target: the highest error that meets it.
+      guess: float64 [high - low + 1], the log of the error to be expected at each length.
     """
-    mse = measure(high)
-    if mse > target:
-        return full_search(measure, low=low, high=high, target=target)
-    choice = Choice(high, mse, True)
-    while low < choice.length:
-        middle = (low + choice.length) // 2
-        mse = measure(middle)
-        if mse <= target:
-            choice = Choice(middle, mse, True)
-        else:
-            low = middle + 1
-    return choice
+
+    low: int
+    high: int
+    target: float
+    guess: np.ndarray
 
 
-SEARCHES = {"binary": binary_search, "full": full_search}
+def full(problem: Problem) -> Search:
+    """The shortest length that meets the target; where none does, the one of least error."""
+    tried: dict[int, float] = {}
+    for start in range(problem.low, problem.high + 1, AT_ONCE):
+        lengths = range(start, min(start + AT_ONCE, problem.high + 1))
+        tried |= zip(lengths, (yield lengths), strict=True)
+        if min(tried.values()) <= problem.target:
+            break
+    return best(tried, problem.target)
+
+
+def binned(problem: Problem) -> Search:
+    """The shortest of about BINS lengths, evenly spaced in their logarithm."""
+    ends = np.log([problem.low, problem.high])
+    lengths = np.unique(np.round(np.exp(np.linspace(*ends, BINS))).astype(int)).tolist()
+    tried = dict(zip(lengths, (yield lengths), strict=True))
+    return best(tried, problem.target)
+
+
+def binary(problem: Problem) -> Search:
+    """A length that meets the target, in about log2(high - low) measurements one after another."""
+
+    def propose(gap: range, tried: Mapping[int, float]) -> int:
+        return gap[len(gap) // 2] if tried else problem.high
+
+    return (yield from _narrow(problem, propose, close=0.0))
+
+
+def regression(problem: Problem) -> Search:
+    """The first length at which the guess meets the target, whatever its error turns out to be."""
+    length = _first_below(problem, problem.guess, problem.low, problem.high)
+    yield [length]
+    return length
+
+
+def verified_regression(problem: Problem) -> Search:
+    """As `regression`, but where that misses, the guess is corrected and followed until one
+    meets."""
+    return (yield from _follow_guess(problem, close=1.0))
+
+
+def hybrid(problem: Problem) -> Search:
+    """Follows the guess, corrected by what was measured, down to within CLOSE of the shortest."""
+    return (yield from _follow_guess(problem, close=CLOSE))
+
+
+SEARCHES: dict[str, Callable[[Problem], Search]] = {
+    "hybrid": hybrid,
+    "full": full,
+    "binned": binned,
+    "binary": binary,
+    "regression": regression,
+    "verified_regression": verified_regression,
+}
+
+
+def _follow_guess(problem: Problem, *, close: float) -> Search:
+    def propose(gap: range, tried: Mapping[int, float]) -> int:
+        expected = corrected(problem.guess, tried, low=problem.low)
+        return _first_below(problem, expected, gap[0], gap[-1])
+
+    return (yield from _narrow(problem, propose, close=close))
+
+
+def _narrow(
+    problem: Problem, propose: Callable[[range, Mapping[int, float]], int], *, close: float
+) -> Search:
+    """Measures what `propose` picks between the longest that missed and the shortest that met,
+    until no more than the share `close` of that one could be saved."""
+    tried: dict[int, float] = {}
+    hopes = LAST_HOPES
+    while True:
+        met = min((n for n, error in tried.items() if error <= problem.target), default=None)
+        end = problem.high + 1 if met is None else met
+        gap = range(max((n for n in tried if n < end), default=problem.low - 1) + 1, end)
+        if met is not None and len(gap) <= close * met:
+            break
+        if gap:
+            length = propose(gap, tried)
+        else:  # all tokens miss
+            hope = _last_hope(problem, tried) if hopes else None
+            if hope is None:
+                break
+            hopes, length = hopes - 1, hope
+        tried[length] = (yield [length])[0]
+    return best(tried, problem.target)
+
+
+def _first_below(problem: Problem, expected: np.ndarray, first: int, last: int) -> int:
+    """The shortest length from `first` to `last` that is expected to meet the target, or `last`."""
+    span = expected[first - problem.low : last - problem.low + 1]
+    below = np.flatnonzero(span <= np.log(problem.target))
+    return first + int(below[0]) if below.size else last
+
+
+def _last_hope(problem: Problem, tried: Mapping[int, float]) -> int | None:
+    """Where the error is expected to be least, if that is near enough to the target."""
+    expected = corrected(problem.guess, tried, low=problem.low)
+    expected[[length - problem.low for length in tried]] = np.inf
+    least = int(np.argmin(expected))
+    return problem.low + least if expected[least] <= np.log(problem.target * NEAR) else None
+
+
+def best(tried: Mapping[int, float], target: float) -> int:
+    """Of the lengths measured, the shortest that meets the target, or that of least error."""
+    met = [length for length, error in tried.items() if error <= target]
+    return min(met) if met else min(tried, key=lambda length: (tried[length], length))
+
+
+def corrected(guess: np.ndarray, tried: Mapping[int, float], *, low: int) -> np.ndarray:
+    """`guess` moved so that it goes through what was measured; between two points the shift is
+    linear in the logarithm of the length."""
+    if not tried:
+        return guess.copy()
+    lengths = sorted(tried)
+    shifts = [np.log(max(tried[n], TINY)) - guess[n - low] for n in lengths]
+    at = np.log(np.arange(low, low + len(guess)))
+    return guess + np.interp(at, np.log(lengths), shifts)
+
+
+TINY = 1e-12  # stands for an error of zero where its logarithm is needed

@@ -16,6 +16,7 @@ from elastictok_jax.errors import UsageError
 
 FORMAT = "etok-1"
 TEXT_FIELDS = {"frames": int, "height": int, "width": int, "fps": float, "bits_per_token": float}
+TEXT_FIELDS["window_blocks"] = int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +45,7 @@ class Tokens:
     fps: float
     bits_per_token: float
     fingerprint: str
+    window_blocks: int = 1
 
     @property
     def lengths(self) -> np.ndarray:

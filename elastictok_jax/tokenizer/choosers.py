@@ -1,0 +1,120 @@
+"""Who settles on the length of each block: one protocol for every way to do it."""
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Protocol
+
+import numpy as np
+
+from elastictok_jax.tokenizer.allocation import CausalBudget, interpolate_curves
+from elastictok_jax.tokenizer.coder import Block, CodedBlock
+from elastictok_jax.tokenizer.search import SEARCHES, Problem, corrected
+
+# How the log of the error falls with that of the length, where nothing better is known.
+TYPICAL_SLOPE = -0.35
+
+POINTS = 12  # lengths at which a curve is measured where tokens are to be spent
+
+Router = Callable[[Block], np.ndarray]
+
+
+class Chooser(Protocol):
+    """Of one clip: is shown its blocks one after another, and keeps each at some length."""
+
+    def keep(self, block: Block) -> CodedBlock: ...
+
+
+class Fixed:
+    """Keeps the lengths given, one a block."""
+
+    def __init__(self, lengths: Iterable[int]) -> None:
+        self._lengths: Iterator[int] = iter(lengths)
+
+    def keep(self, block: Block) -> CodedBlock:
+        return block.keep(next(self._lengths))
+
+
+class Threshold:
+    """Keeps what a search of `SEARCHES` finds for a highest error.
+
+    What it guesses by is the curve that `router` predicts for the block or, without one, what was
+    measured on the block before, which most often looks alike.
+    """
+
+    def __init__(
+        self, target: float, *, search: str, low: int, high: int, router: Router | None = None
+    ) -> None:
+        self._target, self._low, self._high = target, low, high
+        self._search, self._router = SEARCHES[search], router
+        lengths = np.log(np.arange(low, high + 1))
+        middle = (lengths[0] + lengths[-1]) / 2
+        self._guess = np.log(target) + TYPICAL_SLOPE * (lengths - middle)
+        self._measured: dict[int, float] = {}
+
+    def keep(self, block: Block) -> CodedBlock:
+        guess = corrected(self._guess, self._measured, low=self._low)
+        if self._router is not None:
+            guess = self._router(block)
+        problem = Problem(self._low, self._high, self._target, guess)
+        exact: set[int] = set()  # measured as `Decoder` has it
+        measured: dict[int, float] = {}
+        while True:
+            length = self._run(problem, block, measured, exact)
+            if length in exact:
+                break
+            measured[length] = block.measure(length, target=self._target).error
+            exact.add(length)
+        self._measured = measured
+        return block.keep(length, target=self._target)
+
+    def _run(
+        self, problem: Problem, block: Block, measured: dict[int, float], exact: set[int]
+    ) -> int:
+        """What the search returns; what is already in `measured` is not measured again."""
+        search = self._search(problem)
+        try:
+            lengths = next(search)
+            while True:
+                new = [length for length in lengths if length not in measured]
+                if len(new) == 1:
+                    measured[new[0]] = block.measure(new[0], target=self._target).error
+                    exact.add(new[0])
+                elif new:
+                    measured |= zip(new, block.errors(new), strict=True)
+                lengths = search.send([measured[length] for length in lengths])
+        except StopIteration as stop:
+            return stop.value
+
+
+def measured_curve(block: Block, *, low: int, high: int) -> np.ndarray:
+    """float64 [high - low + 1]: squared error at each length, measured at POINTS of them."""
+    ends = np.log([low, high])
+    lengths = np.unique(np.round(np.exp(np.linspace(*ends, POINTS))).astype(int))
+    points = [(lengths, np.asarray(block.errors(lengths.tolist())))]
+    return interpolate_curves(points, low=low, high=high)[0] * block.share_inside
+
+
+class Survey:
+    """Measures each block's curve, and keeps it at one length for all.
+
+    Attributes:
+      curves: float64 [high - low + 1] of each block so far.
+    """
+
+    def __init__(self, length: int, *, low: int, high: int) -> None:
+        self._length, self._bounds = length, dict(low=low, high=high)
+        self.curves: list[np.ndarray] = []
+
+    def keep(self, block: Block) -> CodedBlock:
+        self.curves.append(measured_curve(block, **self._bounds))
+        return block.keep(self._length)
+
+
+class Frugal:
+    """Keeps to a mean number of tokens a block, knowing the past alone."""
+
+    def __init__(self, tokens: float, *, low: int, high: int) -> None:
+        self._bounds = dict(low=low, high=high)
+        self._account = CausalBudget(tokens, **self._bounds)
+
+    def keep(self, block: Block) -> CodedBlock:
+        return block.keep(self._account.spend(measured_curve(block, **self._bounds)))

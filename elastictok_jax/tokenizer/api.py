@@ -138,6 +138,7 @@ class ElasticTokenizer:
         results = []
         for index, (clip, grid) in enumerate(zip(clips, grids, strict=True)):
             tiles = range(grid.tiles)
+            choosers: list[Chooser]
             if goal.target is None:
                 choosers = [Fixed(lengths[index][tile :: grid.tiles]) for tile in tiles]
             else:
@@ -274,7 +275,7 @@ class ElasticTokenizer:
             self._code(clip, grid, choosers, metric="mse")
             curves = [survey.curves for survey in choosers]
             surveys.append(np.stack(curves, axis=1).reshape(grid.blocks * grid.tiles, -1))
-        lengths = allocate(np.concatenate(surveys), total=total, **self._bounds)
+        lengths = allocate(np.concatenate(surveys), total=total, **self._bounds).lengths
         return np.split(lengths, np.cumsum([len(curves) for curves in surveys])[:-1])
 
     def _tokens(self, coded: Sequence[CodedBlock], grid: Grid, *, fps: float) -> Tokens:

@@ -7,12 +7,13 @@ import numpy as np
 
 from elastictok_jax.tokenizer.allocation import CausalBudget, interpolate_curves
 from elastictok_jax.tokenizer.coder import Block, CodedBlock
-from elastictok_jax.tokenizer.search import SEARCHES, Problem, corrected
+from elastictok_jax.tokenizer.search import SEARCHES, Problem, corrected, log_spaced
 
 # How the log of the error falls with that of the length, where nothing better is known.
 TYPICAL_SLOPE = -0.35
 
 POINTS = 12  # lengths at which a curve is measured where tokens are to be spent
+RESERVE_BLOCKS = 16  # how many blocks' mean a stream may be ahead of its budget
 
 Router = Callable[[Block], np.ndarray]
 
@@ -45,9 +46,9 @@ class Threshold:
     ) -> None:
         self._target, self._low, self._high = target, low, high
         self._search, self._router = SEARCHES[search], router
-        lengths = np.log(np.arange(low, high + 1))
-        middle = (lengths[0] + lengths[-1]) / 2
-        self._guess = np.log(target) + TYPICAL_SLOPE * (lengths - middle)
+        logs = np.log(np.arange(low, high + 1))
+        middle = (logs[0] + logs[-1]) / 2
+        self._guess = np.log(target) + TYPICAL_SLOPE * (logs - middle)
         self._measured: dict[int, float] = {}
 
     def keep(self, block: Block) -> CodedBlock:
@@ -87,9 +88,8 @@ class Threshold:
 
 def measured_curve(block: Block, *, low: int, high: int) -> np.ndarray:
     """float64 [high - low + 1]: squared error at each length, measured at POINTS of them."""
-    ends = np.log([low, high])
-    lengths = np.unique(np.round(np.exp(np.linspace(*ends, POINTS))).astype(int))
-    points = [(lengths, np.asarray(block.errors(lengths.tolist())))]
+    lengths = log_spaced(low, high, count=POINTS)
+    points = [(lengths, np.asarray(block.errors(lengths)))]
     return interpolate_curves(points, low=low, high=high)[0] * block.share_inside
 
 
@@ -114,7 +114,7 @@ class Frugal:
 
     def __init__(self, tokens: float, *, low: int, high: int) -> None:
         self._bounds = dict(low=low, high=high)
-        self._account = CausalBudget(tokens, **self._bounds)
+        self._account = CausalBudget(tokens, low, high, reserve=round(RESERVE_BLOCKS * tokens))
 
     def keep(self, block: Block) -> CodedBlock:
-        return block.keep(self._account.spend(measured_curve(block, **self._bounds)))
+        return block.keep(self._account.next_length(measured_curve(block, **self._bounds)))

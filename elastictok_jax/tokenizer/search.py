@@ -52,8 +52,7 @@ def full(problem: Problem) -> Search:
 
 def binned(problem: Problem) -> Search:
     """The shortest of about BINS lengths, evenly spaced in their logarithm."""
-    ends = np.log([problem.low, problem.high])
-    lengths = np.unique(np.round(np.exp(np.linspace(*ends, BINS))).astype(int)).tolist()
+    lengths = log_spaced(problem.low, problem.high, count=BINS)
     tried = dict(zip(lengths, (yield lengths), strict=True))
     return best(tried, problem.target)
 
@@ -142,6 +141,12 @@ def _last_hope(problem: Problem, tried: Mapping[int, float]) -> int | None:
     return problem.low + least if expected[least] <= np.log(problem.target * NEAR) else None
 
 
+def log_spaced(low: int, high: int, *, count: int) -> list[int]:
+    """At most `count` lengths from `low` to `high`, evenly spaced in their logarithm."""
+    steps = np.linspace(np.log(low), np.log(high), count)
+    return np.unique(np.round(np.exp(steps)).astype(int)).tolist()
+
+
 def best(tried: Mapping[int, float], target: float) -> int:
     """Of the lengths measured, the shortest that meets the target, or that of least error."""
     met = [length for length, error in tried.items() if error <= target]
@@ -154,9 +159,7 @@ def corrected(guess: np.ndarray, tried: Mapping[int, float], *, low: int) -> np.
     if not tried:
         return guess.copy()
     lengths = sorted(tried)
-    shifts = [np.log(max(tried[n], TINY)) - guess[n - low] for n in lengths]
+    errors = np.maximum([tried[n] for n in lengths], 1e-12)  # one of zero has no logarithm
+    shifts = np.log(errors) - guess[np.asarray(lengths) - low]
     at = np.log(np.arange(low, low + len(guess)))
     return guess + np.interp(at, np.log(lengths), shifts)
-
-
-TINY = 1e-12  # stands for an error of zero where its logarithm is needed

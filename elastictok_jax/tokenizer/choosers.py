@@ -12,6 +12,9 @@ from elastictok_jax.tokenizer.search import SEARCHES, Problem, corrected, log_sp
 # How the log of the error falls with that of the length, where nothing better is known.
 TYPICAL_SLOPE = -0.35
 
+# Errors of several lengths at once that are so near to the target, as a share of it, are measured
+# again one by one: rounding could decide.
+DOUBT = 1e-4
 POINTS = 12  # lengths at which a curve is measured where tokens are to be spent
 RESERVE_BLOCKS = 16  # how many blocks' mean a stream may be ahead of its budget
 
@@ -81,6 +84,10 @@ class Threshold:
                     exact.add(new[0])
                 elif new:
                     measured |= zip(new, block.errors(new), strict=True)
+                    for length in new:
+                        if abs(measured[length] / self._target - 1) < DOUBT:
+                            measured[length] = block.measure(length, target=self._target).error
+                            exact.add(length)
                 lengths = search.send([measured[length] for length in lengths])
         except StopIteration as stop:
             return stop.value

@@ -3,33 +3,18 @@
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from elastictok_jax import ElasticTokenizer, Tokens
-from elastictok_jax.attention.api import TokenPlaces
-from elastictok_jax.config import block_tokens, default_config, override, resolve, to_json
-from elastictok_jax.data import media
-from elastictok_jax.data.sources import EMBEDDED
+from elastictok_jax.config import to_json
 from elastictok_jax.errors import UsageError
-from elastictok_jax.masking import keep_mask
-from elastictok_jax.models.elastictok import build_model
-from elastictok_jax.models.patching import patchify, to_float, to_uint8
-from elastictok_jax.training.state import init_state
+from elastictok_jax.losses.lpips import lpips
+from elastictok_jax.models.patching import to_float
+from elastictok_jax.weights.lpips import load_lpips
 from elastictok_jax.weights.safetensors import save_params
-
-SMALL = {
-    **{"model.width": 32, "model.mlp_width": 48, "model.heads": 2, "model.dtype": "float32"},
-    **{"model.encoder_layers": 1, "model.decoder_layers": 1, "model.patch": (2, 8, 8)},
-    **{"video.resolution": 16, "masking.min_tokens": 1, "data.sequence_blocks": 3},
-}  # 8 tokens a block
-
-
-def make_tokenizer(**overrides):
-    config = default_config()
-    override(config, SMALL | overrides)
-    config = resolve(config)
-    return ElasticTokenizer(config, init_state(config).params)
+from tests.tokenizer.small import make_tokenizer, moving_clip
 
 
 @pytest.fixture(scope="module")
@@ -39,8 +24,7 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def clip():
-    frames = media.read_frames(EMBEDDED / "heldout" / "bbb_stream.mp4", count=20)
-    return media.center_crop(media.resize_shortest(frames, side=16), height=16, width=16)
+    return moving_clip(frames=20)
 
 
 def test_fixed_lengths_are_kept_exactly(tokenizer, clip):
@@ -65,26 +49,9 @@ def test_reported_error_is_that_of_the_decoded_file(tmp_path, clip, bottleneck, 
     np.testing.assert_allclose((error**2).mean(axis=1), tokens.mse, rtol=1e-5)
 
 
-def test_window_equals_a_forward_pass_over_the_whole_clip(tokenizer, clip):
-    """While the window covers the clip, blocks see just what they saw in training."""
-    lengths = [8, 2, 5]
-    tokens = tokenizer.encode(clip[:12], tokens=lengths)
-    config = tokenizer.config
-    model, per_block = build_model(config), block_tokens(config)
-    patches = patchify(clip[:12], patch=(2, 8, 8), frames_per_block=4)
-    places = TokenPlaces(np.arange(24), np.ones((1, 24), np.int32), per_block)
-    keep = keep_mask(np.asarray([lengths]), tokens_per_block=per_block)
-    output = model.apply({"params": tokenizer.params}, to_float(patches[None]), keep, places)
-    codes = np.asarray(output.codes)[0].reshape(3, per_block)
-    for block, length in enumerate(lengths):
-        np.testing.assert_array_equal(codes[block, :length], tokens.codes[block])
-    error = np.asarray((to_float(to_uint8(output.reconstruction)) - to_float(patches)) ** 2)
-    np.testing.assert_allclose(error.reshape(3, -1).mean(axis=1), tokens.mse, rtol=1e-5)
-
-
-@pytest.mark.parametrize("search", ["binary", "full"])
-def test_a_reachable_target_is_never_missed(tokenizer, clip, search):
-    """Against every length tried by hand, block by block, with the same earlier blocks."""
+@pytest.mark.parametrize("search", ["hybrid", "binary", "full", "binned", "verified_regression"])
+def test_a_target_that_all_tokens_reach_is_never_missed(tokenizer, clip, search):
+    """Block by block, every length tried by hand with the same earlier blocks."""
     errors = [tokenizer.encode(clip[:4], tokens=n).mse[0] for n in range(1, 9)]
     for target in np.quantile(errors, [0.0, 0.3, 0.7, 1.0]):
         tokens = tokenizer.encode(clip, max_mse=float(target), search=search)
@@ -95,16 +62,112 @@ def test_a_reachable_target_is_never_missed(tokenizer, clip, search):
                 tokenizer.encode(upto, tokens=[*chosen, n]).mse[block] <= target
                 for n in range(1, 9)
             ]
-            assert tokens.met[block] == any(tried)
-            if any(tried):
-                assert tried[length - 1]
-            if search == "full" and any(tried):
-                assert length == tried.index(True) + 1
+            assert tokens.met[block] == tried[length - 1]
+            assert tokens.met[block] or not tried[-1]
+            if search == "full":
+                assert tokens.met[block] == any(tried)
+                assert not any(tried) or length == tried.index(True) + 1
             chosen.append(int(length))
         again = tokenizer.encode(clip, tokens=chosen)
         np.testing.assert_array_equal(again.mse, tokens.mse)
         assert (tokens.mse[tokens.met] <= target).all()
         assert (tokens.mse[~tokens.met] > target).all()
+
+
+def test_other_measures_of_quality(tokenizer, clip):
+    by_mse = tokenizer.encode(clip, max_mse=0.25)
+    by_psnr = tokenizer.encode(clip, min_psnr=10 * np.log10(4 / 0.25))
+    np.testing.assert_array_equal(by_psnr.lengths, by_mse.lengths)
+    frames = jnp.asarray(clip[:4], jnp.float32) / 127.5 - 1
+    best = tokenizer.encode(clip[:4], max_lpips=1e-6)
+    params = load_lpips(tokenizer.config.loss.lpips_net)
+    reached = lpips(params, to_float(tokenizer.decode(best)), frames, net="alex").mean()
+    loose = tokenizer.encode(clip[:4], max_lpips=float(reached) * 1.001)
+    assert not best.met.any() and loose.met.all()
+    assert lpips(params, to_float(tokenizer.decode(loose)), frames, net="alex").mean() <= (
+        reached * 1.002
+    )
+
+
+def test_a_budget_is_spent_to_the_last_token_over_all_clips(tokenizer, clip):
+    clips = [clip, clip[:9], np.full_like(clip[:12], 128)]
+    for tokens in (tokenizer.encode(clips, budget=0.4), tokenizer.encode(clips, total_tokens=35)):
+        assert [len(t.codes) for t in tokens] == [5, 3, 3]
+        assert sum(t.num_tokens for t in tokens) == 35  # 0.4 of 88
+    with pytest.raises(UsageError, match="total_tokens from 11 to 88"):
+        tokenizer.encode(clips, total_tokens=89)
+    alone = tokenizer.encode(clip, budget=0.5)
+    assert alone.num_tokens == 20
+
+
+def test_a_stream_gives_what_the_whole_clip_gives(tokenizer, clip):
+    for goal in ({"tokens": 3}, {"max_mse": 0.3}):
+        pieces = list(tokenizer.encode_stream([clip[0], clip[1:6], clip[6:18]], **goal))
+        whole = tokenizer.encode(clip[:18], **goal)
+        assert [piece.frames for piece in pieces] == [4, 4, 4, 4, 2]
+        for piece, codes in zip(pieces, whole.codes, strict=True):
+            np.testing.assert_array_equal(piece.codes[0], codes)
+        np.testing.assert_array_equal(
+            np.concatenate(list(tokenizer.decode_stream(pieces))), tokenizer.decode(whole)
+        )
+
+
+def test_a_stream_keeps_to_its_budget(tokenizer, clip):
+    used = np.cumsum([t.num_tokens for t in tokenizer.encode_stream([clip] * 4, budget=0.5)])
+    assert (used <= 4 * np.arange(1, 21) + 16 * 4).all()
+    assert used[-1] <= 1.5 * 4 * 20
+
+
+def test_a_stream_yields_a_block_as_soon_as_it_is_there(tokenizer, clip):
+    taken = []
+
+    def frames():
+        for index, frame in enumerate(clip):
+            taken.append(index)
+            yield frame
+
+    for block, _ in enumerate(tokenizer.encode_stream(frames(), tokens=2)):
+        assert len(taken) == 4 * (block + 1)
+
+
+@pytest.mark.parametrize(
+    ("frames", "goal", "words"),
+    [
+        ([np.zeros((16, 16, 3), np.uint8), np.zeros((8, 16, 3), np.uint8)], {}, "give one size"),
+        ([np.zeros((16, 16), np.uint8)], {}, "uint8"),
+        ([np.zeros((16, 16, 3), np.uint8)], {"tokens": [1, 2]}, "one number of tokens"),
+    ],
+)
+def test_bad_streams_are_named(tokenizer, frames, goal, words):
+    with pytest.raises(UsageError, match=words):
+        list(tokenizer.encode_stream(frames, **({"tokens": 2} | goal)))
+
+
+def test_a_narrower_window_is_kept_in_the_tokens(clip):
+    wide, narrow = make_tokenizer(), make_tokenizer()
+    narrow.window_blocks = 1
+    tokens = narrow.encode(clip, tokens=4)
+    np.testing.assert_array_equal(wide.decode(tokens), narrow.decode(tokens))
+    assert (wide.decode(tokens) != wide.decode(wide.encode(clip, tokens=4))).any()
+
+
+@pytest.mark.slow
+def test_memory_is_flat_over_20000_frames(tokenizer):
+    import psutil
+
+    process, held = psutil.Process(), []
+    rng = np.random.default_rng(0)
+
+    def frames():
+        for index in range(20_000):
+            if index % 1000 == 0:
+                held.append(process.memory_info().rss)
+            yield rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)
+
+    pieces = tokenizer.encode_stream(frames(), max_mse=0.5)
+    decoded = sum(len(some) for some in tokenizer.decode_stream(pieces))
+    assert decoded == 20_000
+    assert max(held[2:]) - held[2] < 8 * 2**20, np.diff(held)
 
 
 def test_a_search_stays_within_the_lengths_trained(clip):
@@ -121,9 +184,11 @@ def test_execution_settings_are_no_part_of_the_fingerprint(tokenizer, clip):
 
 
 def test_unreachable_targets_are_reported(tokenizer, clip):
-    tokens = tokenizer.encode(clip[:4], max_mse=1e-9)
+    """With the length whose error is least."""
+    errors = [tokenizer.encode(clip[:4], tokens=n).mse[0] for n in range(1, 9)]
+    tokens = tokenizer.encode(clip[:4], max_mse=1e-9, search="full")
     assert not tokens.met.any()
-    assert tokens.lengths.tolist() == [8]
+    assert tokens.lengths.tolist() == [1 + int(np.argmin(errors))]
 
 
 @pytest.mark.parametrize("size", [(1, 16, 16), (3, 7, 5), (5, 20, 33), (8, 32, 16), (9, 1, 1)])
@@ -167,13 +232,16 @@ def test_later_blocks_do_not_change_earlier_ones(tokenizer, clip):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({}, "either tokens= or max_mse="),
-        ({"tokens": 3, "max_mse": 0.1}, "not both"),
+        ({}, "exactly one of tokens, .* given: none"),
+        ({"tokens": 3, "max_mse": 0.1}, "given: tokens, max_mse"),
+        ({"max_mse": -1.0}, "a number above 0"),
+        ({"max_mse": float("nan")}, "a number above 0"),
+        ({"budget": 1.5}, r"in \(0, 1\]"),
         ({"tokens": 9}, "from 1 to 8"),
         ({"tokens": 0}, "from 1 to 8"),
         ({"tokens": 2.5}, "whole numbers"),
         ({"tokens": [1, 2]}, "2 lengths for 5 blocks"),
-        ({"max_mse": 0.1, "search": "magic"}, "binary, full"),
+        ({"max_mse": 0.1, "search": "magic"}, "one of hybrid, full"),
     ],
 )
 def test_bad_options_are_named(tokenizer, clip, arguments, words):
@@ -219,11 +287,3 @@ def test_from_pretrained_reads_an_exported_folder(tokenizer, clip, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(changed))
     with pytest.raises(UsageError, match=r"encoder/norm/scale: \(32,\) saved, \(64,\) asked for"):
         ElasticTokenizer.from_pretrained(tmp_path)
-
-
-def test_each_program_compiles_once(clip):
-    tokenizer = make_tokenizer(seed=3)
-    tokenizer.decode(tokenizer.encode(clip, max_mse=0.4))
-    tokenizer.encode(clip, tokens=[1, 2, 3, 4, 5])
-    assert tokenizer._encode_block._cache_size() == 1
-    assert tokenizer._decode_block._cache_size() == 1

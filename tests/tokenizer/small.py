@@ -1,0 +1,27 @@
+"""A tokenizer with random weights, small enough to compile in a second, and real footage for it."""
+
+from elastictok_jax import ElasticTokenizer
+from elastictok_jax.config import default_config, override, resolve
+from elastictok_jax.data import media
+from elastictok_jax.data.sources import EMBEDDED
+from elastictok_jax.training.state import init_state
+
+LENGTH, SIDE = 8, 16  # tokens a block, pixels
+SMALL = {
+    **{"model.width": 32, "model.mlp_width": 48, "model.heads": 2, "model.dtype": "float32"},
+    **{"model.encoder_layers": 1, "model.decoder_layers": 1, "model.patch": (2, 8, 8)},
+    **{"video.resolution": SIDE, "masking.min_tokens": 1, "data.sequence_blocks": 3},
+    "loss.lpips_net": "alex",
+}
+
+
+def make_tokenizer(**overrides):
+    config = default_config()
+    override(config, SMALL | overrides)
+    config = resolve(config)
+    return ElasticTokenizer(config, init_state(config).params)
+
+
+def moving_clip(*, frames):
+    clip = media.read_frames(EMBEDDED / "heldout" / "bbb_stream.mp4", count=frames)
+    return media.center_crop(media.resize_shortest(clip, side=SIDE), height=SIDE, width=SIDE)

@@ -1,0 +1,156 @@
+"""Blocks coded one at a time with a cache, against whole forward passes."""
+
+import jax
+import numpy as np
+import pytest
+
+from elastictok_jax.attention.api import TokenPlaces
+from elastictok_jax.masking import keep_mask
+from elastictok_jax.models.patching import patchify, to_float, to_uint8
+from elastictok_jax.tokenizer.cache import Cache
+from elastictok_jax.tokenizer.coder import CANDIDATES, Coder, Decoder
+from elastictok_jax.tokenizer.grid import Grid
+from tests.tokenizer.small import LENGTH, make_tokenizer, moving_clip
+
+BLOCKS = 5
+
+
+@pytest.fixture(scope="module")
+def clip():
+    return moving_clip(frames=4 * BLOCKS)
+
+
+def whole_pass(tokenizer, clip, lengths):
+    """Codes [N, L, ...] and pixels [N, L, D] of one forward pass over all blocks."""
+    blocks = len(lengths)
+    patches = patchify(clip[: 4 * blocks], patch=(2, 8, 8), frames_per_block=4)
+    tokens = blocks * LENGTH
+    places = TokenPlaces(np.arange(tokens), np.ones((1, tokens), np.int32), LENGTH)
+    keep = keep_mask(np.asarray([lengths]), tokens_per_block=LENGTH)
+    output = tokenizer.model.apply(
+        {"params": tokenizer.params}, to_float(patches[None]), keep, places
+    )
+    codes = np.asarray(output.codes)[0].reshape(blocks, LENGTH, *output.codes.shape[2:])
+    return codes, np.asarray(output.reconstruction)[0].reshape(blocks, LENGTH, -1)
+
+
+@pytest.mark.parametrize(
+    ("bottleneck", "conditioned", "scan_layers"),
+    [("fsq", True, True), ("fsq", False, False), ("vae", True, False), ("vae", False, True)],
+)
+def test_streaming_equals_a_whole_pass_while_the_window_covers_it(
+    clip, bottleneck, conditioned, scan_layers
+):
+    tokenizer = make_tokenizer(
+        **{"model.bottleneck": bottleneck, "model.conditioned": conditioned},
+        **{"model.scan_layers": scan_layers, "data.sequence_blocks": BLOCKS},
+        **{"model.encoder_layers": 2, "model.decoder_layers": 2},
+    )
+    lengths = [8, 2, 5, 1, 7]
+    tokens = tokenizer.encode(clip, tokens=lengths)
+    codes, pixels = whole_pass(tokenizer, clip, lengths)
+    decoded = patchify(tokenizer.decode(tokens), patch=(2, 8, 8), frames_per_block=4)
+    for block, length in enumerate(lengths):
+        if bottleneck == "fsq":
+            np.testing.assert_array_equal(codes[block, :length], tokens.codes[block])
+        else:
+            np.testing.assert_allclose(codes[block, :length], tokens.codes[block], atol=1e-4)
+    np.testing.assert_allclose(
+        to_float(decoded.reshape(pixels.shape)), to_float(to_uint8(pixels)), atol=1.01 / 127.5
+    )  # a rounding may fall to the other side
+    original = to_float(patchify(clip, patch=(2, 8, 8), frames_per_block=4)).reshape(pixels.shape)
+    error = np.mean((to_float(to_uint8(pixels)) - original) ** 2, axis=(1, 2))
+    np.testing.assert_allclose(tokens.mse, error, rtol=1e-4)
+
+
+def test_several_candidates_measure_what_one_does(clip):
+    tokenizer = make_tokenizer(**{"data.sequence_blocks": 4})
+    coder = Coder(tokenizer._programs, window_blocks=4)
+    for patches, inside in blocks_of(tokenizer, clip):
+        block = coder.block(patches, inside)
+        many = block.errors(range(1, LENGTH + 1))
+        one = [block.errors([length])[0] for length in range(1, LENGTH + 1)]
+        np.testing.assert_allclose(many, one, rtol=1e-5)
+        assert block.evaluations == 2 * LENGTH
+        block.keep(3)
+
+
+def blocks_of(tokenizer, clip):
+    patches, inside = Grid(clip.shape[:3], tokenizer.config).cut(clip)
+    return zip(
+        patches[0].reshape(-1, LENGTH, patches.shape[-1]),
+        inside[0].reshape(-1, LENGTH, patches.shape[-1]),
+        strict=True,
+    )
+
+
+@pytest.mark.parametrize("window", [1, 3])
+def test_a_block_sees_the_window_and_no_more(clip, window):
+    """With one layer nothing comes through by way of others, so a clip that starts at the first
+    block of the window gives the same."""
+    tokenizer = make_tokenizer()
+    blocks = list(blocks_of(tokenizer, clip))
+    stream = Coder(tokenizer._programs, window_blocks=window)
+    for index, newest in enumerate(blocks):
+        short = Coder(tokenizer._programs, window_blocks=BLOCKS)
+        for earlier in blocks[max(0, index + 1 - window) : index]:
+            short.block(*earlier).keep(4)
+        block = stream.block(*newest)
+        assert block.errors([6]) == pytest.approx(short.block(*newest).errors([6]), rel=1e-4)
+        block.keep(4)
+
+
+def held(cache):
+    """Tokens that a cache has room for."""
+    return max((leaf.shape[-2] for leaf in jax.tree.leaves(cache.past)), default=0)
+
+
+def test_memory_stays_that_of_the_window(clip):
+    tokenizer = make_tokenizer(**{"data.sequence_blocks": 3})
+    decoder = Decoder(tokenizer._programs, window_blocks=3)
+    sizes = []
+    for _ in range(9):
+        decoder.block(np.zeros(2, np.int32))
+        sizes.append(held(decoder._cache))
+    assert sizes == [LENGTH] + [2 * LENGTH] * 8
+
+
+def test_a_cache_grows_by_doubling():
+    tokenizer = make_tokenizer()
+    decoder = Decoder(tokenizer._programs, window_blocks=12)
+    sizes = []
+    for _ in range(14):
+        decoder.block(np.zeros(2, np.int32))
+        sizes.append(held(decoder._cache) // LENGTH)
+    assert sizes == [1, 2, 4, 4, 8, 8, 8, 8, 11, 11, 11, 11, 11, 11]
+
+
+def test_positions_wrap_without_a_seam():
+    """Only distances matter, also where a 32-bit count of tokens starts again."""
+    tokenizer = make_tokenizer(**{"data.sequence_blocks": 4})
+    seam = 2**32 // LENGTH
+    results = []
+    for start in (0, seam - 2):  # multiples of 3, so that the ring's next slot is the first
+        cache = Cache(window_blocks=4, tokens_per_block=LENGTH)
+        cache.blocks = start
+        for value in range(4):
+            codes, whole = np.full((1, LENGTH), 9999 * value, np.int32), np.asarray([LENGTH])
+            out, present = tokenizer._programs.decode(tokenizer.params, cache, codes, whole)
+            results.append(np.asarray(out).astype(int))
+            cache.keep(present)
+        assert cache.blocks * LENGTH > 2**32 or not start
+    assert np.abs(np.subtract(results[:4], results[4:])).max() <= 1
+
+
+def test_there_is_one_program_for_each_size_of_the_cache(clip):
+    tokenizer = make_tokenizer(**{"data.sequence_blocks": 4})
+    for length in (1, 4, 8):
+        tokenizer.decode(tokenizer.encode(clip, tokens=length))
+    tokenizer.encode(clip[:9], tokens=[1, 2, 3])
+    tokenizer.encode(clip, max_mse=0.3)
+    sizes = 4  # of 0, 1, 2 and 3 blocks
+    assert tokenizer._programs.decode._run._cache_size() == sizes
+    assert tokenizer._programs.encode._run._cache_size() == sizes
+    tokenizer.encode(clip, max_mse=0.3, search="full")
+    assert CANDIDATES >= LENGTH  # so one more shape
+    assert tokenizer._programs.encode._run._cache_size() == 2 * sizes

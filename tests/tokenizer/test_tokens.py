@@ -90,10 +90,10 @@ def test_missing_foreign_and_inconsistent_files_are_refused(tmp_path):
     tokens.save(path)
     with open(path, "rb") as file:
         raw = file.read()
-    assert b'"format":"etok-1"' in raw
+    assert b'"format":"etok-2"' in raw
     arrays = load_file(path)
     arrays["lengths"] = np.asarray([5, 3], np.int32)
-    text = {"format": "etok-1", "fingerprint": "x", "frames": "8", "height": "4", "width": "4"}
+    text = {"format": "etok-2", "fingerprint": "x", "frames": "8", "height": "4", "width": "4"}
     save_file(arrays, path, metadata=text | {"fps": "0", "bits_per_token": "16"})
     with pytest.raises(UsageError, match="damaged"):
         Tokens.load(path)

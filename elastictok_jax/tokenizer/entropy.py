@@ -17,7 +17,7 @@ import numpy as np
 
 from elastictok_jax.errors import UsageError
 
-MAX_LEVELS = 1024  # of one dim: bounds the tables
+MAX_LEVELS = 256  # of one dim: bounds the tables
 _SHARED_WEIGHT = 4  # observations that the counts of the whole dim are worth to a context
 _SAME_WEIGHT = 16  # observations that begin the belief in the same digit as in the earlier block
 _FORGET_AT = 1024  # a table with more observations is halved

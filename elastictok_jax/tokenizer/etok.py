@@ -118,7 +118,7 @@ def checksum(arrays: Mapping[str, np.ndarray], text: Mapping[str, str]) -> str:
     for name in sorted(arrays):
         array = np.ascontiguousarray(arrays[name])
         crc = zlib.crc32(f"{name} {array.dtype.name} {array.shape};".encode(), crc)
-        crc = zlib.crc32(memoryview(array).cast("B") if array.size else b"", crc)
+        crc = zlib.crc32(array.reshape(-1).view(np.uint8).data, crc)
     return f"{crc:08x}"
 
 
@@ -141,7 +141,7 @@ def _read_text(text: dict[str, str]) -> dict[str, str]:
     found = text.get("format")
     if found != FORMAT:
         raise UsageError(
-            f"format {(found or 'unknown')[:40]!r}, not {FORMAT!r}: encode it again with this version"
+            f"format {str(found)[:40]!r}, not {FORMAT!r}: encode it again with this version"
         )
     expected = {*_TEXT, "format", "coding", "crc32", "fingerprint"}
     if set(text) != expected:

@@ -279,6 +279,7 @@ class ElasticTokenizer:
         return np.split(lengths, np.cumsum([len(curves) for curves in surveys])[:-1])
 
     def _tokens(self, coded: Sequence[CodedBlock], grid: Grid, *, fps: float) -> Tokens:
+        bottleneck = self.model.bottleneck
         return Tokens(
             codes=[block.codes for block in coded],
             mse=np.asarray([block.mse for block in coded], np.float32),
@@ -287,9 +288,10 @@ class ElasticTokenizer:
             height=grid.height,
             width=grid.width,
             fps=float(fps),
-            bits_per_token=self.model.bottleneck.bits_per_token,
+            bits_per_token=bottleneck.bits_per_token,
             fingerprint=self.fingerprint,
             window_blocks=self.window_blocks,
+            levels=bottleneck.levels if isinstance(bottleneck, FSQ) else (),
         )
 
     def _check_tokens(self, tokens: Tokens, grid: Grid) -> None:

@@ -142,8 +142,8 @@ class ElasticTokenizer:
             if goal.target is None:
                 choosers = [Fixed(lengths[index][tile :: grid.tiles]) for tile in tiles]
             else:
-                choosers = [self._threshold(goal) for _ in tiles]
-            coded = self._code(clip, grid, choosers, metric=goal.metric, progress=progress)
+                choosers = [self.threshold(goal) for _ in tiles]
+            coded = self.code(clip, grid, choosers, metric=goal.metric, progress=progress)
             results.append(self._tokens(coded, grid, fps=fps))
         return results if several else results[0]
 
@@ -215,7 +215,7 @@ class ElasticTokenizer:
                 tiles = [d.block(c) for d, c in zip(decoders, codes, strict=True)]
                 yield grid.join(np.stack(tiles), block=index)
 
-    def _code(
+    def code(
         self,
         clip_THWC: np.ndarray,
         grid: Grid,
@@ -248,13 +248,14 @@ class ElasticTokenizer:
     def _bounds(self) -> dict[str, int]:
         return dict(low=self.min_tokens, high=self.tokens_per_block)
 
-    def _threshold(self, goal: Goal) -> Threshold:
+    def threshold(self, goal: Goal) -> Threshold:
+        """A chooser for one tile of one clip."""
         assert goal.target is not None
         return Threshold(goal.target, search=goal.search, router=self.router, **self._bounds)
 
     def _of_a_stream(self, goal: Goal) -> Chooser:
         if goal.target is not None:
-            return self._threshold(goal)
+            return self.threshold(goal)
         if goal.budget is not None:
             return Frugal(goal.budget * self.tokens_per_block, **self._bounds)
         lengths = goal.lengths(1, tokens_per_block=self.tokens_per_block)
@@ -272,7 +273,7 @@ class ElasticTokenizer:
         surveys = []
         for clip, grid in zip(clips, grids, strict=True):
             choosers = [Survey(total // blocks, **self._bounds) for _ in range(grid.tiles)]
-            self._code(clip, grid, choosers, metric="mse")
+            self.code(clip, grid, choosers, metric="mse")
             curves = [survey.curves for survey in choosers]
             surveys.append(np.stack(curves, axis=1).reshape(grid.blocks * grid.tiles, -1))
         lengths = allocate(np.concatenate(surveys), total=total, **self._bounds).lengths

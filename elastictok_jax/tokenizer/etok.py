@@ -199,6 +199,8 @@ def _check_clip(fields: Mapping[str, Any]) -> None:
     window = fields["window_blocks"]
     if any(type(size) is not int or size < 1 for size in (*sizes.values(), window)):
         raise ValueError(f"sizes of the clip are {sizes}, of its window {window}")
+    if window > MAX_TOKENS:
+        raise ValueError(f"a window of {window} blocks is more than {MAX_TOKENS}")
     if math.prod(sizes.values()) > MAX_PIXELS:
         raise ValueError(f"a clip of {sizes} has more than {MAX_PIXELS} pixels")
     for name in ("fps", "bits_per_token"):

@@ -144,7 +144,7 @@ class ElasticTokenizer:
             else:
                 choosers = [self.threshold(goal) for _ in tiles]
             coded = self.code(clip, grid, choosers, metric=goal.metric, progress=progress)
-            results.append(self._tokens(coded, grid, fps=fps))
+            results.append(self.tokens(coded, grid, fps=fps))
         return results if several else results[0]
 
     def encode_stream(
@@ -182,7 +182,7 @@ class ElasticTokenizer:
                 lanes = [(self._coder(goal.metric), chooser) for chooser in choosers]
             tiles = zip(lanes, *grid.cut(block_FHWC), strict=True)
             coded = [chooser.keep(coder.block(*tile)) for (coder, chooser), *tile in tiles]
-            yield self._tokens(coded, grid, fps=fps)
+            yield self.tokens(coded, grid, fps=fps)
 
     def decode(self, tokens: Tokens) -> np.ndarray:
         """uint8 [T, H, W, 3] of stored tokens.
@@ -279,7 +279,8 @@ class ElasticTokenizer:
         lengths = allocate(np.concatenate(surveys), total=total, **self._bounds).lengths
         return np.split(lengths, np.cumsum([len(curves) for curves in surveys])[:-1])
 
-    def _tokens(self, coded: Sequence[CodedBlock], grid: Grid, *, fps: float) -> Tokens:
+    def tokens(self, coded: Sequence[CodedBlock], grid: Grid, *, fps: float) -> Tokens:
+        """Tokens of what `code` gave for a clip cut by `grid`."""
         bottleneck = self.model.bottleneck
         return Tokens(
             codes=[block.codes for block in coded],

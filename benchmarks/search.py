@@ -83,7 +83,7 @@ def stored_errors(tokenizer: ElasticTokenizer, clip: np.ndarray, tokens: Tokens)
 
 def measure(
     tokenizer: ElasticTokenizer, clips: dict[str, np.ndarray], *, search: str, target: float
-) -> dict[str, np.ndarray | float]:
+) -> dict[str, Any]:
     """What a search makes of all clips at one target, per block, and its seconds."""
     coded, seconds = code_all(tokenizer, clips, Goal(max_mse=target, search=search))
     blocks = [block for _, _, some in coded for block in some]
@@ -137,11 +137,11 @@ def published_way(
 ) -> dict[str, float]:
     """The paper's binary search, with a whole pass over the context of a block for each length.
 
-    The context is the training window, which is what the published code is given at most. Its last
-    probe is returned whether it met the target or not.
+    The context is `tokenizer.window_blocks`, as in ours. The last probe is kept whether it met the
+    target or not.
     """
     model, params = tokenizer.model, tokenizer.params
-    per_block, window = tokenizer.tokens_per_block, tokenizer.config.data.sequence_blocks
+    per_block, window = tokenizer.tokens_per_block, tokenizer.window_blocks
     places = TokenPlaces(
         jnp.arange(window * per_block, dtype=jnp.int32),
         jnp.ones((1, window * per_block), jnp.int32),
@@ -152,7 +152,7 @@ def published_way(
     def error_of(patches_SD, lengths_W, newest):
         keep = keep_mask(lengths_W[None], tokens_per_block=per_block)
         target_1SD = to_float(patches_SD)[None]
-        output = model.apply({"params": params}, target_1SD, keep, places)
+        output: Any = model.apply({"params": params}, target_1SD, keep, places)
         error_S = jnp.mean((jnp.clip(output.reconstruction, -1, 1) - target_1SD) ** 2, axis=(0, 2))
         return jax.lax.dynamic_slice_in_dim(error_S, newest * per_block, per_block).mean()
 
@@ -228,19 +228,23 @@ def compare(
 
 
 def against_published(
-    tokenizer: ElasticTokenizer, clip: np.ndarray, *, target: float
+    tokenizer: ElasticTokenizer, clip: np.ndarray, *, target: float, window: int
 ) -> list[dict[str, Any]]:
     """Seconds for one clip by turns: the published way, and each of ours."""
-    rows = []
+    rows, trained = [], tokenizer.window_blocks
+    tokenizer.window_blocks = window
     for turn in range(3):
         published = published_way(tokenizer, clip, target=target)
-        rows.append({"turn": turn, "search": "published", **published, "ratio": 1.0})
+        rows.append(
+            {"window": window, "turn": turn, "search": "published", **published, "ratio": 1.0}
+        )
         for search in ("binary", "hybrid"):
             result = measure(tokenizer, {"clip": clip}, search=search, target=target)
             if turn == 0:  # compiled by now
                 result = measure(tokenizer, {"clip": clip}, search=search, target=target)
             rows.append(
                 {
+                    "window": window,
                     "turn": turn,
                     "search": search,
                     "seconds": result["seconds"],
@@ -249,6 +253,7 @@ def against_published(
                     "ratio": published["seconds"] / result["seconds"],
                 }
             )
+    tokenizer.window_blocks = trained
     return rows
 
 
@@ -259,12 +264,13 @@ def spending(
     rows = []
     for budget in budgets:
         spent = tokenizer.encode(list(clips.values()), budget=budget)
+        assert isinstance(spent, list)
         total = sum(t.num_tokens for t in spent)
         blocks = sum(len(t.codes) for t in spent)
         even = np.full(blocks, total // blocks)
         even[: total % blocks] += 1
         split = np.split(even, np.cumsum([len(t.codes) for t in spent])[:-1])
-        uniform = [
+        uniform: list[Any] = [
             tokenizer.encode(clip, tokens=lengths.tolist())
             for clip, lengths in zip(clips.values(), split, strict=True)
         ]
@@ -305,6 +311,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--model", required=True, help="a training workdir or an exported folder")
     parser.add_argument("--targets", default="0.02,0.03,0.04,0.06")
+    parser.add_argument("--windows", default="4,8,16", help="blocks of context, against published")
     parser.add_argument("--budgets", default="0.2,0.3,0.5")
     parser.add_argument("--rows", type=int, default=2, help="of tiles that a frame is cut into")
     parser.add_argument("--columns", type=int, default=3)
@@ -313,9 +320,15 @@ def main() -> None:
     tokenizer = ElasticTokenizer.from_pretrained(args.model)
     clips = held_out_clips(tokenizer, rows=args.rows, columns=args.columns)
     targets = [float(target) for target in args.targets.split(",")]
-    results = {
+    results: dict[str, Any] = {
         "machine": describe_machine(),
-        "published": against_published(tokenizer, clips["bbb_kite"], target=targets[-1]),
+        "published": [
+            row
+            for window in args.windows.split(",")
+            for row in against_published(
+                tokenizer, clips["bbb_kite"], target=targets[-1], window=int(window)
+            )
+        ],
         "budgets": spending(tokenizer, clips, [float(b) for b in args.budgets.split(",")]),
         "searches": compare(tokenizer, clips, targets),
     }

@@ -17,9 +17,9 @@ Search = Generator[Sequence[int], Sequence[float], int]
 
 BINS = 100  # lengths of the paper's binned search
 AT_ONCE = 16  # lengths that the full search asks for in one call
-# Before a target that all tokens miss is given up, so many lengths are tried as long as one may be
-# expected to come this near to it.
-LAST_HOPES, NEAR = 6, 1.5
+# Where all tokens miss the target by no more than the factor NEAR, all but one are tried, and then
+# these shares of the range, before it is given up.
+NEAR, HOPES = 1.5, (0.5, 0.75)
 CLOSE = 0.02  # `hybrid` looks no further where it could save no more than this share of tokens
 
 
@@ -108,7 +108,8 @@ def _narrow(
     """Measures what `propose` picks between the longest that missed and the shortest that met,
     until no more than the share `close` of that one could be saved."""
     tried: dict[int, float] = {}
-    hopes = LAST_HOPES
+    hopes = [problem.high - 1]
+    hopes += [problem.low + round(share * (problem.high - problem.low)) for share in HOPES]
     while True:
         met = min((n for n, error in tried.items() if error <= problem.target), default=None)
         end = problem.high + 1 if met is None else met
@@ -118,10 +119,10 @@ def _narrow(
         if gap:
             length = propose(gap, tried)
         else:  # all tokens miss
-            hope = _last_hope(problem, tried) if hopes else None
-            if hope is None:
+            left = [n for n in hopes if n >= problem.low and n not in tried]
+            if not left or min(tried.values()) > NEAR * problem.target:
                 break
-            hopes, length = hopes - 1, hope
+            length = left[0]
         tried[length] = (yield [length])[0]
     return best(tried, problem.target)
 
@@ -131,14 +132,6 @@ def _first_below(problem: Problem, expected: np.ndarray, first: int, last: int) 
     span = expected[first - problem.low : last - problem.low + 1]
     below = np.flatnonzero(span <= np.log(problem.target))
     return first + int(below[0]) if below.size else last
-
-
-def _last_hope(problem: Problem, tried: Mapping[int, float]) -> int | None:
-    """Where the error is expected to be least, if that is near enough to the target."""
-    expected = corrected(problem.guess, tried, low=problem.low)
-    expected[[length - problem.low for length in tried]] = np.inf
-    least = int(np.argmin(expected))
-    return problem.low + least if expected[least] <= np.log(problem.target * NEAR) else None
 
 
 def log_spaced(low: int, high: int, *, count: int) -> list[int]:

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from elastictok_jax.tokenizer.search import (
     BINS,
     CLOSE,
-    LAST_HOPES,
     SEARCHES,
     Problem,
     corrected,
@@ -109,17 +108,17 @@ def test_a_right_guess_costs_two_measurements_at_most(name, curve, target):
     assert length <= 1 + run("full", curve, target=target)[0]
 
 
-def test_hopes_are_few_and_only_near_the_target():
-    """All tokens miss; one length in the middle does not."""
+@pytest.mark.parametrize("name", ["hybrid", "binary", "verified_regression"])
+def test_hopes_are_few_and_only_near_the_target(name):
+    """All 64 tokens miss, by little or by much; 48 would do."""
     curve = np.full(64, 1.2)
-    curve[30] = 0.9
-    near = np.zeros(64)
-    near[30] = -1
-    assert run("hybrid", curve, target=1.0, guess=near)[0] == 31
-    flat, measured = run("hybrid", curve, target=1.0)
-    assert len(measured) <= 1 + LAST_HOPES + 64 and curve[flat - 1] in (0.9, 1.2)
-    _, measured = run("hybrid", curve, target=0.1, guess=np.full(64, np.log(1.2)))
-    assert measured == [64]  # too far to hope
+    curve[47] = 0.9
+    length, _ = run(name, curve, target=1.0, guess=np.full(64, np.log(2.0)))
+    assert length == 48
+    length, measured = run(name, curve, target=0.85, guess=np.full(64, np.log(2.0)))
+    assert length == 48 and sorted(measured) == [33, 48, 63, 64]
+    _, measured = run(name, curve, target=0.7, guess=np.full(64, np.log(2.0)))
+    assert measured == [64]
 
 
 def test_binned_measures_the_papers_number_of_lengths():

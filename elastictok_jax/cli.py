@@ -89,6 +89,17 @@ def build_parser() -> argparse.ArgumentParser:
     reconstruct.add_argument("--json", action="store_true", help="print the results")
     reconstruct.set_defaults(run=run_reconstruct)
 
+    router = verbs.add_parser(
+        "train-router", help="teach a trained model to predict how many tokens a block needs"
+    )
+    router.add_argument(
+        "model", help="a training workdir or an exported folder; the router's place"
+    )
+    router.add_argument("--blocks", type=int, default=2000, help="to measure (%(default)s)")
+    router.add_argument("--steps", type=int, default=3000, help="of training (%(default)s)")
+    router.add_argument("--json", action="store_true", help="print the results")
+    router.set_defaults(run=run_train_router)
+
     prepare = verbs.add_parser(
         "prepare",
         help="make a data set to train on from images and videos; run again to resume",
@@ -219,6 +230,21 @@ def run_reconstruct(args: argparse.Namespace, overrides: dict[str, str]) -> None
         search=args.search,
         resolution=args.resolution,
         max_frames=args.max_frames,
+    )
+    print_results(results, args)
+
+
+def run_train_router(args: argparse.Namespace, overrides: dict[str, str]) -> None:
+    from elastictok_jax.tokenizer.router_training import train_router
+
+    for name in ("blocks", "steps"):
+        if getattr(args, name) < 1:
+            raise UsageError(f"--{name} must be greater than 0")
+    results = train_router(args.model, blocks=args.blocks, steps=args.steps)
+    print(
+        f"router in {args.model}: {100 * results['count_error']:.1f}% error in tokens on clips "
+        f"held back",
+        file=sys.stderr,
     )
     print_results(results, args)
 

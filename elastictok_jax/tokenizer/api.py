@@ -24,11 +24,12 @@ from elastictok_jax.models.bottlenecks import FSQ
 from elastictok_jax.models.elastictok import abstract_params, build_model
 from elastictok_jax.models.layer_layout import with_layout
 from elastictok_jax.tokenizer.allocation import allocate
-from elastictok_jax.tokenizer.choosers import Chooser, Fixed, Frugal, Router, Survey, Threshold
+from elastictok_jax.tokenizer.choosers import Chooser, Fixed, Frugal, Survey, Threshold
 from elastictok_jax.tokenizer.coder import CodedBlock, Coder, Decoder, Programs
 from elastictok_jax.tokenizer.distortion import Distortion, lpips_distortion
 from elastictok_jax.tokenizer.goal import Goal
 from elastictok_jax.tokenizer.grid import Grid, checked_video, in_blocks
+from elastictok_jax.tokenizer.router import FILE, Router
 from elastictok_jax.tokenizer.tokens import Tokens
 from elastictok_jax.training.checkpoint import Checkpointer
 from elastictok_jax.training.exported import is_exported, read_exported
@@ -55,7 +56,7 @@ class ElasticTokenizer:
         self.tokens_per_block = block_tokens(config)
         self.min_tokens = min(config.masking.min_tokens, self.tokens_per_block)
         self.window_blocks = config.data.sequence_blocks
-        self.router: Router | None = None
+        self.router: Router | None = None  # what `train-router` left in the model's folder
         self.fingerprint = _fingerprint(config, params)
         self._programs = Programs.of(
             self.model, self.params, tokens_per_block=self.tokens_per_block
@@ -73,7 +74,8 @@ class ElasticTokenizer:
             raise UsageError(f"model {model} does not exist: give a workdir or an exported folder")
         if is_exported(folder):
             config, params = read_exported(folder)
-            return cls(config, with_layout(params, stacked=config.model.scan_layers))
+            params = with_layout(params, stacked=config.model.scan_layers)
+            return cls(config, params)._with_router(folder)
         config = read_config(folder / "config.json")
         if not (folder / "checkpoints").is_dir():
             raise UsageError(f"model {model} has no checkpoints yet: train it first")
@@ -87,9 +89,14 @@ class ElasticTokenizer:
                 lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device),
                 abstract_params(config),
             )
-            return cls(config, checkpoints.restore_params(step, placed))
+            return cls(config, checkpoints.restore_params(step, placed))._with_router(folder)
         finally:
             checkpoints.close()
+
+    def _with_router(self, folder: Path) -> "ElasticTokenizer":
+        if (folder / FILE).is_file():
+            self.router = Router.load(folder, fingerprint=self.fingerprint)
+        return self
 
     def encode(
         self,
@@ -179,7 +186,7 @@ class ElasticTokenizer:
             grid = Grid(block_FHWC.shape[:3], self.config)
             if not lanes:
                 choosers = [self._of_a_stream(goal) for _ in range(grid.tiles)]
-                lanes = [(self._coder(goal.metric), chooser) for chooser in choosers]
+                lanes = [(self.coder(goal.metric), chooser) for chooser in choosers]
             tiles = zip(lanes, *grid.cut(block_FHWC), strict=True)
             coded = [chooser.keep(coder.block(*tile)) for (coder, chooser), *tile in tiles]
             yield self.tokens(coded, grid, fps=fps)
@@ -228,7 +235,7 @@ class ElasticTokenizer:
         only one are there at a time."""
         coded = []
         for chooser, patches_SD, inside_SD in zip(choosers, *grid.cut(clip_THWC), strict=True):
-            coder = self._coder(metric)
+            coder = self.coder(metric)
             for start in range(0, len(patches_SD), self.tokens_per_block):
                 span = slice(start, start + self.tokens_per_block)
                 coded.append(chooser.keep(coder.block(patches_SD[span], inside_SD[span])))
@@ -236,7 +243,8 @@ class ElasticTokenizer:
                     progress(len(coded), grid.blocks * grid.tiles)
         return [coded[index] for index in grid.time_first]
 
-    def _coder(self, metric: str) -> Coder:
+    def coder(self, metric: str) -> Coder:
+        """For one tile of one clip, measured by "mse" or "lpips"."""
         distortion = self._lpips() if metric == "lpips" else None
         return Coder(self._programs, window_blocks=self.window_blocks, distortion=distortion)
 
@@ -249,9 +257,20 @@ class ElasticTokenizer:
         return dict(low=self.min_tokens, high=self.tokens_per_block)
 
     def threshold(self, goal: Goal) -> Threshold:
-        """A chooser for one tile of one clip."""
+        """A chooser for one tile of one clip.
+
+        Raises:
+          UsageError: if the search needs a router and there is none, or none for the measure.
+        """
         assert goal.target is not None
-        return Threshold(goal.target, search=goal.search, router=self.router, **self._bounds)
+        router = self.router if goal.metric == "mse" else None
+        if "regression" in goal.search and router is None:
+            raise UsageError(
+                f"search {goal.search!r} predicts the MSE with a router: run elastictok "
+                "train-router MODEL first"
+                + (", and give max_mse or min_psnr" if goal.metric != "mse" else "")
+            )
+        return Threshold(goal.target, search=goal.search, router=router, **self._bounds)
 
     def _of_a_stream(self, goal: Goal) -> Chooser:
         if goal.target is not None:

@@ -18,7 +18,7 @@ DOUBT = 1e-4
 POINTS = 12  # lengths at which a curve is measured where tokens are to be spent
 RESERVE_BLOCKS = 16  # how many blocks' mean a stream may be ahead of its budget
 
-Router = Callable[[Block], np.ndarray]
+Predict = Callable[[Block], np.ndarray]  # log error at every length, as `Router` does
 
 
 class Chooser(Protocol):
@@ -45,7 +45,7 @@ class Threshold:
     """
 
     def __init__(
-        self, target: float, *, search: str, low: int, high: int, router: Router | None = None
+        self, target: float, *, search: str, low: int, high: int, router: Predict | None = None
     ) -> None:
         self._target, self._low, self._high = target, low, high
         self._search, self._router = SEARCHES[search], router

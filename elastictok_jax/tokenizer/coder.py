@@ -90,6 +90,20 @@ class Block:
         self._encoded: tuple[Array, Any] | None = None  # of an encoder that knows no length
         self._kept: _Trial | None = None
 
+    def encoding(self) -> np.ndarray:
+        """Latents float32 [L, Z] of the block with all tokens kept."""
+        codes, _ = self._encode(np.asarray([self.tokens_per_block], np.int32))
+        return np.asarray(self._programs.model.bottleneck.dequantize(codes))[0]
+
+    def pixels(self) -> np.ndarray:
+        """Patches uint8 [L, D]."""
+        return np.asarray(self._patches)
+
+    @property
+    def previous(self) -> tuple[int, float] | None:
+        """Length and error of the block before, as it was kept; None for the first."""
+        return self._coder.kept
+
     def errors(self, lengths: Sequence[int]) -> list[float]:
         """Error at each of `lengths`, CANDIDATES of them at a time."""
         if len(lengths) == 1:
@@ -135,6 +149,7 @@ class Block:
             self.measure(length)
         trial = self._kept
         assert trial is not None
+        self._coder.kept = (length, trial.error)
         self._coder.encoder_cache.keep(trial.encoder_present)
         self._coder.decoder_cache.keep(trial.decoder_present)
         return CodedBlock(
@@ -175,6 +190,7 @@ class Coder:
         sizes = dict(window_blocks=window_blocks, tokens_per_block=programs.tokens_per_block)
         self.programs, self.distortion = programs, distortion or decoded_mse
         self.encoder_cache, self.decoder_cache = Cache(**sizes), Cache(**sizes)
+        self.kept: tuple[int, float] | None = None  # length and error of the newest block
 
     def block(self, patches_LD: np.ndarray, inside_LD: np.ndarray) -> Block:
         """The next block; `keep` it before the one after it is asked for."""

@@ -1,0 +1,159 @@
+"""`elastictok train-router`: measures curves with a frozen tokenizer, and fits a `Router` to them.
+
+Dimension key: N blocks, K knots.
+
+Blocks come from the tokenizer's own training data, left to right, the ones before kept at random
+lengths. Everything follows from the config's seed.
+"""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from elastictok_jax.data import media
+from elastictok_jax.data.sources import open_feeds
+from elastictok_jax.errors import UsageError
+from elastictok_jax.tokenizer.api import ElasticTokenizer
+from elastictok_jax.tokenizer.grid import Grid
+from elastictok_jax.tokenizer.router import Head, Router, features_of, predict
+from elastictok_jax.tokenizer.search import log_spaced
+
+KNOTS = 32
+CLIP_BLOCKS = 6  # blocks of a clip that are measured in a row
+HELD_BACK = 5  # every fifth clip says when to stop
+LEARNING_RATE, WEIGHT_DECAY = 1e-3, 1e-2
+
+
+def train_router(model: str | Path, *, blocks: int, steps: int) -> dict[str, float]:
+    """Trains a router and writes it into the folder of `model`.
+
+    Returns:
+      blocks: measured; steps: after which the error on clips held back was least; count_error: mean
+      of |n - n of the measured curve| / n of the measured curve there, over four targets.
+
+    Raises:
+      UsageError: if there is no model, or too little data for it.
+    """
+    tokenizer = ElasticTokenizer.from_pretrained(model)
+    lengths = log_spaced(tokenizer.min_tokens, tokenizer.tokens_per_block, count=KNOTS)
+    clips, features, curves = [], [], []
+    for clip, block_features, curve_K in measured_blocks(tokenizer, lengths, blocks=blocks):
+        clips.append(clip)
+        features.append(block_features)
+        curves.append(curve_K)
+        if len(curves) % 100 == 0 or len(curves) == blocks:
+            print(f"measured {len(curves)}/{blocks} blocks", file=sys.stderr)
+    features_NF, curves_NK = np.stack(features), np.stack(curves)
+    held_back = np.asarray(clips) % HELD_BACK == 0
+    if held_back.all() or not held_back.any():
+        raise UsageError(f"{blocks} blocks are too few to hold some back: give more")
+    params, best_step = fit(
+        features_NF, curves_NK, held_back=held_back, steps=steps, seed=tokenizer.config.seed
+    )
+    Router(params, tuple(lengths), tokenizer.fingerprint).save(Path(model))
+    predicted = np.asarray(predict(params, features_NF[held_back], knots=len(lengths)))
+    error = count_error(predicted, curves_NK[held_back], lengths)
+    return {"blocks": len(curves), "steps": best_step, "count_error": error}
+
+
+def measured_blocks(
+    tokenizer: ElasticTokenizer, lengths: list[int], *, blocks: int
+) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """(clip, features, log error at `lengths` [K]) of `blocks` blocks of training data."""
+    config = tokenizer.config
+    feeds = [feed for feed in open_feeds(config).train if len(feed.items)]
+    if not feeds:
+        raise UsageError("the data sources have nothing to train a router on")
+    rng = np.random.default_rng(config.seed)
+    side, per_block = config.video.resolution, tokenizer.tokens_per_block
+    count, clip, failed = 0, 0, 0
+    while count < blocks:
+        feed = feeds[rng.integers(len(feeds))]
+        item = int(rng.choice(feed.items))
+        frames = int(feed.source.frames[item])
+        most = CLIP_BLOCKS * config.video.frames_per_block
+        start = int(rng.integers(max(1, frames - most)))
+        indices = np.arange(start, min(frames, start + most))
+        try:
+            video = feed.source.read(item, indices, side=int(side * rng.uniform(1, 2)))
+        except media.MediaError as error:
+            failed += 1
+            if failed > 10 + count:
+                raise UsageError(f"most of the data cannot be read; the last: {error}") from None
+            continue
+        top, left = (int(rng.integers(size - side + 1)) for size in video.shape[1:3])
+        video = video[:, top : top + side, left : left + side]
+        coder = tokenizer.coder("mse")
+        patches_SD, inside_SD = (x[0] for x in Grid(video.shape[:3], config).cut(video))
+        for first in range(0, len(patches_SD), per_block):
+            span = slice(first, first + per_block)
+            block = coder.block(patches_SD[span], inside_SD[span])
+            errors = np.maximum(block.errors(lengths), 1e-12)
+            yield clip, features_of(block), np.log(errors)
+            block.keep(int(rng.choice(lengths)))
+            count += 1
+            if count == blocks:
+                return
+        clip += 1
+
+
+def fit(
+    features_NF: np.ndarray, curves_NK: np.ndarray, *, held_back: np.ndarray, steps: int, seed: int
+) -> tuple[Any, int]:
+    """Parameters of a `Router`, and the step at which the error on `held_back` was least."""
+    train_F, train_K = features_NF[~held_back], curves_NK[~held_back]
+    fixed = {
+        "center": train_F.mean(axis=0).astype(np.float32),
+        "scale": (train_F.std(axis=0) + 1e-3).astype(np.float32),
+        "mean": train_K.mean(axis=0).astype(np.float32),
+    }
+    knots = curves_NK.shape[1]
+    key = jax.random.key(seed)
+    head = Head(knots).init(key, jnp.zeros((1, features_NF.shape[1])))["params"]
+    schedule = optax.cosine_decay_schedule(LEARNING_RATE, steps)
+    optimizer = optax.adamw(schedule, weight_decay=WEIGHT_DECAY)
+
+    def loss(head, features, curves):
+        error = predict({**fixed, "head": head}, features, knots=knots) - curves
+        return jnp.mean(optax.losses.huber_loss(error, delta=0.3))
+
+    @jax.jit
+    def step(head, opt_state, index):
+        rows = jax.random.randint(jax.random.fold_in(key, index), (128,), 0, len(train_F))
+        grads = jax.grad(loss)(head, jnp.asarray(train_F)[rows], jnp.asarray(train_K)[rows])
+        updates, opt_state = optimizer.update(grads, opt_state, head)
+        return optax.apply_updates(head, updates), opt_state
+
+    opt_state, best, measure = optimizer.init(head), (np.inf, head, 0), jax.jit(loss)
+    for index in range(steps):
+        head, opt_state = step(head, opt_state, index)
+        if (index + 1) % 100 == 0 or index + 1 == steps:
+            error = float(measure(head, features_NF[held_back], curves_NK[held_back]))
+            if error < best[0]:
+                best = (error, head, index + 1)
+    params = {**fixed, "head": best[1]}
+    return jax.tree.map(np.asarray, params), best[2]
+
+
+def count_error(predicted_NK: np.ndarray, curves_NK: np.ndarray, lengths: list[int]) -> float:
+    """Mean relative error in tokens of the first length that meets a target, where one does."""
+    every = np.arange(lengths[0], lengths[-1] + 1)
+
+    def first(curve_K: np.ndarray, target: float) -> int:
+        curve = np.interp(np.log(every), np.log(lengths), curve_K)
+        below = np.flatnonzero(curve <= target)
+        return int(every[below[0]] if below.size else every[-1])
+
+    errors = [
+        abs(first(predicted, target) - first(curve, target)) / first(curve, target)
+        for target in np.quantile(curves_NK, (0.2, 0.4, 0.6, 0.8))
+        for predicted, curve in zip(predicted_NK, curves_NK, strict=True)
+        if curve.min() <= target
+    ]
+    return float(np.mean(errors))

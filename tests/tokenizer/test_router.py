@@ -1,0 +1,98 @@
+"""The router: fitted to curves, kept in a file, asked by the searches."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from elastictok_jax import ElasticTokenizer, cli
+from elastictok_jax.config import to_json
+from elastictok_jax.errors import UsageError
+from elastictok_jax.tokenizer.goal import Goal
+from elastictok_jax.tokenizer.grid import Grid
+from elastictok_jax.tokenizer.router import FILE, Router, predict
+from elastictok_jax.tokenizer.router_training import count_error, fit
+from elastictok_jax.weights.safetensors import save_params
+from tests.tokenizer.small import LENGTH, make_tokenizer, moving_clip
+
+KNOTS = (1, 2, 4, 8)
+
+
+@pytest.fixture(scope="module")
+def problem():
+    """Curves that are a function of the features, and noise."""
+    rng = np.random.default_rng(0)
+    features = rng.standard_normal((600, 10)).astype(np.float32)
+    level = features[:, :1] + np.sin(2 * features[:, 1:2])
+    curves = level - (0.5 + 0.3 * np.tanh(features[:, 2:3])) * np.log(KNOTS)
+    return features, curves + 0.01 * rng.standard_normal(curves.shape)
+
+
+def test_a_head_learns_more_than_the_mean_curve(problem):
+    features, curves = problem
+    held_back = np.arange(600) % 5 == 0
+    params, step = fit(features, curves, held_back=held_back, steps=800, seed=0)
+    assert step >= 100
+    predicted = np.asarray(predict(params, features[held_back], knots=4))
+    error = np.abs(predicted - curves[held_back]).mean()
+    assert error < 0.3 * np.abs(curves[~held_back].mean(axis=0) - curves[held_back]).mean()
+    mean = np.broadcast_to(curves[~held_back].mean(axis=0), predicted.shape)
+    assert count_error(predicted, curves[held_back], list(KNOTS)) < 0.5 * count_error(
+        mean, curves[held_back], list(KNOTS)
+    )
+    assert count_error(curves, curves, list(KNOTS)) == 0
+    again, _ = fit(features, curves, held_back=held_back, steps=800, seed=0)
+    jax.tree.map(np.testing.assert_array_equal, again, params)
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["conditioned", "unconditioned"])
+def folder(request, tmp_path_factory):
+    """A tiny exported model with a router that `train-router` made."""
+    folder = tmp_path_factory.mktemp("model")
+    tokenizer = make_tokenizer(**{"model.conditioned": request.param})
+    (folder / "config.json").write_text(to_json(tokenizer.config))
+    save_params(folder / "model.safetensors", jax.device_get(tokenizer.params), metadata={})
+    return folder
+
+
+def test_train_router_and_use_it(folder, capsys):
+    clip = moving_clip(frames=20)
+    without = ElasticTokenizer.from_pretrained(folder)
+    with pytest.raises(UsageError, match="run elastictok train-router"):
+        without.encode(clip, max_mse=0.3, search="regression")
+    arguments = ["train-router", str(folder), "--blocks", "20", "--steps", "100", "--json"]
+    assert cli.main(arguments) == 0
+    results = json.loads(capsys.readouterr().out)
+    assert results["blocks"] == 20 and 0 <= results["count_error"] < np.inf
+
+    tokenizer = ElasticTokenizer.from_pretrained(folder)
+    grid = Grid(clip.shape[:3], tokenizer.config)
+    costs = {}
+    for search in ("regression", "verified_regression", "hybrid"):
+        chooser = tokenizer.threshold(Goal(max_mse=0.3, search=search))
+        costs[search] = tokenizer.code(clip, grid, [chooser], metric="mse")
+    assert [block.evaluations for block in costs["regression"]] == [1] * 5
+    # The encoding that the router reads serves for the codes where it knows no length.
+    passes = 2 if tokenizer.model.conditioned else 1
+    assert [block.encoder_passes for block in costs["regression"]] == [passes] * 5
+    assert all(block.met == (block.error <= 0.3) for block in costs["regression"])
+    curve = tokenizer.router(tokenizer.coder("mse").block(*(x[0][:LENGTH] for x in grid.cut(clip))))
+    assert curve.shape == (LENGTH,) and np.isfinite(curve).all()
+    with pytest.raises(UsageError, match="give max_mse or min_psnr"):
+        tokenizer.encode(clip, max_lpips=0.3, search="regression")
+
+
+def test_a_router_of_another_model_or_damaged_is_refused(folder, tmp_path):
+    params = {"center": np.zeros(3, np.float32), "scale": np.ones(3, np.float32)}
+    Router(params, KNOTS, "0" * 16).save(folder)
+    with pytest.raises(UsageError, match="belongs to model 0000000000000000"):
+        ElasticTokenizer.from_pretrained(folder)
+    Router(params, KNOTS, "abc").save(tmp_path)
+    with pytest.raises(UsageError, match=r"is damaged .* train it again"):
+        Router.load(tmp_path, fingerprint="abc")
+    whole = (tmp_path / FILE).read_bytes()
+    (tmp_path / FILE).write_bytes(whole[:40])
+    with pytest.raises(UsageError, match=FILE):
+        Router.load(tmp_path, fingerprint="abc")
+    (folder / FILE).unlink()

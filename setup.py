@@ -12,11 +12,13 @@ VERSION = re.search(
 EXTRAS = {
     "tpu": ["jax[tpu]>=0.10"],
     "cuda": ["jax[cuda12]>=0.10"],
+    "compress": ["constriction>=0.5"],
     "gcs": ["gcsfs"],
     "s3": ["s3fs"],
     "tensorboard": ["tensorboardX>=2.6"],
     "wandb": ["wandb>=0.17"],
     "dev": [
+        "constriction>=0.5",
         "hypothesis>=6.100",
         "importlib_resources",  # tfds needs it to define a builder, and does not say so
         "mypy>=1.10",

@@ -20,6 +20,7 @@ from typing import Any
 
 import av
 import numpy as np
+from av.bitstream import BitStreamFilterContext
 from av.video.reformatter import Colorspace, Interpolation, VideoReformatter
 from PIL import Image, ImageOps
 from simplejpeg import decode_jpeg, decode_jpeg_header
@@ -839,6 +840,81 @@ def _encode(container, frames: Iterable[np.ndarray], *, fps, crf, codec, gop, b_
             )
         container.mux(stream.encode(frame))
     container.mux(stream.encode(None))
+
+
+@dataclass(frozen=True)
+class Recompressed:
+    """A clip as a codec gives it back: frames uint8 [T, H, W, 3], and the bytes that hold them,
+    of the codec's stream alone without a container and without what the encoder says of itself."""
+
+    frames: np.ndarray
+    stream_bytes: int
+
+
+# At their slow presets: what these codecs can do, not what they do in a hurry.
+_CODEC_OPTIONS = {"libx264": {"preset": "veryslow"}, "libsvtav1": {"preset": "4"}}
+COMPARED_CODECS = {"libx264": 51, "libsvtav1": 63}  # and the highest crf, the coarsest, of each
+_ABOUT_THE_ENCODER = "filter_units=remove_types=6"  # H.264 SEI: x264 lists its options there
+
+
+def recompress(frames_THWC, *, fps: float, codec: str, crf: int) -> Recompressed:
+    """Frames uint8 [T, H, W, 3] of even sizes through a codec of COMPARED_CODECS and back.
+
+    4:2:0, BT.709, one long group of pictures with frames out of order: the codec at its best, for
+    comparisons of size. Raises UsageError for bad arguments and RunError where the codec fails.
+    """
+    frames_THWC = _require_rgb(frames_THWC, dims=4)
+    count, height, width, _ = frames_THWC.shape
+    if not 0 <= crf <= COMPARED_CODECS.get(codec, -1):
+        raise UsageError(f"codec {codec!r} with crf {crf}: of {COMPARED_CODECS}, codec: highest")
+    if height % 2 or width % 2 or not fps > 0:
+        raise UsageError(f"{width}x{height} at {fps} frames a second: crop to even sizes, fps > 0")
+    file = io.BytesIO()
+    try:
+        with av.open(file, "w", format="matroska") as container:
+            _encode_for_size(container, frames_THWC, fps=fps, codec=codec, crf=crf)
+        out = np.empty_like(frames_THWC)
+        to_rgb = _ToRgb()
+        with av.open(io.BytesIO(file.getvalue()), "r") as container:
+            decoded = 0
+            for frame in container.decode(video=0):
+                to_rgb(frame, out[decoded], path=codec)
+                decoded += 1
+        with av.open(io.BytesIO(file.getvalue()), "r") as container:
+            stream = container.streams.video[0]
+            sizes = [len(stream.codec_context.extradata or b"")]
+            sizes += [packet.size for packet in _packets_of_pictures(container, stream)]
+    except (av.FFmpegError, IndexError) as error:
+        raise RunError(f"{codec} failed: {error}") from error
+    if decoded != count:
+        raise RunError(f"{codec} gave {decoded} of {count} frames back")
+    return Recompressed(out, sum(sizes))
+
+
+def _encode_for_size(container, frames_THWC: np.ndarray, *, fps, codec, crf) -> None:
+    rate = Fraction(fps).limit_denominator(1001)
+    options = {"crf": str(crf)} | _CODEC_OPTIONS[codec]
+    stream = container.add_stream(codec, rate=rate, options=options)
+    stream.height, stream.width = frames_THWC.shape[1:3]
+    stream.pix_fmt = "yuv420p"
+    stream.codec_context.gop_size = len(frames_THWC)
+    stream.codec_context.colorspace = Colorspace.ITU709
+    for pixels in frames_THWC:
+        frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
+        planar = frame.reformat(
+            format="yuv420p", dst_colorspace=Colorspace.ITU709, interpolation=_EXACT_COLORS
+        )
+        container.mux(stream.encode(planar))
+    container.mux(stream.encode(None))
+
+
+def _packets_of_pictures(container, stream) -> Iterator[av.Packet]:
+    if stream.codec_context.name != "h264":
+        yield from container.demux(stream)
+        return
+    clean = BitStreamFilterContext(_ABOUT_THE_ENCODER, stream)
+    for packet in container.demux(stream):
+        yield from clean.filter(packet if packet.size else None)
 
 
 # ---- checks that several of the above share

@@ -290,7 +290,13 @@ class ElasticTokenizer:
             bits_per_token=self.model.bottleneck.bits_per_token,
             fingerprint=self.fingerprint,
             window_blocks=self.window_blocks,
+            levels=self._levels,
         )
+
+    @property
+    def _levels(self) -> tuple[int, ...]:
+        bottleneck = self.model.bottleneck
+        return tuple(bottleneck.levels) if isinstance(bottleneck, FSQ) else ()
 
     def _check_tokens(self, tokens: Tokens, grid: Grid) -> None:
         if tokens.fingerprint != self.fingerprint:

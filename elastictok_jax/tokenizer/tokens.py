@@ -1,22 +1,19 @@
-"""Tokens of one clip, and the .etok file that holds them.
+"""Tokens of one clip.
 
 Dimension key: N blocks, n tokens kept in a block, Z latent dims.
 """
 
 import dataclasses
-import json
-import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
 
 from elastictok_jax.errors import UsageError
+from elastictok_jax.tokenizer import entropy, etok
 
-FORMAT = "etok-1"
-TEXT_FIELDS = {"frames": int, "height": int, "width": int, "fps": float, "bits_per_token": float}
-TEXT_FIELDS["window_blocks"] = int
+# What all pieces of one clip have in common.
+SHARED = ("fingerprint", "height", "width", "fps", "bits_per_token", "window_blocks", "levels")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +31,8 @@ class Tokens:
       fps: frames a second, 0 for an image.
       bits_per_token: nominal size of a token.
       fingerprint: which model made them.
+      window_blocks: how many blocks saw each other while encoding, the newest one included.
+      levels: of the FSQ that made the codes; empty for a VAE.
     """
 
     codes: list[np.ndarray]
@@ -46,6 +45,7 @@ class Tokens:
     bits_per_token: float
     fingerprint: str
     window_blocks: int = 1
+    levels: tuple[int, ...] = ()
 
     @property
     def lengths(self) -> np.ndarray:
@@ -61,62 +61,71 @@ class Tokens:
         """Nominal bits, without entropy coding."""
         return self.num_tokens * self.bits_per_token
 
-    def save(self, path: str | Path) -> None:
-        """Writes an .etok file whole or not at all.
+    def entropy_coded_bits(self) -> int:
+        """Bits of the codes alone in the entropy-coded form, without lengths and text.
 
         Raises:
-          UsageError: if it cannot be written.
+          UsageError: if `levels` is empty, or the extra [compress] is not installed.
         """
-        codes = np.concatenate(self.codes)
-        if np.issubdtype(codes.dtype, np.integer):
-            codes = codes.astype(np.min_scalar_type(int(codes.max(initial=0))))
-        arrays = {"codes": codes, "lengths": self.lengths, "mse": self.mse, "met": self.met}
-        text = {name: json.dumps(getattr(self, name)) for name in TEXT_FIELDS}
-        text |= {"format": FORMAT, "fingerprint": self.fingerprint}
-        temporary = Path(f"{path}.tmp")
-        try:
-            temporary.write_bytes(save(arrays, metadata=text))
-            os.replace(temporary, path)
-        except OSError as error:
-            raise UsageError(f"{path} cannot be written ({error}): choose another place") from None
+        return 32 * len(entropy.encode_codes(self.codes, levels=self.levels))
+
+    def save(self, path: str | Path, *, coding: str = "plain") -> None:
+        """Writes an .etok file whole or not at all.
+
+        Args:
+          path: where to.
+          coding: "plain", or "entropy": arithmetic-coded (FSQ only), smaller and as exact.
+
+        Raises:
+          UsageError: if it cannot be written, the tokens do not fit together or are more than the
+            limits of `etok`, or have no such form.
+        """
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        etok.write_fields(path, fields, coding=coding)
 
     @classmethod
     def load(cls, path: str | Path) -> "Tokens":
-        """Reads an .etok file.
+        """Reads an .etok file of either coding.
 
         Raises:
-          UsageError: if the file is missing, damaged, or of another format.
+          UsageError: if the file is missing, damaged, changed, of another format, or beyond the
+            limits of `etok`.
         """
-        if not Path(path).is_file():
-            raise UsageError(f"{path} does not exist: give an .etok file")
-        try:
-            with safe_open(str(path), framework="numpy") as file:
-                text = file.metadata() or {}
-                if text.get("format") != FORMAT:
+        return cls(**etok.read_fields(path))
+
+    @classmethod
+    def join(cls, pieces: Sequence["Tokens"]) -> "Tokens":
+        """One clip of pieces that follow each other in time.
+
+        All but the last must end where a block ends: else its frames are fewer than its blocks
+        hold, and what comes after would lie at the wrong place.
+
+        Raises:
+          UsageError: if there are none, they differ in model, size or frame rate, or a piece
+            before the last has fewer frames to its blocks than another.
+        """
+        if not pieces:
+            raise UsageError("there are no pieces to join: give at least one")
+        first, last = pieces[0], pieces[-1]
+        for number, piece in enumerate(pieces):
+            for name in SHARED:
+                ours, theirs = getattr(first, name), getattr(piece, name)
+                if ours != theirs:
                     raise UsageError(
-                        f"{path} has format {text.get('format')!r}, not {FORMAT!r}: "
-                        "encode it again with this version"
+                        f"piece {number} has {name} {theirs}, the first {ours}: "
+                        "join pieces of one clip and one model"
                     )
-                arrays = {
-                    name: file.get_tensor(name) for name in ("codes", "lengths", "mse", "met")
-                }
-            fields = {name: kind(json.loads(text[name])) for name, kind in TEXT_FIELDS.items()}
-            codes, lengths = arrays["codes"], arrays["lengths"].astype(np.int64)
-            if np.issubdtype(codes.dtype, np.integer):
-                codes = codes.astype(np.int32)
-            shapes = [arrays[name].shape for name in ("lengths", "mse", "met")]
-            if len(set(shapes)) != 1 or len(shapes[0]) != 1 or (lengths < 0).any():
-                raise ValueError(f"lengths, mse and met have shapes {shapes}")
-            if lengths.sum() != len(codes):
-                raise ValueError(f"{len(codes)} codes for lengths that add up to {lengths.sum()}")
-            return cls(
-                codes=np.split(codes, np.cumsum(lengths)[:-1]),
-                mse=arrays["mse"].astype(np.float32),
-                met=arrays["met"].astype(bool),
-                fingerprint=text["fingerprint"],
-                **fields,
-            )
-        except (SafetensorError, KeyError, ValueError, TypeError) as error:
-            if isinstance(error, UsageError):
-                raise
-            raise UsageError(f"{path} is damaged ({error}): encode it again") from None
+            whole = piece.frames * len(first.codes) == first.frames * len(piece.codes)
+            longer = piece.frames * len(first.codes) > first.frames * len(piece.codes)
+            if longer or not (whole or piece is last):
+                raise UsageError(
+                    f"piece {number} has {piece.frames} frames in {len(piece.codes)} blocks, the "
+                    f"first {first.frames} in {len(first.codes)}: cut the clip where blocks end"
+                )
+        return dataclasses.replace(
+            first,
+            codes=[code for piece in pieces for code in piece.codes],
+            mse=np.concatenate([piece.mse for piece in pieces]),
+            met=np.concatenate([piece.met for piece in pieces]),
+            frames=sum(piece.frames for piece in pieces),
+        )

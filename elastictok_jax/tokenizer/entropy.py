@@ -1,0 +1,224 @@
+"""FSQ codes in fewer bits: arithmetic coding under a model that adapts to the clip.
+
+Dimension key: N blocks, S tokens of all blocks, C tokens of a chunk, Z latent dims, V values
+(levels) of one dim.
+
+A code is Z digits, first dim fastest (`bottlenecks.FSQ`). Each dim has tables of counts of its
+digits, one for each context: the digit at the same place in an earlier block, `stride` blocks
+back, or where there is none the digit of the dim before it in the same token. A table starts from
+the counts of the dim as a whole. Counts are updated after each chunk, so a chunk is coded at once,
+and decoding repeats the same whole-number arithmetic: exact on any machine.
+"""
+
+import zlib
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from elastictok_jax.errors import UsageError
+
+MAX_LEVELS = 256  # of one dim: bounds the tables
+_SHARED_WEIGHT = 4  # observations that the counts of the whole dim are worth to a context
+_SAME_WEIGHT = 16  # observations that begin the belief in the same digit as in the earlier block
+_FORGET_AT = 1024  # a table with more observations is halved
+_FLOOR = 256  # at least one part in this many is spread over all digits
+_MIN_BITS_PER_DIGIT = 1 / 400  # what that floor makes a digit cost, at the least
+_SMALLEST_CHUNK, _LARGEST_CHUNK = 4, 256  # tokens
+_STRIDE_SAMPLE = 2**18  # tokens looked at to choose the stride
+_HEAD_WORDS = 2  # stride, checksum
+
+
+def encode_codes(codes: Sequence[np.ndarray], *, levels: tuple[int, ...]) -> np.ndarray:
+    """N blocks of codes, int [n] each with n >= 1, below prod(levels), as uint32 [words].
+
+    Raises:
+      UsageError: if the coder is not installed, or `levels` is empty or has more than MAX_LEVELS.
+    """
+    _require_levels(levels)
+    likely = _likely_stride(codes, levels=levels)
+    none_earlier = len(codes)
+    return min((_encode(codes, levels, stride=s) for s in (likely, none_earlier)), key=len)
+
+
+def _encode(codes: Sequence[np.ndarray], levels: tuple[int, ...], *, stride: int) -> np.ndarray:
+    codes_S = np.concatenate(codes).astype(np.int32)
+    lengths = np.asarray([len(code) for code in codes], np.int64)
+    model, places = _Model(levels), _Places(lengths, stride=stride)
+    encoder = _coder().stream.queue.RangeEncoder()
+    for chunk in places.chunks():
+        earlier_C, known_C = places.earlier(chunk)
+        before_CZ = _digits(codes_S[earlier_C], levels)
+        digits_CZ = _digits(codes_S[chunk], levels)
+        for dim in range(len(levels)):
+            contexts_C = model.contexts(dim, before_CZ, known_C, digits_CZ)
+            encoder.encode(digits_CZ[:, dim], _family(), model.weights(dim, contexts_C))
+            model.update(dim, contexts_C, digits_CZ[:, dim])
+    head = np.asarray([stride, _checksum(codes_S)], np.uint32)
+    return np.concatenate([head, encoder.get_compressed()])
+
+
+def decode_codes(
+    words: np.ndarray, *, lengths: Sequence[int] | np.ndarray, levels: tuple[int, ...]
+) -> np.ndarray:
+    """int32 [S], the codes that `encode_codes` was given, of all blocks one after the other.
+
+    Raises:
+      UsageError: as `encode_codes`.
+      ValueError: if `words` are not what it made of blocks of those lengths. More tokens than the
+        words could hold are refused before memory is taken for them.
+    """
+    _require_levels(levels)
+    lengths = np.asarray(lengths, np.int64)
+    total = int(lengths.sum())
+    if len(words) < _HEAD_WORDS or words.dtype != np.uint32:
+        raise ValueError(f"{len(words)} words of entropy-coded tokens")
+    stride = int(words[0])
+    if not 1 <= stride <= len(lengths):
+        raise ValueError(f"entropy-coded tokens refer {stride} of {len(lengths)} blocks back")
+    # The words of the head are slack enough for the coder's own end.
+    if total * len(levels) * _MIN_BITS_PER_DIGIT > 32 * len(words):
+        raise ValueError(f"{total} tokens cannot come from {len(words)} entropy-coded words")
+    model, places = _Model(levels), _Places(lengths, stride=stride)
+    decoder = _coder().stream.queue.RangeDecoder(words[_HEAD_WORDS:])
+    codes_S = np.zeros(total, np.int32)
+    radix = np.cumprod([1, *levels[:-1]])
+    for chunk in places.chunks():
+        earlier_C, known_C = places.earlier(chunk)
+        before_CZ = _digits(codes_S[earlier_C], levels)
+        digits_CZ = np.zeros_like(before_CZ)
+        for dim in range(len(levels)):
+            contexts_C = model.contexts(dim, before_CZ, known_C, digits_CZ)
+            try:
+                digits_CZ[:, dim] = decoder.decode(_family(), model.weights(dim, contexts_C))
+            except AssertionError as error:  # so the coder says that no message has these words
+                raise ValueError(f"entropy-coded tokens: {error}") from None
+            model.update(dim, contexts_C, digits_CZ[:, dim])
+        codes_S[chunk] = digits_CZ @ radix
+    if _checksum(codes_S) != int(words[1]):
+        raise ValueError("entropy-coded tokens do not decode to what was encoded")
+    return codes_S
+
+
+class _Model:
+    """Counts of digits by dim and context."""
+
+    def __init__(self, levels: tuple[int, ...]) -> None:
+        self._levels = levels
+        self._shared_V = [np.ones(values, np.int64) for values in levels]
+        # Contexts of a dim: its own V digits in the earlier block, then those of the dim before.
+        self._tables = [
+            np.concatenate(
+                [
+                    _SAME_WEIGHT * np.eye(values, dtype=np.int64),
+                    np.zeros((before, values), np.int64),
+                ]
+            )
+            for values, before in zip(levels, (1, *levels[:-1]), strict=True)
+        ]
+
+    def contexts(
+        self, dim: int, before_CZ: np.ndarray, known_C: np.ndarray, digits_CZ: np.ndarray
+    ) -> np.ndarray:
+        """int [C], rows of the dim's tables; reads `digits_CZ` of the dims before alone."""
+        of_token = digits_CZ[:, dim - 1] if dim else 0
+        return np.where(known_C, before_CZ[:, dim], self._levels[dim] + of_token)
+
+    def weights(self, dim: int, contexts_C: np.ndarray) -> np.ndarray:
+        """float64 [C, V], whole numbers in proportion to the probabilities."""
+        shared_V = self._shared_V[dim]
+        weights_CV = self._tables[dim][contexts_C] * shared_V.sum() + _SHARED_WEIGHT * shared_V
+        floor = weights_CV.sum(axis=1, keepdims=True) // (_FLOOR * self._levels[dim])
+        return (weights_CV + floor + 1).astype(np.float64)
+
+    def update(self, dim: int, contexts_C: np.ndarray, digits_C: np.ndarray) -> None:
+        shared_V, table = self._shared_V[dim], self._tables[dim]
+        np.add.at(shared_V, digits_C, 1)
+        np.add.at(table, (contexts_C, digits_C), 1)
+        if shared_V.sum() > _FORGET_AT:
+            shared_V[:] = (shared_V + 1) // 2
+        table[table.sum(axis=1) > _FORGET_AT] //= 2
+
+
+class _Places:
+    """Where tokens lie in their blocks, and in what chunks they are coded."""
+
+    def __init__(self, lengths_N: np.ndarray, *, stride: int) -> None:
+        self._lengths_N, self._stride = lengths_N, stride
+        self._ends_N = np.cumsum(lengths_N)
+
+    def chunks(self) -> Iterator[slice]:
+        """Spans of tokens in order: small at first, when there is most to learn, and ending where
+        `stride` blocks end, so that the next ones have them as context."""
+        ends = self._ends_N[self._stride - 1 :: self._stride]
+        start, total = 0, int(self._ends_N[-1])
+        while start < total:
+            stop = start + min(max(start // 8, _SMALLEST_CHUNK), _LARGEST_CHUNK)
+            next_end = np.searchsorted(ends, start + _SMALLEST_CHUNK)
+            if next_end < len(ends):
+                stop = min(stop, int(ends[next_end]))
+            stop = min(stop, total)
+            yield slice(start, stop)
+            start = stop
+
+    def earlier(self, chunk: slice) -> tuple[np.ndarray, np.ndarray]:
+        """int [C], which token has the same place `stride` blocks back, or 0; and bool [C],
+        whether there is one, coded before this chunk."""
+        tokens_C = np.arange(chunk.start, chunk.stop)
+        blocks_C = np.searchsorted(self._ends_N, tokens_C, side="right")
+        starts_N = self._ends_N - self._lengths_N
+        places_C = tokens_C - starts_N[blocks_C]
+        back_C = blocks_C - self._stride
+        earlier_C = starts_N[back_C] + places_C
+        known_C = (back_C >= 0) & (places_C < self._lengths_N[back_C]) & (earlier_C < chunk.start)
+        return np.where(known_C, earlier_C, 0), known_C
+
+
+def _likely_stride(codes: Sequence[np.ndarray], *, levels: tuple[int, ...]) -> int:
+    """Blocks between the same place at successive times: 1, or the number of tiles of a frame.
+
+    Of the divisors of N, the one with the most digits equal to those that many blocks back.
+    """
+    count = len(codes)
+    width = min(max(map(len, codes)), max(1, _STRIDE_SAMPLE // count))
+    heads = np.full((count, width, len(levels)), -1, np.int32)
+    for block, code in enumerate(codes):
+        heads[block, : len(code[:width])] = _digits(code[:width], levels)
+
+    def equal_digits(stride: int) -> int:
+        return int(((heads[stride:] == heads[:-stride]) & (heads[stride:] >= 0)).sum())
+
+    strides = [stride for stride in range(1, count) if count % stride == 0]
+    return max(strides, key=equal_digits, default=1)
+
+
+def _digits(codes_C: np.ndarray, levels: tuple[int, ...]) -> np.ndarray:
+    """int32 [C, Z], the digit of each dim."""
+    digits = codes_C[:, None] // np.cumprod([1, *levels[:-1]]) % np.asarray(levels)
+    return digits.astype(np.int32)
+
+
+def _checksum(codes_S: np.ndarray) -> int:
+    return zlib.crc32(codes_S.astype("<i4").tobytes())
+
+
+def _require_levels(levels: tuple[int, ...]) -> None:
+    if not levels or max(levels) > MAX_LEVELS:
+        raise UsageError(
+            f"levels {levels} have no entropy-coded form: it is for codes of an FSQ of at most "
+            f"{MAX_LEVELS} levels a dim, so use the plain form"
+        )
+
+
+def _coder():
+    try:
+        import constriction
+    except ImportError:
+        raise UsageError(
+            "entropy-coded tokens need the extra: pip install 'elastictok_jax[compress]'"
+        ) from None
+    return constriction
+
+
+def _family():
+    """Any probabilities over the digits of a dim, given with each digit."""
+    return _coder().stream.model.Categorical(perfect=False)

@@ -1,0 +1,79 @@
+"""The benchmark of real bytes: its search is right, and its figures mean what they say."""
+
+import json
+from functools import partial
+
+import numpy as np
+import pytest
+
+from benchmarks import rate
+from elastictok_jax.config import default_config, override, resolve, to_json
+from elastictok_jax.data import media
+from elastictok_jax.data.sources import EMBEDDED
+from elastictok_jax.training.state import init_state
+from elastictok_jax.weights.safetensors import save_params
+
+SMALL = {
+    **{"model.width": 32, "model.mlp_width": 48, "model.heads": 2, "model.patch": (2, 16, 16)},
+    **{"model.encoder_layers": 1, "model.decoder_layers": 1, "video.resolution": 64},
+    **{"masking.min_tokens": 1, "data.sequence_blocks": 2},
+}
+
+
+@pytest.mark.parametrize(
+    ("target", "crf"), [(100.0, 51), (51.0, 51), (50.9, 50), (7.0, 7), (0.0, 0), (-0.1, None)]
+)
+def test_the_coarsest_crf_within_an_error(target, crf):
+    tried = []
+
+    def try_crf(value):
+        tried.append(value)
+        return float(value)
+
+    assert rate.coarsest_within(try_crf, coarsest=51, target=target) == crf
+    assert len(tried) <= 9
+
+
+def test_figures_of_a_tiny_model(tmp_path, capsys):
+    config = default_config()
+    override(config, SMALL)
+    config = resolve(config)
+    (tmp_path / "config.json").write_text(to_json(config))
+    save_params(tmp_path / "model.safetensors", init_state(config).params, metadata={})
+    clip, out = EMBEDDED / "heldout" / "bbb_kite.mp4", tmp_path / "out.json"
+    words = ["--model", str(tmp_path), "--input", str(clip), "--frames", "8", "--json", str(out)]
+    rate.main([*words, "--targets", "9"])
+    results = json.loads(out.read_text())
+    assert results["machine"] in capsys.readouterr().out
+    (row,) = results["rows"]
+    assert row["size"] == "8x64x64"
+    assert row["blocks_met"] == 1
+    assert row["tokens"] == 2  # one a block
+    assert row["mse"] <= 9
+    assert row["nominal_bytes"] == 4
+    assert 0 < row["coded_bytes"] < row["etok_bytes"] - 300
+    for name in rate.SHORT_NAMES.values():
+        assert row[f"{name}_mse"] <= row["mse"]
+        assert 50 < row[f"{name}_bytes"] < 5000
+
+
+@pytest.mark.parametrize("codec", media.COMPARED_CODECS)
+def test_a_codec_gives_the_clip_back_in_fewer_bytes_the_coarser_it_is(codec):
+    frames = media.read_frames(EMBEDDED / "heldout" / "bbb_kite.mp4", side=64)
+    clip = media.center_crop(frames[::8], height=64, width=64)
+    recompress = partial(media.recompress, clip, fps=24.0, codec=codec)
+    fine, coarse = recompress(crf=1), recompress(crf=media.COMPARED_CODECS[codec])
+    assert coarse.stream_bytes < fine.stream_bytes / 5
+    assert rate.error(fine.frames, clip) < 1e-3 < rate.error(coarse.frames, clip)
+    # Frames come back in the order in which they went in.
+    errors = [[np.abs(a - b.astype(int)).mean() for b in clip] for a in fine.frames]
+    assert np.argmin(errors, axis=1).tolist() == list(range(12))
+
+
+def test_what_codecs_cannot_take_is_refused():
+    clip = np.zeros((2, 64, 64, 3), np.uint8)
+    with pytest.raises(media.UsageError, match="even sizes"):
+        media.recompress(clip[:, 1:], fps=24.0, codec="libx264", crf=30)
+    for codec, crf in (("libx264", 52), ("libx265", 30)):
+        with pytest.raises(media.UsageError, match=f"{codec}.* with crf {crf}"):
+            media.recompress(clip, fps=24.0, codec=codec, crf=crf)

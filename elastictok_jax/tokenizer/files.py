@@ -189,7 +189,8 @@ def decode_file(source: str | Path, *, model: str | Path, output: Path) -> dict[
             _write_video(output, frames, tokens)
         else:
             for number, frame in enumerate(frames):
-                media.write_image(output.with_name(output.name % number), frame)
+                name = output.name % number if numbered else output.name
+                media.write_image(output.with_name(name), frame)
     return {
         "input": str(source),
         "output": str(output),

@@ -78,14 +78,41 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--json", action="store_true", help="print metrics.json")
     evaluate.set_defaults(run=run_evaluate)
 
-    reconstruct = verbs.add_parser("reconstruct", help="show a clip side by side at a target")
+    encode = verbs.add_parser(
+        "encode",
+        help="an image or a video as an .etok file of tokens",
+        epilog="a pipe: ffmpeg -i IN -f rawvideo -pix_fmt rgb24 - | elastictok encode - "
+        "--size WIDTHxHEIGHT --fps 30 ..., or y4m, which needs neither",
+    )
+    encode.add_argument("input", help="an image or a video; - reads frames from standard input")
+    encode.add_argument("-o", "--output", type=Path, required=True, help="an .etok file")
+    add_goal_options(encode)
+    add_clip_options(encode)
+    encode.add_argument("--window-blocks", type=int, metavar="N", help="blocks that see each other")
+    encode.add_argument("--compress", action="store_true", help="entropy-code the file")
+    encode.add_argument("--size", metavar="WxH", help="of raw rgb24 frames on standard input")
+    encode.add_argument("--fps", type=float, help="frames a second on standard input")
+    encode.add_argument("--json", action="store_true", help="print the results")
+    encode.set_defaults(run=run_encode)
+
+    decode = verbs.add_parser("decode", help="an .etok file as a picture or a video")
+    decode.add_argument("input", type=Path, help="an .etok file")
+    decode.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        required=True,
+        help="a .png or .jpg, an .mp4, an .mkv (lossless), or pictures frame-%%05d.png",
+    )
+    decode.add_argument("--model", required=True, help="the model that made the tokens")
+    decode.add_argument("--json", action="store_true", help="print the results")
+    decode.set_defaults(run=run_decode)
+
+    reconstruct = verbs.add_parser("reconstruct", help="show a clip side by side with its tokens")
     reconstruct.add_argument("input", help="an image or a video")
     reconstruct.add_argument("-o", "--output", type=Path, required=True, help="folder for results")
-    reconstruct.add_argument("--model", required=True, help="a workdir or an exported folder")
-    reconstruct.add_argument("--max-mse", type=float, required=True, help="target, [-1, 1] scale")
-    reconstruct.add_argument("--search", choices=("binary", "full"), default="binary")
-    reconstruct.add_argument("--resolution", type=int, help="resize the shortest side to this")
-    reconstruct.add_argument("--max-frames", type=int, help="read no more frames than this")
+    add_goal_options(reconstruct)
+    add_clip_options(reconstruct)
     reconstruct.add_argument("--json", action="store_true", help="print the results")
     reconstruct.set_defaults(run=run_reconstruct)
 
@@ -165,6 +192,38 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def add_goal_options(parser: argparse.ArgumentParser) -> None:
+    """The options that say how many tokens each block takes."""
+    group = parser.add_argument_group("how many tokens", "exactly one of these, but for --search")
+    goals = group.add_mutually_exclusive_group(required=True)
+    goals.add_argument("--tokens", type=int, metavar="N", help="this many for each block")
+    goals.add_argument(
+        "--max-mse", type=float, metavar="X", help="as few as keep to this error, [-1, 1] scale"
+    )
+    goals.add_argument("--min-psnr", type=float, metavar="DB", help="the same, in dB")
+    goals.add_argument("--max-lpips", type=float, metavar="X", help="the same, of mean LPIPS")
+    goals.add_argument(
+        "--budget", type=float, metavar="SHARE", help="this share of all, where they help most"
+    )
+    goals.add_argument("--total-tokens", type=int, metavar="N", help="so many for the whole clip")
+    group.add_argument(
+        "--search",
+        default="hybrid",
+        metavar="NAME",
+        help="for the three errors: hybrid (the default), full, binned, binary, regression or "
+        "verified_regression",
+    )
+
+
+def add_clip_options(parser: argparse.ArgumentParser) -> None:
+    """The options that say by what model, and how much of a clip, is coded."""
+    parser.add_argument("--model", required=True, help="a workdir or an exported folder")
+    parser.add_argument(
+        "--resolution", type=int, metavar="R", help="resize the shortest side; else its own size"
+    )
+    parser.add_argument("--max-frames", type=int, metavar="N", help="read no more than this")
+
+
 def add_process_options(parser: argparse.ArgumentParser) -> None:
     """The options that say which of several processes this one is."""
     group = parser.add_argument_group(
@@ -219,6 +278,41 @@ def run_evaluate(args: argparse.Namespace, overrides: dict[str, str]) -> None:
     print_results(evaluate_model(args.model, output=args.output), args)
 
 
+def run_encode(args: argparse.Namespace, overrides: dict[str, str]) -> None:
+    from elastictok_jax.tokenizer.files import describe, encode_file
+
+    size = None
+    if args.size is not None:
+        width, _, height = args.size.partition("x")
+        if not (width.isdecimal() and height.isdecimal()):
+            raise UsageError(f"--size {args.size}: write WIDTHxHEIGHT, e.g. 1280x720")
+        size = (int(width), int(height))
+    results = encode_file(
+        args.input,
+        model=args.model,
+        output=args.output,
+        goal=goal_of(args),
+        resolution=args.resolution,
+        max_frames=args.max_frames,
+        window_blocks=args.window_blocks,
+        coding="entropy" if args.compress else "plain",
+        size=size,
+        fps=args.fps,
+    )
+    if args.json:
+        print_results(results, args)
+    else:
+        print(describe(results))
+
+
+def run_decode(args: argparse.Namespace, overrides: dict[str, str]) -> None:
+    from elastictok_jax.tokenizer.files import decode_file
+
+    results = decode_file(args.input, model=args.model, output=args.output)
+    print(f"{args.output}: {results['frames']} frames", file=sys.stderr)
+    print_results(results, args)
+
+
 def run_reconstruct(args: argparse.Namespace, overrides: dict[str, str]) -> None:
     from elastictok_jax.evaluation.run import reconstruct_file
 
@@ -226,8 +320,7 @@ def run_reconstruct(args: argparse.Namespace, overrides: dict[str, str]) -> None
         args.input,
         model=args.model,
         output=args.output,
-        max_mse=args.max_mse,
-        search=args.search,
+        goal=goal_of(args),
         resolution=args.resolution,
         max_frames=args.max_frames,
     )
@@ -247,6 +340,13 @@ def run_train_router(args: argparse.Namespace, overrides: dict[str, str]) -> Non
         file=sys.stderr,
     )
     print_results(results, args)
+
+
+def goal_of(args: argparse.Namespace):
+    """The `Goal` that `add_goal_options` has read."""
+    from elastictok_jax.tokenizer.goal import GOALS, Goal
+
+    return Goal(**{name: getattr(args, name) for name in GOALS}, search=args.search)
 
 
 def run_prepare(args: argparse.Namespace, overrides: dict[str, str]) -> None:

@@ -291,7 +291,7 @@ def test_input_that_is_no_clip(refused, tmp_path):
     image = tmp_path / "image.png"
     media.write_image(image, np.zeros((16, 16, 3), np.uint8))
     line = refused("reconstruct", image, *reconstruct[:-1], "0")
-    assert "--max-mse 0.0: give an error above 0" in line
+    assert "max_mse=0.0: give a number above 0" in line
     assert not (tmp_path / "out").exists()
 
 

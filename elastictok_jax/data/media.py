@@ -21,7 +21,7 @@ from typing import Any
 import av
 import numpy as np
 from av.bitstream import BitStreamFilterContext
-from av.video.reformatter import Colorspace, Interpolation, VideoReformatter
+from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
 from PIL import Image, ImageOps
 from simplejpeg import decode_jpeg, decode_jpeg_header
 
@@ -36,6 +36,7 @@ _SEEKABLE_CODECS = frozenset(
     {"h264", "hevc", "vp9", "av1", "mpeg1video", "mpeg2video", "mpeg4", "ffv1", "mjpeg"}
 )
 _WRITE_FORMATS = {"libx264": "yuv420p", "libx264rgb": "rgb24", "ffv1": "bgr0"}
+_CHROMA = {"4:2:0": "yuv420p", "4:4:4": "yuv444p"}
 _WRITE_SUFFIXES = frozenset({".mp4", ".mkv", ".mov", ".m4v"})
 # Rounded, not cut off: swscale's default darkens every frame by more than one level of 255.
 _EXACT_COLORS = (
@@ -215,7 +216,7 @@ def resize_shortest(frames_THWC, *, side: int) -> np.ndarray:
     if side < 1:
         raise UsageError(f"side is {side}; it must be at least 1 pixel")
     count, height, width, _ = frames_THWC.shape
-    new_height, new_width = _resized(height, width, side=side)
+    new_height, new_width = scaled_size(height, width, side=side)
     if (new_height, new_width) == (height, width):
         return frames_THWC
     resized = np.empty((count, new_height, new_width, 3), np.uint8)
@@ -224,7 +225,8 @@ def resize_shortest(frames_THWC, *, side: int) -> np.ndarray:
     return resized
 
 
-def _resized(height: int, width: int, *, side: int) -> tuple[int, int]:
+def scaled_size(height: int, width: int, *, side: int) -> tuple[int, int]:
+    """Height and width in pixels after `resize_shortest`."""
     short = min(height, width)
     if short == side:
         return height, width
@@ -277,6 +279,8 @@ class VideoReader:
     fps = property(lambda self: self._index.fps, doc="Mean frame rate, frames a second.")
     height = property(lambda self: self._index.height, doc="Pixels, as shown.")
     width = property(lambda self: self._index.width, doc="Pixels, as shown.")
+    has_audio = property(lambda self: self._index.has_audio, doc="Whether the file has sound.")
+    evenly_spaced = property(lambda self: _is_even(self._index.pts), doc="Whether fps is constant.")
 
     def __enter__(self) -> "VideoReader":
         return self
@@ -308,7 +312,7 @@ class VideoReader:
         wanted = [int(index) for index in indices]
         height, width = self.height, self.width
         if side is not None:
-            height, width = _resized(height, width, side=side)
+            height, width = scaled_size(height, width, side=side)
         out = np.empty((len(wanted), height, width, 3), np.uint8)
         if wanted and (wanted[0] < 0 or wanted[-1] >= self.frame_count):
             raise MediaError(
@@ -368,6 +372,7 @@ class _VideoIndex:
     fps: float
     height: int
     width: int
+    has_audio: bool
 
 
 @dataclass
@@ -536,6 +541,30 @@ class StoredVideo:
                 return frame
 
 
+# ---- frames without a file
+
+
+def yuv_to_rgb(
+    data: bytes, *, pixel_format: str, height: int, width: int, full_range: bool
+) -> np.ndarray:
+    """uint8 [H, W, 3] of a planar frame's bytes, 8 bits a sample: yuv420p, yuv422p, yuv444p or
+    gray. The matrix is BT.709 from 720 lines, else BT.601, as for files that name none."""
+    frame = av.VideoFrame(width, height, pixel_format)
+    if full_range:
+        frame.color_range = ColorRange.JPEG
+    at = 0
+    for plane in frame.planes:
+        lines = np.zeros((plane.buffer_size // plane.line_size, plane.line_size), np.uint8)
+        size = plane.height * plane.width
+        samples = np.frombuffer(data, np.uint8, count=size, offset=at)
+        lines[: plane.height, : plane.width] = samples.reshape(plane.height, plane.width)
+        plane.update(lines.tobytes())
+        at += size
+    out = np.empty((height, width, 3), np.uint8)
+    _ToRgb()(frame, out, path="a frame")
+    return out
+
+
 # ---- opening and checking video
 
 
@@ -566,6 +595,7 @@ def _index_video(path: str, *, threads: int, limits: Limits) -> _VideoIndex:
                 "pieces or delete it"
             )
         codec, container_name = stream.codec_context.codec.canonical_name, container.format.name
+        has_audio = len(container.streams.audio) > 0
     height, width = _shown_size(path, threads=threads)
     keyframes: tuple[int, ...] = ()
     packed = codec == "mpeg4" and container_name == "avi"  # there, two frames may share a packet
@@ -574,7 +604,13 @@ def _index_video(path: str, *, threads: int, limits: Limits) -> _VideoIndex:
         keyframes = tuple(sorted(_known_pts([packet for packet in packets if packet.is_keyframe])))
     else:
         pts = tuple(range(_count_decoded(path, threads=threads)))
-    return _VideoIndex(pts, keyframes, fps, height, width)
+    return _VideoIndex(pts, keyframes, fps, height, width, has_audio)
+
+
+def _is_even(pts: tuple[int, ...]) -> bool:
+    """Whether no frame is half a frame or more from its place at a constant rate."""
+    step = (pts[-1] - pts[0]) / max(1, len(pts) - 1)
+    return all(abs(at - pts[0] - number * step) < max(1, step / 2) for number, at in enumerate(pts))
 
 
 def _seconds(stream, packets: list["_PacketFacts"]) -> float:
@@ -754,45 +790,66 @@ def _count_decoded(path: str, *, threads: int) -> int:
 
 def write_video(
     path,
-    frames_THWC,
+    frames: np.ndarray | Iterable[np.ndarray],
     *,
     fps: float,
     crf: int = 18,
     codec: str = "libx264",
+    chroma: str = "4:2:0",
     gop: int = 16,
     b_frames: int = 0,
 ) -> None:
     """Writes uint8 [T, H, W, 3] as a video of `fps` frames a second to .mp4, .mov, .m4v or .mkv.
 
-    codec 'libx264' (yuv 4:2:0, BT.709; odd sizes are padded by repeating the edge), 'libx264rgb'
-    (lossless with crf 0), or 'ffv1' (lossless, .mkv only). `crf` is x264's quality, lower is
-    better; `gop` the most frames from one keyframe to the next. The file appears whole or not at
-    all. Raises UsageError for bad arguments and RunError where the encoder fails.
+    `frames` may also come one [H, W, 3] after the other: few of them are then held at a time.
+    codec 'libx264' (BT.709; with `chroma` 4:2:0 odd sizes are padded by repeating the edge, with
+    4:4:4 they are kept), 'libx264rgb' (lossless with crf 0), or 'ffv1' (lossless, .mkv only).
+    `crf` is x264's quality, lower is better; `gop` the most frames from one keyframe to the next.
+    The file appears whole or not at all. Raises UsageError for bad arguments and RunError where
+    the encoder fails.
     """
-    frames_THWC = _require_rgb(frames_THWC, dims=4)
+    if isinstance(frames, np.ndarray):
+        frames = _require_rgb(frames, dims=4)
     suffix = Path(path).suffix.lower()
     if codec not in _WRITE_FORMATS:
         raise UsageError(f"codec {codec!r} is not one of {' '.join(sorted(_WRITE_FORMATS))}")
     if suffix not in _WRITE_SUFFIXES or (codec == "ffv1" and suffix != ".mkv"):
         raise UsageError(f"{path}: {codec} goes into {'.mkv' if codec == 'ffv1' else '.mp4'}")
+    if chroma not in _CHROMA:
+        raise UsageError(f"chroma {chroma!r} is not one of {', '.join(_CHROMA)}")
     if not fps > 0:
         raise UsageError(f"fps is {fps}; it must be above 0")
+    if not 0.001 <= fps <= 100_000:
+        raise UsageError(f"fps is {fps}; a video has from 0.001 to 100,000")
     with _written_whole(path) as temporary:
         container_options = {} if suffix == ".mkv" else {"movflags": "+faststart"}
         try:
             with av.open(temporary, "w", options=container_options) as container:
                 _encode(
                     container,
-                    frames_THWC,
+                    _of_one_size(frames),
                     fps=fps,
                     crf=crf,
                     codec=codec,
+                    chroma=chroma,
                     gop=gop,
                     b_frames=b_frames,
                     threads=0,
                 )
         except av.FFmpegError as error:
             raise RunError(f"{path}: {codec} failed: {error}") from error
+
+
+def _of_one_size(frames: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+    size = None
+    for frame in frames:
+        pixels = _require_rgb(frame, dims=3)
+        size = size or pixels.shape
+        if pixels.shape != size:
+            raise UsageError(f"a frame of {pixels.shape} follows one of {size}: give one size")
+        yield pixels
+    if size is None:
+        raise UsageError("there are no frames to write: give at least one")
 
 
 def encode_video(frames: Iterable[np.ndarray], *, fps: float, crf: int, gop: int = 8) -> bytes:
@@ -805,19 +862,29 @@ def encode_video(frames: Iterable[np.ndarray], *, fps: float, crf: int, gop: int
     try:
         with av.open(file, "w", format="mp4") as container:
             _encode(
-                container, frames, fps=fps, crf=crf, codec="libx264", gop=gop, b_frames=0, threads=1
+                container,
+                frames,
+                fps=fps,
+                crf=crf,
+                codec="libx264",
+                chroma="4:2:0",
+                gop=gop,
+                b_frames=0,
+                threads=1,
             )
     except av.FFmpegError as error:
         raise RunError(f"libx264 failed: {error}") from error
     return file.getvalue()
 
 
-def _encode(container, frames: Iterable[np.ndarray], *, fps, crf, codec, gop, b_frames, threads):
+def _encode(
+    container, frames: Iterable[np.ndarray], *, fps, crf, codec, chroma, gop, b_frames, threads
+):
     rate = Fraction(fps).limit_denominator(1001)  # 23.976 is 24000 / 1001
     # With mbtree, x264's bytes hang on where its memory happens to lie.
     options = {} if codec == "ffv1" else {"crf": str(crf), "mbtree": "0"}
     stream = container.add_stream(codec, rate=rate, options=options)
-    stream.pix_fmt = _WRITE_FORMATS[codec]
+    stream.pix_fmt = _CHROMA[chroma] if codec == "libx264" else _WRITE_FORMATS[codec]
     stream.codec_context.gop_size = gop
     stream.codec_context.max_b_frames = b_frames
     stream.codec_context.thread_count = threads
@@ -825,7 +892,7 @@ def _encode(container, frames: Iterable[np.ndarray], *, fps, crf, codec, gop, b_
         stream.codec_context.colorspace = Colorspace.ITU709
     for number, pixels in enumerate(frames):
         height, width, _ = pixels.shape
-        if codec == "libx264":
+        if stream.pix_fmt == "yuv420p":
             pad = ((0, height % 2), (0, width % 2), (0, 0))
             height, width = height + height % 2, width + width % 2
         if number == 0:
@@ -834,7 +901,7 @@ def _encode(container, frames: Iterable[np.ndarray], *, fps, crf, codec, gop, b_
         frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(even), format="rgb24")
         if codec == "libx264":
             frame = frame.reformat(
-                format="yuv420p",
+                format=stream.pix_fmt,
                 dst_colorspace=Colorspace.ITU709,
                 interpolation=_EXACT_COLORS,
             )

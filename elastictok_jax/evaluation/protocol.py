@@ -15,6 +15,7 @@ from elastictok_jax.data.sources import open_feeds
 from elastictok_jax.errors import UsageError
 from elastictok_jax.evaluation.metrics import mse, psnr
 from elastictok_jax.tokenizer.api import ElasticTokenizer
+from elastictok_jax.tokenizer.goal import Goal
 from elastictok_jax.tokenizer.tokens import Tokens
 
 
@@ -29,9 +30,9 @@ class Clip:
 
 @dataclasses.dataclass(frozen=True)
 class Coded:
-    """A clip at one target: its tokens and what they decode to, uint8 [T, H, W, 3]."""
+    """A clip coded to one goal: its tokens and what they decode to, uint8 [T, H, W, 3]."""
 
-    target: float
+    goal: Goal
     tokens: Tokens
     reconstruction: np.ndarray
 
@@ -39,7 +40,8 @@ class Coded:
         """What a report says of it, as JSON values."""
         error = mse(original, self.reconstruction)
         return {
-            "target_mse": self.target,
+            "goal": str(self.goal),
+            "target_mse": self.goal.target if self.goal.metric == "mse" else None,
             "tokens": self.tokens.num_tokens,
             "tokens_per_block": float(np.mean(self.tokens.lengths)),
             "bits": self.tokens.bits,
@@ -90,25 +92,23 @@ def code_clip(
     tokenizer: ElasticTokenizer,
     clip: Clip,
     *,
-    targets: Iterable[float],
-    search: str = "binary",
+    goals: Iterable[Goal],
     progress: Callable[[str, int, int], None],
 ) -> list[Coded]:
-    """The clip encoded to each target and decoded from its tokens.
+    """The clip encoded to each goal and decoded from its tokens.
 
     `progress` is called after each block with (what is coded, blocks done, all blocks).
     """
     coded = []
-    for target in targets:
+    for goal in goals:
         tokens = tokenizer.encode(
             clip.frames,
-            max_mse=target,
-            search=search,
+            **dataclasses.asdict(goal),
             fps=clip.fps,
-            progress=partial(progress, f"{clip.name} to {target:g}"),
+            progress=partial(progress, f"{clip.name} to {goal}"),
         )
         assert isinstance(tokens, Tokens)
-        coded.append(Coded(target, tokens, tokenizer.decode(tokens)))
+        coded.append(Coded(goal, tokens, tokenizer.decode(tokens)))
     return coded
 
 
@@ -117,7 +117,7 @@ def summarise(coded: Sequence[tuple[Clip, list[Coded]]]) -> dict[str, object]:
     by_target: dict[str, dict[str, float]] = {}
     for index, example in enumerate(coded[0][1]):
         tokens = [results[index].tokens for _, results in coded]
-        by_target[f"{example.target:g}"] = {
+        by_target[f"{example.goal.target:g}"] = {
             "tokens_per_block": float(np.mean(np.concatenate([t.lengths for t in tokens]))),
             "blocks_met_fraction": float(np.mean(np.concatenate([t.met for t in tokens]))),
             "block_mse": float(np.mean(np.concatenate([t.mse for t in tokens]))),

@@ -54,10 +54,7 @@ def draw_report(
 
 def _label(coded: Coded, original: np.ndarray) -> str:
     error = mse(original, coded.reconstruction)
-    return (
-        f"target {coded.target:g}\n{np.mean(coded.tokens.lengths):.0f} tokens/block\n"
-        f"{psnr(error):.1f} dB"
-    )
+    return f"{coded.goal}\n{np.mean(coded.tokens.lengths):.0f} tokens/block\n{psnr(error):.1f} dB"
 
 
 def _show(axes, image_HWC: np.ndarray) -> None:
@@ -122,7 +119,7 @@ def _draw_images(figure, images: Sequence[CodedClip], most: int) -> None:
             axes[row, column].set_xlabel(note, fontsize=8, color=COLOURS[(row - 1) % len(COLOURS)])
             if column == 0:
                 axes[row, 0].set_ylabel(
-                    f"target {coded.target:g}", rotation=0, ha="right", va="center", fontsize=8
+                    str(coded.goal), rotation=0, ha="right", va="center", fontsize=8
                 )
 
 
@@ -142,7 +139,9 @@ def _draw_curves(figure, curve: Sequence[dict[str, float]], coded: Sequence[Code
     left.legend(fontsize=8)
     for clip, results in coded:
         use = [float(np.mean(result.tokens.lengths)) for result in results]
-        right.plot([result.target for result in results], use, "o-", label=clip.name, linewidth=1)
+        right.plot(
+            [result.goal.target for result in results], use, "o-", label=clip.name, linewidth=1
+        )
     right.set_xscale("log")
     right.set_xlabel("target MSE", fontsize=8)
     right.set_ylabel("mean tokens a block", fontsize=8)
@@ -159,7 +158,7 @@ def side_by_side(
     clip, results = item
     panes: list[tuple[str, np.ndarray, Coded | None]] = [("original", clip.frames, None)]
     panes += [
-        (f"MSE {coded.target:g}: {coded.tokens.num_tokens} tokens", coded.reconstruction, coded)
+        (f"{coded.goal}: {coded.tokens.num_tokens} tokens", coded.reconstruction, coded)
         for coded in results
     ]
     count, height, width = (clip.frames.shape[0], *clip.frames.shape[1:3])

@@ -5,11 +5,14 @@ import os
 import sys
 from pathlib import Path
 
-from elastictok_jax.data import media
+import numpy as np
+
+from elastictok_jax.data.footage import PIPE, open_footage
 from elastictok_jax.errors import UsageError
 from elastictok_jax.evaluation.protocol import Clip, code_clip, held_out_clips, summarise
 from elastictok_jax.evaluation.report import draw_report, write_side_by_side
 from elastictok_jax.tokenizer.api import ElasticTokenizer
+from elastictok_jax.tokenizer.goal import Goal
 from elastictok_jax.training.metrics import read_metrics
 
 
@@ -24,8 +27,8 @@ def evaluate_model(model: str | Path, *, output: Path) -> dict[str, object]:
     config = tokenizer.config
     make_folder(output)
     clips = held_out_clips(config)
-    targets = config.evaluation.targets
-    coded = [(c, code_clip(tokenizer, c, targets=targets, progress=show_blocks)) for c in clips]
+    goals = [Goal(max_mse=target, search="binary") for target in config.evaluation.targets]
+    coded = [(c, code_clip(tokenizer, c, goals=goals, progress=show_blocks)) for c in clips]
     curve = read_metrics(Path(model) / "metrics.jsonl")
     sizes = dict(
         frames_per_block=config.video.frames_per_block,
@@ -53,8 +56,7 @@ def reconstruct_file(
     *,
     model: str | Path,
     output: Path,
-    max_mse: float,
-    search: str = "binary",
+    goal: Goal,
     resolution: int | None = None,
     max_frames: int | None = None,
 ) -> dict[str, object]:
@@ -64,21 +66,23 @@ def reconstruct_file(
     Raises:
       UsageError: on a bad file, model or option.
     """
-    if not max_mse > 0:
-        raise UsageError(f"--max-mse {max_mse}: give an error above 0, e.g. 0.007")
-    info = media.probe(source)
-    count = min(info.frames, max_frames or info.frames)
-    frames = media.read_frames(source, count=count, side=resolution)
+    if source == PIPE:
+        raise UsageError("reconstruct reads a file: `elastictok encode -` reads a pipe")
+    footage = open_footage(source, side=resolution, max_frames=max_frames)
     tokenizer = ElasticTokenizer.from_pretrained(model)
+    frames = np.stack(list(footage.stream))
     make_folder(output)
-    clip = Clip(Path(source).stem, frames, info.fps if info.kind == "video" else 0.0)
-    coded = code_clip(tokenizer, clip, targets=[max_mse], search=search, progress=show_blocks)
+    for note in footage.notes:
+        print(f"note: {note}", file=sys.stderr)
+    clip = Clip(Path(source).stem, frames, footage.fps)
+    coded = code_clip(tokenizer, clip, goals=[goal], progress=show_blocks)
     sizes = dict(
         frames_per_block=tokenizer.config.video.frames_per_block,
         tokens_per_block=tokenizer.tokens_per_block,
     )
-    title = f"{clip.name}: MSE at most {max_mse:g} a block"
-    draw_report(output / "reconstruction.png", [(clip, coded)], title=title, **sizes)
+    draw_report(
+        output / "reconstruction.png", [(clip, coded)], title=f"{clip.name}: {goal}", **sizes
+    )
     write_side_by_side(output / "reconstruction.mp4", [(clip, coded)], **sizes)
     results = {"input": str(source), **coded[0].summary(frames)}
     write_json(output / "reconstruction.json", results)

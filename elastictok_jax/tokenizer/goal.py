@@ -69,6 +69,19 @@ class Goal:
         """Whether the goal is a budget."""
         return self.budget is not None or self.total_tokens is not None
 
+    def __str__(self) -> str:
+        if self.tokens is not None:
+            return f"{self.tokens} tokens a block"
+        if self.max_mse is not None:
+            return f"MSE {self.max_mse:g}"
+        if self.min_psnr is not None:
+            return f"PSNR {self.min_psnr:g} dB"
+        if self.max_lpips is not None:
+            return f"LPIPS {self.max_lpips:g}"
+        if self.budget is not None:
+            return f"{self.budget:g} of all tokens"
+        return f"{self.total_tokens} tokens in all"
+
     def total(self, blocks: int, *, low: int, high: int) -> int:
         """The tokens that a budget gives so many blocks of `low` to `high` tokens each.
 

@@ -31,6 +31,27 @@ class Grid:
         order = np.arange(self.tiles * self.blocks).reshape(self.tiles, self.blocks)
         return order.T.reshape(-1).tolist()
 
+    @property
+    def pixels(self) -> np.ndarray:
+        """int64 [N], pixels of the clip in each block, time first."""
+
+        def shares(length: int, step: int) -> np.ndarray:
+            return np.diff(np.minimum(np.arange(0, length + step, step), length))
+
+        times = shares(self.frames, self.frames_per_block)
+        rows, columns = shares(self.height, self._side), shares(self.width, self._side)
+        return np.einsum("t,r,k->trk", times, rows, columns).reshape(-1)
+
+    def describe(self) -> str:
+        """What becomes of a frame that is not of the model's size, in words; "" where it is."""
+        rows, columns, side = self.rows, self.columns, self._side
+        parts = []
+        if self.tiles > 1:
+            parts.append(f"coded in {rows}x{columns} tiles of {side}x{side}")
+        if (self.height, self.width) != (rows * side, columns * side):
+            parts.append(f"padded to {columns * side}x{rows * side}")
+        return f"{self.width}x{self.height} is {', '.join(parts)}" if parts else ""
+
     def cut(self, video_THWC: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Patches uint8 [tiles, S, D] of a clip of this size, and which of their values are in it.
 

@@ -13,6 +13,7 @@ from elastictok_jax.data import media
 from elastictok_jax.data.sources import EMBEDDED
 from elastictok_jax.evaluation.metrics import mse, psnr
 from elastictok_jax.evaluation.run import evaluate_model, reconstruct_file
+from elastictok_jax.tokenizer.goal import Goal
 from elastictok_jax.training.state import init_state
 from elastictok_jax.weights.safetensors import save_params
 
@@ -78,7 +79,7 @@ def test_reconstruct_verb_on_a_real_clip_and_photo(model, tmp_path, capsys):
     assert (tmp_path / "reconstruction.png").stat().st_size > 0
     photo = EMBEDDED / "heldout" / "photo_chelsea.jpg"
     results = reconstruct_file(
-        str(photo), model=model, output=tmp_path / "photo", max_mse=0.8, resolution=16
+        str(photo), model=model, output=tmp_path / "photo", goal=Goal(budget=0.5), resolution=16
     )
-    assert results["tokens"] == sum(results["lengths"])
+    assert results["tokens"] == sum(results["lengths"]) == 8  # half of 2 tiles of 8
     assert not (tmp_path / "photo" / "reconstruction.mp4").exists()

@@ -32,7 +32,7 @@ def make_tokens(lengths, *, largest=63_999, dims=None, levels=(), seed=0):
         fps=24000 / 1001,
         bits_per_token=16.0,
         fingerprint="0123456789abcdef",
-        window_blocks=4,
+        window_blocks=3,
         levels=levels,
     )
 

@@ -1,0 +1,142 @@
+"""What comes in to be encoded: frames in order, one at a time, of an image, a video or a pipe.
+
+Dimension key: H height, W width.
+"""
+
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import BinaryIO
+
+import numpy as np
+
+from elastictok_jax.data import media, rawvideo
+from elastictok_jax.errors import UsageError
+
+PIPE = "-"
+
+
+@dataclass
+class Footage:
+    """Frames that can be read once.
+
+    Attributes:
+      name: what messages call it.
+      stream: uint8 [H, W, 3], one after the other.
+      height, width: in pixels, as they are given; fps: frames a second, 0 for an image.
+      frames: how many there are at most, or None where nobody knows.
+      notes: what is lost of the original, a line each.
+      fault: why `stream` ended early; "" unless a pipe was cut off.
+    """
+
+    name: str
+    stream: Iterable[np.ndarray]
+    height: int
+    width: int
+    fps: float
+    frames: int | None
+    notes: list[str] = field(default_factory=list)
+    fault: str = ""
+
+
+def open_footage(
+    source: str,
+    *,
+    side: int | None = None,
+    max_frames: int | None = None,
+    size: tuple[int, int] | None = None,
+    fps: float | None = None,
+) -> Footage:
+    """Opens an image or a video, or "-", standard input with raw rgb24 or y4m.
+
+    Args:
+      source: a path, or "-".
+      side: length of the shortest side to resize to, in pixels.
+      max_frames: read no more than these.
+      size: width and height of raw frames; without, standard input is y4m.
+      fps: of raw frames, or of a y4m stream that says none.
+
+    Raises:
+      UsageError: if it cannot be read, or the options do not fit it.
+    """
+    for name, value in (("resolution", side), ("max-frames", max_frames)):
+        if value is not None and value < 1:
+            raise UsageError(f"--{name} {value}: give at least 1")
+    if source == PIPE:
+        footage = _open_pipe(size=size, fps=fps)
+    elif size is not None or fps is not None:
+        raise UsageError(f"--size and --fps are for raw frames from a pipe: {source} has its own")
+    elif media.media_kind(source) == "image":
+        image = media.read_image(source)
+        height, width, _ = image.shape
+        footage = Footage(source, [image], height, width, fps=0.0, frames=1)
+    else:
+        footage = _open_video(source)
+    if max_frames is not None:
+        footage.stream = islice(footage.stream, max_frames)
+        footage.frames = min(max_frames, footage.frames or max_frames)
+    if side is not None:
+        footage.stream = _resized(footage.stream, side=side)
+        footage.height, footage.width = media.scaled_size(footage.height, footage.width, side=side)
+    return footage
+
+
+def _open_video(source: str) -> Footage:
+    reader = media.VideoReader(source)
+    notes = []
+    if reader.has_audio:
+        notes.append(f"{source}: its sound is left out")
+    if not reader.evenly_spaced:
+        notes.append(
+            f"{source}: its frame rate varies; every frame is kept, at the mean of "
+            f"{reader.fps:.6g} a second"
+        )
+    return Footage(
+        name=source,
+        stream=_in_order(reader),
+        height=reader.height,
+        width=reader.width,
+        fps=reader.fps,
+        frames=reader.frame_count,
+        notes=notes,
+    )
+
+
+def _in_order(reader: media.VideoReader) -> Iterator[np.ndarray]:
+    with reader:
+        for index in range(reader.frame_count):
+            yield reader.read(index, 1)[0]
+
+
+def _open_pipe(*, size: tuple[int, int] | None, fps: float | None) -> Footage:
+    if sys.stdin is None or sys.stdin.isatty():
+        raise UsageError("standard input is no pipe: send raw rgb24 frames or y4m into it")
+    if fps is not None and not 0.001 <= fps <= 100_000:
+        raise UsageError(f"--fps {fps}: give the frames a second, e.g. 30")
+    stream: BinaryIO = sys.stdin.buffer
+    if size is None:
+        header = rawvideo.read_y4m_header(stream)
+        height, width, rate = header.height, header.width, fps or header.fps
+        frames = rawvideo.read_y4m(stream, header)
+    else:
+        (width, height), rate = size, fps or 0.0
+        rawvideo.require_size(height, width)
+        frames = rawvideo.read_raw(stream, height=height, width=width)
+    if not rate:
+        raise UsageError("standard input does not give its frame rate: add --fps, e.g. --fps 30")
+    footage = Footage("standard input", [], height, width, rate, None)
+    footage.stream = _until_cut_off(frames, footage)
+    return footage
+
+
+def _until_cut_off(frames: Iterator[np.ndarray], footage: Footage) -> Iterator[np.ndarray]:
+    try:
+        yield from frames
+    except rawvideo.CutOff as cut:
+        footage.fault = f"{footage.name} ended {cut}"
+
+
+def _resized(frames: Iterable[np.ndarray], *, side: int) -> Iterator[np.ndarray]:
+    for frame in frames:
+        yield media.resize_shortest(frame[None], side=side)[0]

@@ -17,7 +17,8 @@ from elastictok_jax.parallel.mesh import AXES, make_mesh
 from elastictok_jax.parallel.sharding import batch_sharding, in_mesh
 from elastictok_jax.training.checkpoint import Checkpointer
 from elastictok_jax.training.state import abstract_state, sharded_init
-from elastictok_jax.training.step import make_train_step
+from elastictok_jax.training.step import jit_train_step
+from elastictok_jax.training.votes import Votes
 
 SETTINGS = {
     "model.width": 32,
@@ -87,18 +88,16 @@ def start(config, mesh):
 
 
 def jitted_step(config, mesh):
-    """The step as the loop jits it."""
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, mesh))
-    return in_mesh(
-        jax.jit(make_train_step(config), donate_argnums=0, out_shardings=(shardings, None)), mesh
-    )
+    """The step that the loop runs."""
+    return in_mesh(jit_train_step(config, abstract_state(config, mesh)), mesh)
 
 
 def train(step, state, *, config, mesh, steps):
     """The state after `steps` of a jitted step from `state`, which is donated, and the losses."""
     losses = []
+    votes = Votes(mesh).cast(stop=False, replaced_blocks=0)
     for index in steps:
-        state, metrics = step(state, batch_of(index, config, mesh), {})
+        state, metrics = step(state, batch_of(index, config, mesh), {}, votes)
         losses.append(metrics["loss"])
     return state, [float(loss) for loss in losses]
 

@@ -79,8 +79,9 @@ def plan(config, *, devices: list[jax.Device]) -> dict[str, Any]:
         axis_types=(AxisType.Auto,) * len(AXES),
     )
     train_step = programs(config, mesh)[0]
+    options: Any = {"xla_gpu_autotune_level": 0}
     start = time.perf_counter()
-    compiled = train_step.lower().compile(compiler_options={"xla_gpu_autotune_level": 0})
+    compiled = train_step.lower().compile(compiler_options=options)
     memory: Any = compiled.memory_analysis()
     return {
         "devices": f"{len(devices)} x {devices[0].device_kind}",

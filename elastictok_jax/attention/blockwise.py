@@ -100,12 +100,11 @@ def visible_tiles(
     tiles = []
     for start in range(0, queries, size):
         rows = range(start, min(start + size, queries))
-        # Blocks hide the last keys, if any: looked for by halves, as sequences are long.
-        end = bisect.bisect_left(
-            range(keys),
-            True,
-            key=lambda k, rows=rows: visibility.blocks_hide_all(rows, range(k, k + 1)),
-        )
+
+        def hidden(key: int, rows: range = rows) -> bool:
+            return visibility.blocks_hide_all(rows, range(key, key + 1))
+
+        end = bisect.bisect_left(range(keys), True, key=hidden)  # blocks hide the last, if any
         columns = range(0, end, kernel.keys)
         tiles += [(rows, range(k, min(k + kernel.keys, end))) for k in columns]
     return tiles

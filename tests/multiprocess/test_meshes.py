@@ -6,7 +6,6 @@ Each process is started anew and has its share of 8 fake devices; gloo carries w
 import json
 import os
 import runpy
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -15,17 +14,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from tests.multiprocess.launched import free_port
+
 SCRIPT = Path(__file__).with_name("train_steps.py")
 run = SimpleNamespace(**runpy.run_path(str(SCRIPT)))
 MESHES = ("8x1x1x1", "1x8x1x1", "2x2x2x1", "1x2x2x2", "1x1x1x8")
 
 LIMIT = 580  # seconds that all processes of a run may take
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        return probe.getsockname()[1]
 
 
 def launch(folder, mesh, *options, processes, workdir="run", **overrides):

@@ -13,21 +13,17 @@ import time
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh
 
 from benchmarks.table import table
 from elastictok_jax.cli import split_overrides
-from elastictok_jax.config import override, patch_values, resolve, sequence_tokens
+from elastictok_jax.compiling.programs import programs
+from elastictok_jax.config import override, resolve
 from elastictok_jax.errors import UsageError
-from elastictok_jax.parallel.mesh import AXES, mesh_sizes
-from elastictok_jax.parallel.sharding import batch_sharding, in_mesh, replicated
+from elastictok_jax.parallel.mesh import AXES, check_fits, mesh_sizes
 from elastictok_jax.registry import get_experiment
-from elastictok_jax.training.state import abstract_state
-from elastictok_jax.training.step import make_train_step
-from elastictok_jax.weights.lpips import load_lpips
 
 # What the compiler asks of a chip, in XLA's own text format.
 H200 = """
@@ -76,34 +72,22 @@ def plan(config, *, devices: list[jax.Device]) -> dict[str, Any]:
     """Memory of the compiled training step; `config` is as given, not resolved."""
     config = resolve(config)
     sizes = mesh_sizes(config, devices=len(devices))
+    check_fits(config, sizes)
     mesh = Mesh(
         np.array(devices).reshape([sizes[axis] for axis in AXES]),
         AXES,
         axis_types=(AxisType.Auto,) * len(AXES),
     )
-    state = abstract_state(config, mesh)
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
-    step = jax.jit(make_train_step(config), donate_argnums=0, out_shardings=(shardings, None))
-
-    def laid(shape, dtype, sharding):
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
-
-    shape, whole = (config.data.batch_size, sequence_tokens(config)), replicated(mesh)
-    batch = {
-        "patches": laid((*shape, patch_values(config)), jnp.uint8, batch_sharding(mesh)),
-        "segment_ids": laid(shape, jnp.int32, batch_sharding(mesh)),
-    }
-    lpips = load_lpips(config.loss.lpips_net) if config.loss.lpips_weight else {}
-    lpips_params = jax.tree.map(lambda x: laid(x.shape, x.dtype, whole), lpips)
+    train_step = programs(config, mesh)[0]
+    options: Any = {"xla_gpu_autotune_level": 0}
     start = time.perf_counter()
-    lowered = in_mesh(step.lower, mesh)(state, batch, lpips_params)
-    compiled = lowered.compile(compiler_options={"xla_gpu_autotune_level": 0})
+    compiled = train_step.lower().compile(compiler_options=options)
     memory: Any = compiled.memory_analysis()
     return {
         "devices": f"{len(devices)} x {devices[0].device_kind}",
         "attention": config.model.attention,
         "remat": config.model.remat,
-        "batch": f"{shape[0]} x {config.data.sequence_blocks} blocks",
+        "batch": f"{config.data.batch_size} x {config.data.sequence_blocks} blocks",
         "state_and_batch_gib": memory.argument_size_in_bytes / 2**30,
         "temporaries_gib": memory.temp_size_in_bytes / 2**30,
         "compile_seconds": time.perf_counter() - start,

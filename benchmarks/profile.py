@@ -24,7 +24,7 @@ PARTS = {
     "patches and pixels, backward": r"transpose.*(in_proj|out_proj)",
     "patches and pixels, forward": r"in_proj|out_proj|tanh",
     "other of backward": r"transpose",
-    "other of layers": r"/layers/",
+    "other of layers": r"/layers(_\d+)?/",
 }
 
 

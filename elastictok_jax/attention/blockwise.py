@@ -3,6 +3,7 @@
 Dimension key: B batch, S queries, T keys, H heads, K head width.
 """
 
+import bisect
 import collections
 import dataclasses
 import math
@@ -99,9 +100,11 @@ def visible_tiles(
     tiles = []
     for start in range(0, queries, size):
         rows = range(start, min(start + size, queries))
-        end = keys
-        while visibility.blocks_hide_all(rows, range(end - 1, end)):
-            end -= 1
+
+        def hidden(key: int, rows: range = rows) -> bool:
+            return visibility.blocks_hide_all(rows, range(key, key + 1))
+
+        end = bisect.bisect_left(range(keys), True, key=hidden)  # blocks hide the last, if any
         columns = range(0, end, kernel.keys)
         tiles += [(rows, range(k, min(k + kernel.keys, end))) for k in columns]
     return tiles

@@ -7,6 +7,8 @@ none: six links of 50 GB/s each way are from arXiv 2304.01433, table 4.
 
 import dataclasses
 
+from elastictok_jax.training.throughput import PEAK_FLOPS
+
 GIB = 2**30
 
 
@@ -15,7 +17,7 @@ class Chip:
     """A TPU chip.
 
     Attributes:
-      peak_flops: bf16 operations a second of the chip.
+      peak_flops: bf16 operations a second of the chip, all its devices together.
       hbm_bytes: capacity of the chip's memory.
       usable_bytes: what a program may use of it on one device, from the refusals of libtpu
         0.0.42's compiler ("exceeds available HBM").
@@ -44,7 +46,7 @@ CHIPS = {
     for chip in (
         Chip(
             name="v4",
-            peak_flops=275e12,
+            peak_flops=PEAK_FLOPS["TPU v4"],
             hbm_bytes=32 * GIB,
             usable_bytes=30.75 * GIB,
             hbm_bandwidth=1200e9,
@@ -55,7 +57,7 @@ CHIPS = {
         ),
         Chip(
             name="v5e",
-            peak_flops=197e12,
+            peak_flops=PEAK_FLOPS["TPU v5 lite"],
             hbm_bytes=16 * GIB,
             usable_bytes=15.75 * GIB,
             hbm_bandwidth=819e9,
@@ -65,7 +67,7 @@ CHIPS = {
         ),
         Chip(
             name="v5p",
-            peak_flops=459e12,
+            peak_flops=PEAK_FLOPS["TPU v5"],
             hbm_bytes=95.74 * GIB,  # "95 GB" on the page, less than the compiler will use
             usable_bytes=95.74 * GIB,
             hbm_bandwidth=2765e9,
@@ -75,7 +77,7 @@ CHIPS = {
         ),
         Chip(
             name="v6e",
-            peak_flops=918e12,
+            peak_flops=PEAK_FLOPS["TPU v6 lite"],
             hbm_bytes=32 * GIB,
             usable_bytes=31.25 * GIB,
             hbm_bandwidth=1638e9,
@@ -85,7 +87,7 @@ CHIPS = {
         ),
         Chip(
             name="tpu7x",
-            peak_flops=2307e12,
+            peak_flops=2 * PEAK_FLOPS["TPU7x"],
             hbm_bytes=192 * GIB,
             usable_bytes=94.75 * GIB,
             hbm_bandwidth=7380e9,

@@ -148,7 +148,7 @@ def in_cluster(environment: Mapping[str, str]) -> bool:
 
 def _has_tpu(environment: Mapping[str, str]) -> bool:
     """Whether this is a TPU host: jax then asks the pod's metadata for its other hosts."""
-    platforms = environment.get("JAX_PLATFORMS", "tpu")
+    platforms = environment.get("JAX_PLATFORMS") or "tpu"  # empty is unset, as for jax
     if "tpu" not in platforms or "TPU_SKIP_MDS_QUERY" in environment:
         return False
     chips = glob.glob("/dev/accel[0-9]*") + glob.glob("/dev/vfio/[0-9]*")

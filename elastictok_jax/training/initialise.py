@@ -89,11 +89,14 @@ def initialise(
         plan = make_plan(flatten_dict(_shapes_in_layout(source.shapes, stacked=layout)), wanted)
         differences = plan.differences()
         if differences and (config.train.init_from_mismatch == "refuse" or not plan.taken):
+            mend = (
+                "set train.init_from_mismatch=reinitialise to start those weights anew"
+                if plan.taken
+                else "leave train.init_from empty (no weight fits, so nothing would be taken)"
+            )
             raise UsageError(
                 f"train.init_from = {config.train.init_from} does not fit the config: "
-                f"{'; '.join(differences)}. Use the config it was trained with, or set "
-                "train.init_from_mismatch=reinitialise to start those weights anew"
-                + ("" if plan.taken else " (no weight fits, so nothing would be taken)")
+                f"{'; '.join(differences)}. Use the config it was trained with, or {mend}"
             )
         taken = {key: wanted[key] for key in wanted if "/".join(key) in plan.taken}
         _free(state.ema_params)

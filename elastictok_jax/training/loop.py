@@ -95,6 +95,13 @@ def _train(
     files = feeds.fingerprint()
     enter_workdir(workdir, config, files=files)
     meet(mesh, timeout=FIRST_SECONDS)
+    watchdog = Watchdog(
+        step_timeout=config.train.step_timeout,
+        pause_timeout=config.train.pause_timeout,
+        stacks=workdir / f"stacks-{peers.process}.txt",
+        end=lambda reason: peers.end(f"{reason}. {peers.kept()}"),
+    )
+    stack.callback(watchdog.close)
 
     checkpoints = Checkpointer(
         workdir, keep_last=config.train.keep_last, keep_best=config.train.keep_best
@@ -139,13 +146,6 @@ def _train(
     log, votes = StepLog(config, writer, console, workdir), Votes(mesh)
     batches = DeviceBatches(reader, sharding, start=0, stop=steps - start)
     stack.callback(batches.close)
-    watchdog = Watchdog(
-        step_timeout=config.train.step_timeout,
-        pause_timeout=config.train.pause_timeout,
-        stacks=workdir / f"stacks-{peers.process}.txt",
-        end=lambda reason: peers.end(f"{reason}. {peers.kept()}"),
-    )
-    stack.callback(watchdog.close)
 
     for step in range(start, steps + 1):
         last = step == steps or log.stop_agreed

@@ -21,7 +21,7 @@ class Watchdog:
     Args:
       step_timeout: seconds that may pass between steps, 0 for any.
       pause_timeout: seconds that what is no step may take, 0 for any: the first step with its
-        compilation, an evaluation, a checkpoint.
+        compilation and the restoring before it, an evaluation, a checkpoint.
       stacks: file that gets the stacks, as stderr does.
     """
 

@@ -12,6 +12,7 @@ from elastictok_jax import cli
 from elastictok_jax.compiling.costs import program_costs
 from elastictok_jax.compiling.hlo import parse_module
 from elastictok_jax.compiling.topology import describe_topology
+from elastictok_jax.training.throughput import PEAK_FLOPS
 
 INSTALLED = importlib.util.find_spec("libtpu") is not None
 needs_compiler = pytest.mark.skipif(
@@ -87,12 +88,19 @@ def test_meshes_and_pods_that_do_not_fit(options, message, capsys):
 @needs_compiler
 @pytest.mark.parametrize(
     ("name", "slices", "devices"),
-    [("v4:2x2x4", 1, 16), ("v5e:2x2", 2, 8), ("v5p:2x2x1", 1, 4), ("tpu7x:2x2x1", 1, 8)],
+    [
+        *(("v4:2x2x4", 1, 16), ("v5e:2x2", 2, 8), ("v5p:2x2x1", 1, 4)),
+        *(("v6e:2x2", 1, 4), ("tpu7x:2x2x1", 1, 8)),
+    ],
 )
 def test_devices_of_pods(name, slices, devices):
     topology = describe_topology(name, slices=slices)
     assert len(topology.devices) == devices
     assert {getattr(d, "slice_index", 0) for d in topology.devices} == set(range(slices))
+    # A run on it would measure itself against the same peak.
+    kind, chip = topology.devices[0].device_kind, topology.chip
+    peak = next(peak for name, peak in PEAK_FLOPS.items() if kind.startswith(name))
+    assert peak * chip.devices == chip.peak_flops
 
 
 @needs_compiler

@@ -32,7 +32,7 @@ class Run:
         self.checkpoints = Checkpointer(folder / sizes, keep_last=1, keep_best=0)
         state = jax.device_put(initial, jax.tree.map(lambda leaf: leaf.sharding, self.abstract))
         state, first = self.go_on(state, range(1))
-        self.gradients = jax.tree.map(np.asarray, moments_of(state))
+        self.gradients = jax.tree.map(np.asarray, run.moments_of(state))
         self.shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
         state, second = self.go_on(state, range(1, run.SAVED_AT))
         self.saved = jax.device_get(state)
@@ -45,21 +45,6 @@ class Run:
 
     def go_on(self, state, steps):
         return run.train(self.step, state, config=self.config, mesh=self.mesh, steps=steps)
-
-
-def moments_of(state):
-    """AdamW's first moments."""
-    return next(part.mu for part in state.opt_state[1] if hasattr(part, "mu"))
-
-
-def assert_close_norms(got, want, *, rtol, what):
-    """Every array of two trees differs by at most `rtol` of the norm of the wanted one."""
-    leaves = jax.tree_util.tree_leaves_with_path(want)
-    for (path, expected), value in zip(leaves, jax.tree.leaves(got), strict=True):
-        norm = np.linalg.norm(expected)
-        assert norm > 0, path
-        apart = np.linalg.norm(value - expected) / norm
-        assert apart <= rtol, (what, jax.tree_util.keystr(path), apart)
 
 
 @pytest.mark.parametrize(
@@ -81,7 +66,7 @@ def test_thirty_steps_on_any_mesh_and_on_from_one_to_another(bottleneck, pairs, 
     assert one.losses[-1] < 0.8 * one.losses[0]  # something was learnt
     for sizes, other in runs.items():
         assert other.losses[0] == pytest.approx(one.losses[0], rel=1e-5), sizes
-        assert_close_norms(other.gradients, one.gradients, rtol=1e-5, what=sizes)
+        run.assert_close_norms(other.gradients, one.gradients, rtol=1e-5, what=sizes)
         assert other.losses == pytest.approx(one.losses, rel=run.TOLERANCE[bottleneck]), sizes
         # What the step returns lies where the state lay.
         stays = jax.tree.map(
@@ -111,7 +96,7 @@ def test_shards_that_are_no_whole_blocks(tmp_path):
         state, (loss,) = run.train(
             run.jitted_step(config, mesh), state, config=config, mesh=mesh, steps=range(1)
         )
-        results[sizes] = loss, jax.tree.map(np.asarray, moments_of(state))
+        results[sizes] = loss, jax.tree.map(np.asarray, run.moments_of(state))
     (want_loss, want), (loss, gradients) = results.values()
     assert loss == pytest.approx(want_loss, rel=1e-5)
-    assert_close_norms(gradients, want, rtol=1e-5, what="8 shards of 4 blocks")
+    run.assert_close_norms(gradients, want, rtol=1e-5, what="8 shards of 4 blocks")

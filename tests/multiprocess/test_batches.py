@@ -4,7 +4,6 @@ saving on one number of processes and restoring on another."""
 import json
 import os
 import runpy
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -14,16 +13,11 @@ import pytest
 
 from elastictok_jax.data.pipeline import BatchReader
 from elastictok_jax.data.sources import open_feeds
+from tests.multiprocess.launched import free_port
 
 SCRIPT = Path(__file__).with_name("read_batches.py")
 config_for = runpy.run_path(str(SCRIPT))["config_for"]
 BATCHES, SAVED_AT = 200, 77
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        return probe.getsockname()[1]
 
 
 def read(folder, *, processes, options=()):

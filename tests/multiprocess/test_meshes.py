@@ -6,27 +6,26 @@ Each process is started anew and has its share of 8 fake devices; gloo carries w
 import json
 import os
 import runpy
-import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
+from tests.multiprocess.launched import free_port
+
 SCRIPT = Path(__file__).with_name("train_steps.py")
-TOLERANCE = runpy.run_path(str(SCRIPT))["TOLERANCE"]
+run = SimpleNamespace(**runpy.run_path(str(SCRIPT)))
+MESHES = ("8x1x1x1", "1x8x1x1", "2x2x2x1", "1x2x2x2", "1x1x1x8")
 
 LIMIT = 580  # seconds that all processes of a run may take
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        return probe.getsockname()[1]
-
-
 def launch(folder, mesh, *options, processes, workdir="run", **overrides):
-    """The reports of the processes of a run, and what they wrote to stderr."""
+    """The reports of the processes of a run, that of the first with its "moments" after the first
+    step if it made it, and what they wrote to stderr."""
     output = folder / f"report-{len(list(folder.iterdir()))}"
     output.mkdir()
     words = ["--processes", processes, "--port", free_port(), "--output", output, "--mesh", mesh]
@@ -50,6 +49,8 @@ def launch(folder, mesh, *options, processes, workdir="run", **overrides):
     if any(process.returncode for process in running):
         return None, errors
     reports = [json.loads((output / f"{i}.json").read_text()) for i in range(processes)]
+    if (output / "moments.npz").exists():
+        reports[0]["moments"] = dict(np.load(output / "moments.npz"))
     return reports, errors
 
 
@@ -61,26 +62,29 @@ def losses_of(reports, errors):
 
 @pytest.fixture(scope="module", params=["fsq", "vae"])
 def one_device(request, tmp_path_factory):
-    """The losses of one device in one process, and the bottleneck."""
+    """The bottleneck; the losses of one device in one process, and its first moments."""
     folder = tmp_path_factory.mktemp("one")
     found = launch(folder, "1x1x1x1", processes=1, model__bottleneck=request.param)
-    return request.param, losses_of(*found)
+    return request.param, losses_of(*found), found[0][0]["moments"]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("processes", "mesh"), [(2, "2x2x2x1"), (4, "1x2x2x2"), (2, "1x1x1x8")])
-def test_thirty_steps_in_processes(one_device, processes, mesh, tmp_path):
-    bottleneck, want = one_device
+@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize("mesh", MESHES)
+def test_thirty_steps_in_processes(one_device, mesh, processes, tmp_path):
+    """Losses, and the gradients of the first step, of which AdamW's moments are shares."""
+    bottleneck, want, want_moments = one_device
     found = launch(tmp_path, mesh, processes=processes, model__bottleneck=bottleneck)
     losses = losses_of(*found)
     assert losses[0] == pytest.approx(want[0], rel=1e-5)
-    assert losses == pytest.approx(want, rel=TOLERANCE[bottleneck])
+    assert losses == pytest.approx(want, rel=run.TOLERANCE[bottleneck])
+    run.assert_close_norms(found[0][0]["moments"], want_moments, rtol=1e-5, what=mesh)
 
 
 @pytest.mark.slow
 def test_saved_in_two_processes_and_continued_in_four_and_back_in_one(one_device, tmp_path):
     """On other meshes each time, and in four with the layers apart."""
-    bottleneck, want = one_device
+    bottleneck, want, _ = one_device
     options = dict(model__bottleneck=bottleneck)
     first = launch(tmp_path, "8x1x1x1", "--save", "--steps", 10, processes=2, **options)
     second = launch(
@@ -91,7 +95,7 @@ def test_saved_in_two_processes_and_continued_in_four_and_back_in_one(one_device
     )
     third = launch(tmp_path, "1x1x1x1", "--restore", processes=1, **options)
     losses = [*losses_of(*first), *losses_of(*second), *losses_of(*third)]
-    assert losses == pytest.approx(want, rel=TOLERANCE[bottleneck])
+    assert losses == pytest.approx(want, rel=run.TOLERANCE[bottleneck])
 
 
 def test_processes_are_the_slices_of_a_hybrid_mesh(tmp_path):

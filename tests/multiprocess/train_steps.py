@@ -1,8 +1,9 @@
 """Training steps of a tiny model on any mesh: of the fake devices of one process
 (tests/eight_devices), or of several, each running this file (test_meshes.py here).
 
-A process writes the losses that it saw and how the devices lay. With --restore it goes on from the
-newest checkpoint in the workdir, with --save it leaves one after its last step.
+A process writes the losses that it saw and how the devices lay, process 0 also AdamW's moments
+after the first step. With --restore it goes on from the newest checkpoint in the workdir, with
+--save it leaves one after its last step.
 """
 
 import argparse
@@ -11,13 +12,15 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from flax.traverse_util import flatten_dict
 
 from elastictok_jax.config import default_config, override, resolve, sequence_tokens
 from elastictok_jax.parallel.mesh import AXES, make_mesh
-from elastictok_jax.parallel.sharding import batch_sharding, in_mesh
+from elastictok_jax.parallel.sharding import batch_sharding, in_mesh, replicated
 from elastictok_jax.training.checkpoint import Checkpointer
 from elastictok_jax.training.state import abstract_state, sharded_init
-from elastictok_jax.training.step import make_train_step
+from elastictok_jax.training.step import jit_train_step
+from elastictok_jax.training.votes import Votes
 
 SETTINGS = {
     "model.width": 32,
@@ -87,20 +90,33 @@ def start(config, mesh):
 
 
 def jitted_step(config, mesh):
-    """The step as the loop jits it."""
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, mesh))
-    return in_mesh(
-        jax.jit(make_train_step(config), donate_argnums=0, out_shardings=(shardings, None)), mesh
-    )
+    """The step that the loop runs."""
+    return in_mesh(jit_train_step(config, abstract_state(config, mesh)), mesh)
 
 
 def train(step, state, *, config, mesh, steps):
     """The state after `steps` of a jitted step from `state`, which is donated, and the losses."""
     losses = []
+    votes = Votes(mesh).cast(stop=False, replaced_blocks=0)
     for index in steps:
-        state, metrics = step(state, batch_of(index, config, mesh), {})
+        state, metrics = step(state, batch_of(index, config, mesh), {}, votes)
         losses.append(metrics["loss"])
     return state, [float(loss) for loss in losses]
+
+
+def moments_of(state):
+    """AdamW's first moments."""
+    return next(part.mu for part in state.opt_state[1] if hasattr(part, "mu"))
+
+
+def assert_close_norms(got, want, *, rtol, what):
+    """Every array of two trees differs by at most `rtol` of the norm of the wanted one."""
+    leaves = jax.tree_util.tree_leaves_with_path(want)
+    for (path, expected), value in zip(leaves, jax.tree.leaves(got), strict=True):
+        norm = np.linalg.norm(expected)
+        assert norm > 0, path
+        apart = np.linalg.norm(value - expected) / norm
+        assert apart <= rtol, (what, jax.tree_util.keystr(path), apart)
 
 
 def main() -> None:
@@ -131,7 +147,13 @@ def main() -> None:
     else:
         state = start(config, mesh)
     step, steps = jitted_step(config, mesh), range(first, args.steps)
-    state, losses = train(step, state, config=config, mesh=mesh, steps=steps)
+    state, losses = train(step, state, config=config, mesh=mesh, steps=steps[:1])
+    if list(steps[:1]) == [0]:
+        whole = jax.jit(lambda tree: tree, out_shardings=replicated(mesh))(moments_of(state))
+        if args.process == 0:
+            np.savez(args.output / "moments.npz", **flatten_dict(jax.device_get(whole), sep="/"))
+    state, more = train(step, state, config=config, mesh=mesh, steps=steps[1:])
+    losses += more
     if args.save:
         checkpoints.save(args.steps, state, data_position={}, config=config, metrics=None)
         checkpoints.finish()

@@ -70,6 +70,9 @@ def encode_file(
     for note in footage.notes:
         print(f"note: {note}", file=sys.stderr)
     tokenizer = ElasticTokenizer.from_pretrained(model)
+    layout = Grid((1, footage.height, footage.width), tokenizer.config).describe()
+    if layout:
+        print(f"note: {layout}", file=sys.stderr)
     if window_blocks is not None:
         tokenizer.window_blocks = window_blocks
     if goal.spends and source != PIPE:
@@ -141,15 +144,14 @@ def summary(
 
 
 def describe(results: dict) -> str:
-    """The results of `encode_file`, in a few lines."""
-    lines = [f"{results['layout']}"] if results["layout"] else []
-    lines.append(
+    """The results of `encode_file`, in a line or two."""
+    lines = [
         f"{results['output']}: {results['frames']} frames, {results['blocks']} blocks, "
         f"{results['tokens']} tokens ({results['tokens_per_block']:.1f} of "
         f"{results['most_tokens_per_block']} a block), {results['bits']:.0f} bits nominal, "
         f"{results['file_bytes']} bytes in the file, MSE {results['mse']:.4g} "
         f"({results['psnr_db']:.1f} dB)"
-    )
+    ]
     missed = results["blocks"] - results["blocks_met"]
     if missed:
         lines.append(

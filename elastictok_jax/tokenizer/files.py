@@ -104,14 +104,19 @@ def _encode_in_order(tokenizer: ElasticTokenizer, footage: Footage, goal: Goal) 
     pieces: list[Tokens] = []
     frames = count = 0
     with Progress(f"encoding {footage.name}", unit="frame") as progress:
-        for piece in tokenizer.encode_stream(footage.stream, **options, fps=footage.fps):
-            frames, count = frames + piece.frames, count + piece.num_tokens
-            too_many = frames * piece.height * piece.width > etok.MAX_PIXELS
-            if too_many or count > etok.MAX_TOKENS:
-                footage.fault = f"{footage.name} is more than one .etok file may hold"
-                break
-            pieces.append(piece)
-            progress.show(frames, footage.frames)
+        try:
+            for piece in tokenizer.encode_stream(footage.stream, **options, fps=footage.fps):
+                frames, count = frames + piece.frames, count + piece.num_tokens
+                too_many = frames * piece.height * piece.width > etok.MAX_PIXELS
+                if too_many or count > etok.MAX_TOKENS:
+                    footage.fault = f"{footage.name} is more than one .etok file may hold"
+                    break
+                pieces.append(piece)
+                progress.show(frames, footage.frames)
+        except KeyboardInterrupt:  # how one stops a camera
+            if not pieces:
+                raise
+            footage.fault = f"{footage.name} was interrupted"
     if not pieces:
         raise UsageError(footage.fault or f"{footage.name} has no frames: send at least one")
     return Tokens.join(pieces)

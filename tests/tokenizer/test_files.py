@@ -18,9 +18,12 @@ from PIL import Image
 from elastictok_jax import ElasticTokenizer, Tokens, cli
 from elastictok_jax.config import default_config, override, resolve, to_json
 from elastictok_jax.data import media, rawvideo
+from elastictok_jax.data.footage import Footage
 from elastictok_jax.data.sources import EMBEDDED
 from elastictok_jax.evaluation.metrics import mse
 from elastictok_jax.tokenizer import etok
+from elastictok_jax.tokenizer.files import _encode_in_order
+from elastictok_jax.tokenizer.goal import Goal
 from elastictok_jax.tokenizer.search import SEARCHES
 from elastictok_jax.training.state import init_state
 from elastictok_jax.weights.safetensors import save_params
@@ -354,6 +357,19 @@ def test_a_pipe_that_is_cut_off_keeps_whole_frames(tokenizer, refused, piped, tm
     piped(data.replace(b"FRAME", b"GAMES", 4).replace(b"GAMES", b"FRAME", 3))
     assert "ended within frame 3: b'GAMES\\n" in refused(*words, status=1)
     assert Tokens.load(tmp_path / "clip.etok").frames == 3
+
+
+def test_an_interrupted_stream_keeps_its_blocks(tokenizer):
+    frames = footage(8)
+
+    def until_ctrl_c():
+        yield from frames[:6]
+        raise KeyboardInterrupt
+
+    camera = Footage("camera", until_ctrl_c(), 16, 16, fps=10.0, frames=None)
+    tokens = _encode_in_order(tokenizer, camera, Goal(tokens=3))
+    assert camera.fault == "camera was interrupted"
+    assert_codes(tokens, tokenizer.encode(frames[:4], tokens=3))
 
 
 def test_more_than_a_file_may_hold_is_kept_so_far(tokenizer, refused, tmp_path, monkeypatch):

@@ -98,7 +98,7 @@ def test_help_imports_nothing_heavy():
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False
     )
     assert done.returncode == 0, done.stderr
-    for verb in ("train", "evaluate", "reconstruct", "experiments"):
+    for verb in ("train", "evaluate", "encode", "decode", "reconstruct", "experiments"):
         assert verb in done.stdout
 
 
@@ -259,6 +259,7 @@ def verbs_on(model, tmp_path) -> list[list]:
     return [
         ["evaluate", model, "-o", output],
         ["reconstruct", clip, "-o", output, "--model", model, "--max-mse", "0.01"],
+        ["encode", clip, "-o", output.with_suffix(".etok"), "--model", model, "--tokens", "1"],
     ]
 
 

@@ -153,7 +153,7 @@ class Block:
         self._coder.encoder_cache.keep(trial.encoder_present)
         self._coder.decoder_cache.keep(trial.decoder_present)
         return CodedBlock(
-            codes=np.array(trial.codes[:length]),
+            codes=np.array(trial.codes[:length]),  # a view would keep the device's buffer
             error=trial.error,
             mse=trial.mse,
             met=trial.error <= target,

@@ -70,6 +70,9 @@ def encode_file(
     for note in footage.notes:
         print(f"note: {note}", file=sys.stderr)
     tokenizer = ElasticTokenizer.from_pretrained(model)
+    layout = Grid((1, footage.height, footage.width), tokenizer.config).describe()
+    if layout:
+        print(f"note: {layout}", file=sys.stderr)
     if window_blocks is not None:
         tokenizer.window_blocks = window_blocks
     if goal.spends and source != PIPE:
@@ -101,14 +104,19 @@ def _encode_in_order(tokenizer: ElasticTokenizer, footage: Footage, goal: Goal) 
     pieces: list[Tokens] = []
     frames = count = 0
     with Progress(f"encoding {footage.name}", unit="frame") as progress:
-        for piece in tokenizer.encode_stream(footage.stream, **options, fps=footage.fps):
-            frames, count = frames + piece.frames, count + piece.num_tokens
-            too_many = frames * piece.height * piece.width > etok.MAX_PIXELS
-            if too_many or count > etok.MAX_TOKENS:
-                footage.fault = f"{footage.name} is more than one .etok file may hold"
-                break
-            pieces.append(piece)
-            progress.show(frames, footage.frames)
+        try:
+            for piece in tokenizer.encode_stream(footage.stream, **options, fps=footage.fps):
+                frames, count = frames + piece.frames, count + piece.num_tokens
+                too_many = frames * piece.height * piece.width > etok.MAX_PIXELS
+                if too_many or count > etok.MAX_TOKENS:
+                    footage.fault = f"{footage.name} is more than one .etok file may hold"
+                    break
+                pieces.append(piece)
+                progress.show(frames, footage.frames)
+        except KeyboardInterrupt:  # how one stops a camera
+            if not pieces:
+                raise
+            footage.fault = f"{footage.name} was interrupted"
     if not pieces:
         raise UsageError(footage.fault or f"{footage.name} has no frames: send at least one")
     return Tokens.join(pieces)
@@ -141,15 +149,14 @@ def summary(
 
 
 def describe(results: dict) -> str:
-    """The results of `encode_file`, in a few lines."""
-    lines = [f"{results['layout']}"] if results["layout"] else []
-    lines.append(
+    """The results of `encode_file`, in a line or two."""
+    lines = [
         f"{results['output']}: {results['frames']} frames, {results['blocks']} blocks, "
         f"{results['tokens']} tokens ({results['tokens_per_block']:.1f} of "
         f"{results['most_tokens_per_block']} a block), {results['bits']:.0f} bits nominal, "
         f"{results['file_bytes']} bytes in the file, MSE {results['mse']:.4g} "
         f"({results['psnr_db']:.1f} dB)"
-    )
+    ]
     missed = results["blocks"] - results["blocks_met"]
     if missed:
         lines.append(

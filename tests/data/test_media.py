@@ -274,6 +274,27 @@ def test_x264_keeps_colors_and_pads_odd_sizes(tmp_path):
     )
 
 
+def test_frames_one_after_the_other_are_written_as_an_array_is(tmp_path):
+    frames = real_frames(count=5)[:, :33, :47]
+    for name, source in [("array.mp4", frames), ("frames.mp4", iter(frames))]:
+        media.write_video(tmp_path / name, source, fps=24, crf=4, chroma="4:4:4")
+    read = media.read_frames(tmp_path / "frames.mp4")
+    np.testing.assert_array_equal(read, media.read_frames(tmp_path / "array.mp4"))
+    assert read.shape == frames.shape  # odd sizes are kept
+    assert np.abs(read.astype(float) - frames).mean() < 1.5
+    with pytest.raises(UsageError, match="give one size"):
+        media.write_video(tmp_path / "no.mp4", iter([frames[0], frames[1, 1:]]), fps=24)
+    with pytest.raises(UsageError, match="no frames to write"):
+        media.write_video(tmp_path / "no.mp4", iter([]), fps=24)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["array.mp4", "frames.mp4"]
+
+
+def test_sound_and_uneven_times_are_noticed(files):
+    for name in ("short_gop.mp4", "b_frames.mkv", "clip.gif", "packed.avi"):
+        with media.VideoReader(files[name]) as reader:
+            assert (reader.has_audio, reader.evenly_spaced) == (False, True)
+
+
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
     path = tmp_path / "clip.mp4"
     path.write_bytes(b"old")

@@ -91,6 +91,12 @@ class ElasticTokenizer:
         finally:
             checkpoints.close()
 
+    @property
+    def levels(self) -> tuple[int, ...]:
+        """Of the FSQ; empty for a VAE."""
+        bottleneck = self.model.bottleneck
+        return tuple(bottleneck.levels) if isinstance(bottleneck, FSQ) else ()
+
     def encode(
         self,
         video: np.ndarray | Sequence[np.ndarray],
@@ -290,13 +296,8 @@ class ElasticTokenizer:
             bits_per_token=self.model.bottleneck.bits_per_token,
             fingerprint=self.fingerprint,
             window_blocks=self.window_blocks,
-            levels=self._levels,
+            levels=self.levels,
         )
-
-    @property
-    def _levels(self) -> tuple[int, ...]:
-        bottleneck = self.model.bottleneck
-        return tuple(bottleneck.levels) if isinstance(bottleneck, FSQ) else ()
 
     def _check_tokens(self, tokens: Tokens, grid: Grid) -> None:
         if tokens.fingerprint != self.fingerprint:

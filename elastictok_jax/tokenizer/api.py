@@ -98,6 +98,12 @@ class ElasticTokenizer:
             self.router = Router.load(folder, fingerprint=self.fingerprint)
         return self
 
+    @property
+    def levels(self) -> tuple[int, ...]:
+        """Of the FSQ; empty for a VAE."""
+        bottleneck = self.model.bottleneck
+        return tuple(bottleneck.levels) if isinstance(bottleneck, FSQ) else ()
+
     def encode(
         self,
         video: np.ndarray | Sequence[np.ndarray],
@@ -300,7 +306,6 @@ class ElasticTokenizer:
 
     def tokens(self, coded: Sequence[CodedBlock], grid: Grid, *, fps: float) -> Tokens:
         """Tokens of what `code` gave for a clip cut by `grid`."""
-        bottleneck = self.model.bottleneck
         return Tokens(
             codes=[block.codes for block in coded],
             mse=np.asarray([block.mse for block in coded], np.float32),
@@ -309,10 +314,10 @@ class ElasticTokenizer:
             height=grid.height,
             width=grid.width,
             fps=float(fps),
-            bits_per_token=bottleneck.bits_per_token,
+            bits_per_token=self.model.bottleneck.bits_per_token,
             fingerprint=self.fingerprint,
             window_blocks=self.window_blocks,
-            levels=bottleneck.levels if isinstance(bottleneck, FSQ) else (),
+            levels=self.levels,
         )
 
     def _check_tokens(self, tokens: Tokens, grid: Grid) -> None:

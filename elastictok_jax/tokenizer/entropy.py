@@ -28,6 +28,12 @@ _STRIDE_SAMPLE = 2**18  # tokens looked at to choose the stride
 _HEAD_WORDS = 2  # stride, checksum
 
 
+def require_coder(levels: tuple[int, ...]) -> None:
+    """Raises UsageError where `encode_codes` would: before the work, not after it."""
+    _require_levels(levels)
+    _coder()
+
+
 def encode_codes(codes: Sequence[np.ndarray], *, levels: tuple[int, ...]) -> np.ndarray:
     """N blocks of codes, int [n] each with n >= 1, below prod(levels), as uint32 [words].
 

@@ -17,7 +17,7 @@ from elastictok_jax.data.footage import PIPE, Footage, open_footage
 from elastictok_jax.errors import RunError, UsageError
 from elastictok_jax.evaluation.metrics import psnr
 from elastictok_jax.progress import Progress
-from elastictok_jax.tokenizer import etok
+from elastictok_jax.tokenizer import entropy, etok
 from elastictok_jax.tokenizer.api import ElasticTokenizer
 from elastictok_jax.tokenizer.goal import Goal
 from elastictok_jax.tokenizer.grid import Grid
@@ -70,6 +70,8 @@ def encode_file(
     for note in footage.notes:
         print(f"note: {note}", file=sys.stderr)
     tokenizer = ElasticTokenizer.from_pretrained(model)
+    if coding == "entropy":
+        entropy.require_coder(tokenizer.levels)
     layout = Grid((1, footage.height, footage.width), tokenizer.config).describe()
     if layout:
         print(f"note: {layout}", file=sys.stderr)

@@ -435,6 +435,14 @@ def test_bad_files_and_options_are_named(refused, tmp_path):
         assert not (tmp_path / "clip.etok").exists()
 
 
+def test_a_missing_coder_is_said_before_the_work(refused, piped, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "constriction", None)
+    piped(b"")  # no frame is asked for
+    words = ("--size", "16x16", "--fps", 1, "--tokens", 1, "--compress")
+    line = refused("encode", "-", "-o", tmp_path / "clip.etok", *words)
+    assert "pip install 'elastictok_jax[compress]'" in line
+
+
 def test_one_goal_is_needed(model, tmp_path, capsys):
     for goals in ([], ["--tokens", "3", "--max-mse", "0.1"]):
         with pytest.raises(SystemExit) as stop:

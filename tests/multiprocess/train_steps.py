@@ -15,6 +15,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from elastictok_jax.config import default_config, override, resolve, sequence_tokens
+from elastictok_jax.parallel.distributed import meet
 from elastictok_jax.parallel.mesh import AXES, make_mesh
 from elastictok_jax.parallel.sharding import batch_sharding, in_mesh, replicated
 from elastictok_jax.training.checkpoint import Checkpointer
@@ -139,6 +140,7 @@ def main() -> None:
         jax.distributed.initialize(f"localhost:{args.port}", args.processes, args.process)
     config = config_for(args.mesh, **args.overrides)
     mesh = mesh_for(config)
+    meet(mesh, timeout=500)  # as the loop does: on a busy machine some start much later
     checkpoints = Checkpointer(args.workdir, keep_last=1, keep_best=0)
     first = 0
     if args.restore:

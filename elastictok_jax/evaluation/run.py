@@ -27,7 +27,7 @@ def evaluate_model(model: str | Path, *, output: Path) -> dict[str, object]:
     config = tokenizer.config
     make_folder(output)
     clips = held_out_clips(config)
-    goals = [Goal(max_mse=target, search="binary") for target in config.evaluation.targets]
+    goals = [Goal(max_mse=target) for target in config.evaluation.targets]
     coded = [(c, code_clip(tokenizer, c, goals=goals, progress=show_blocks)) for c in clips]
     curve = read_metrics(Path(model) / "metrics.jsonl")
     sizes = dict(

@@ -51,7 +51,7 @@ setup(
         "flax>=0.12",
         "fsspec",
         "grain>=0.2.18",
-        "jax>=0.10",
+        "jax>=0.10,<0.13",
         "matplotlib>=3.8",
         "ml-collections>=1.0",
         "ml_dtypes>=0.5",

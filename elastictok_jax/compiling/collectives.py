@@ -1,5 +1,6 @@
 """Who exchanges how much with whom: collectives in HLO text, their groups, their mesh axes."""
 
+import collections
 import dataclasses
 import math
 import re
@@ -57,6 +58,12 @@ class Collective:
         """Whether a group has members in several slices. `slice_of` is by partition number."""
         groups = self.groups or (tuple(range(len(slice_of))),)
         return any(len({slice_of[member] for member in group}) > 1 for group in groups)
+
+    def together(self, slice_of: Sequence[int]) -> int:
+        """The fewest members that a group has in a slice where it has any."""
+        groups = self.groups or (tuple(range(len(slice_of))),)
+        counts = (collections.Counter(slice_of[member] for member in group) for group in groups)
+        return min(min(count.values()) for count in counts)
 
 
 def collective_of(instruction: Instruction, computation: Computation) -> Collective | None:

@@ -67,8 +67,10 @@ def roofline(costs: Costs, *, chip: Chip, slice_of: Sequence[int]) -> Roofline:
     permutes: dict[Groups, float] = collections.defaultdict(float)
     for exchange, count in costs.collectives.items():
         sent = count * exchange.sent_bytes(len(slice_of))
-        if exchange.crosses(slice_of):
+        if exchange.crosses(slice_of) and exchange.kind == "collective-permute":
             across += sent
+        elif exchange.crosses(slice_of):  # within slices first: each member takes its part across
+            across += sent / exchange.together(slice_of)
         elif exchange.kind == "collective-permute":
             permutes[exchange.groups] += sent / link
         else:

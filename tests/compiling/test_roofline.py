@@ -51,7 +51,10 @@ def test_the_two_ways_round_a_ring_share_its_time():
 def test_exchanges_between_slices_use_the_network():
     costs = Costs(collectives=Counter({Collective("all-reduce", 4.0, FOUR): 1}))  # sends 6 bytes
     line = roofline(costs, chip=CHIP, slice_of=[0, 0, 1, 1])
-    assert (line.interconnect, line.network, line.bound) == (0.0, 12.0, "network")
+    # Two members in a slice: each takes half of what they have reduced across.
+    assert (line.interconnect, line.network, line.bound) == (0.0, 6.0, "network")
+    alone = roofline(costs, chip=CHIP, slice_of=[0, 1, 2, 3])
+    assert alone.network == 12.0
     unknown = dataclasses.replace(CHIP, dcn_bandwidth=None)
     assert roofline(costs, chip=unknown, slice_of=[0, 0, 1, 1]).network is None
 

@@ -319,6 +319,7 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, required=True, help="folder for the results")
     args = parser.parse_args()
     tokenizer = ElasticTokenizer.from_pretrained(args.model)
+    one_tile = held_out_clips(tokenizer, rows=1, columns=1)["bbb_kite"]
     clips = held_out_clips(tokenizer, rows=args.rows, columns=args.columns)
     targets = [float(target) for target in args.targets.split(",")]
     results: dict[str, Any] = {
@@ -326,9 +327,7 @@ def main() -> None:
         "published": [
             row
             for window in args.windows.split(",")
-            for row in against_published(
-                tokenizer, clips["bbb_kite"], target=targets[-1], window=int(window)
-            )
+            for row in against_published(tokenizer, one_tile, target=targets[0], window=int(window))
         ],
         "budgets": spending(tokenizer, clips, [float(b) for b in args.budgets.split(",")]),
         "searches": compare(tokenizer, clips, targets),

@@ -37,6 +37,7 @@ from elastictok_jax.training.exported import is_exported, read_exported
 # Keys of config.model that say how it runs, not what its codes mean.
 HOW_IT_RUNS = ("attention", "remat", "mlp_chunk_tokens", "scan_layers")
 Progress = Callable[[int, int], None]
+SPENDING_ROUNDS = 4  # times that all clips are measured before a budget is spent
 
 
 class ElasticTokenizer:
@@ -291,18 +292,34 @@ class ElasticTokenizer:
     ) -> list[np.ndarray]:
         """Lengths of each clip's blocks, time first, that spend a budget best.
 
-        What a block would gain is measured while it and the blocks before it have an even share.
+        What a block gains by more tokens depends on what the blocks before it have. So curves are
+        measured with an even share for all, then with what that makes best, and so on, and their
+        mean is what is spent by. The best of the shares so measured is taken.
         """
-        blocks = sum(grid.blocks * grid.tiles for grid in grids)
+        sizes = [grid.blocks * grid.tiles for grid in grids]
+        blocks, ends = sum(sizes), np.cumsum(sizes)[:-1]
         total = goal.total(blocks, **self._bounds)
-        surveys = []
-        for clip, grid in zip(clips, grids, strict=True):
-            choosers = [Survey(total // blocks, **self._bounds) for _ in range(grid.tiles)]
-            self.code(clip, grid, choosers, metric="mse")
-            curves = [survey.curves for survey in choosers]
-            surveys.append(np.stack(curves, axis=1).reshape(grid.blocks * grid.tiles, -1))
-        lengths = allocate(np.concatenate(surveys), total=total, **self._bounds).lengths
-        return np.split(lengths, np.cumsum([len(curves) for curves in surveys])[:-1])
+        lengths = np.full(blocks, total // blocks, np.int32)
+        lengths[: total % blocks] += 1
+        best, least = lengths, np.inf
+        curves_NM = np.zeros((blocks, self.tokens_per_block - self.min_tokens + 1))
+        for round_ in range(SPENDING_ROUNDS):
+            surveys = []
+            for clip, grid, some in zip(clips, grids, np.split(lengths, ends), strict=True):
+                tiles = range(grid.tiles)
+                of_clip = [Survey(some[tile :: grid.tiles], **self._bounds) for tile in tiles]
+                self.code(clip, grid, of_clip, metric="mse")
+                surveys += [
+                    (survey.curves[block], survey.errors[block])
+                    for block in range(grid.blocks)
+                    for survey in of_clip
+                ]
+            error = sum(error for _, error in surveys)
+            if error < least:
+                best, least = lengths, error
+            curves_NM += (np.stack([curve for curve, _ in surveys]) - curves_NM) / (round_ + 1)
+            lengths = allocate(curves_NM, total=total, **self._bounds).lengths
+        return np.split(best, ends)
 
     def tokens(self, coded: Sequence[CodedBlock], grid: Grid, *, fps: float) -> Tokens:
         """Tokens of what `code` gave for a clip cut by `grid`."""

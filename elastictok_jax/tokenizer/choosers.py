@@ -101,19 +101,22 @@ def measured_curve(block: Block, *, low: int, high: int) -> np.ndarray:
 
 
 class Survey:
-    """Measures each block's curve, and keeps it at one length for all.
+    """Keeps the lengths given, one a block, and measures what others would have meant.
 
     Attributes:
-      curves: float64 [high - low + 1] of each block so far.
+      curves: float64 [high - low + 1] of each block so far; errors: squared error of what was kept.
     """
 
-    def __init__(self, length: int, *, low: int, high: int) -> None:
-        self._length, self._bounds = length, dict(low=low, high=high)
+    def __init__(self, lengths: Iterable[int], *, low: int, high: int) -> None:
+        self._lengths, self._bounds = iter(lengths), dict(low=low, high=high)
         self.curves: list[np.ndarray] = []
+        self.errors: list[float] = []
 
     def keep(self, block: Block) -> CodedBlock:
         self.curves.append(measured_curve(block, **self._bounds))
-        return block.keep(self._length)
+        kept = block.keep(int(next(self._lengths)))
+        self.errors.append(kept.mse * block.share_inside)
+        return kept
 
 
 class Frugal:

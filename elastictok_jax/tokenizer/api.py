@@ -64,18 +64,27 @@ class ElasticTokenizer:
 
     @classmethod
     def from_pretrained(cls, model: str | Path) -> "ElasticTokenizer":
-        """Loads a training workdir (its newest checkpoint) or an exported folder.
+        """Loads a training workdir (its newest checkpoint) or an exported folder, and its router.
 
         Raises:
-          UsageError: if there is no model, or its weights do not fit its config.
+          UsageError: if there is no model, its weights do not fit its config, or its router is
+            damaged or of other weights.
         """
+        tokenizer = cls.without_router(model)
+        if (Path(model) / FILE).is_file():
+            tokenizer.router = Router.load(Path(model), fingerprint=tokenizer.fingerprint)
+        return tokenizer
+
+    @classmethod
+    def without_router(cls, model: str | Path) -> "ElasticTokenizer":
+        """As `from_pretrained`, but does not look for a router: what trains one starts so."""
         folder = Path(model)
         if not folder.is_dir():
             raise UsageError(f"model {model} does not exist: give a workdir or an exported folder")
         if is_exported(folder):
             config, params = read_exported(folder)
             params = with_layout(params, stacked=config.model.scan_layers)
-            return cls(config, params)._with_router(folder)
+            return cls(config, params)
         config = read_config(folder / "config.json")
         if not (folder / "checkpoints").is_dir():
             raise UsageError(f"model {model} has no checkpoints yet: train it first")
@@ -89,14 +98,9 @@ class ElasticTokenizer:
                 lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device),
                 abstract_params(config),
             )
-            return cls(config, checkpoints.restore_params(step, placed))._with_router(folder)
+            return cls(config, checkpoints.restore_params(step, placed))
         finally:
             checkpoints.close()
-
-    def _with_router(self, folder: Path) -> "ElasticTokenizer":
-        if (folder / FILE).is_file():
-            self.router = Router.load(folder, fingerprint=self.fingerprint)
-        return self
 
     def encode(
         self,
@@ -265,11 +269,12 @@ class ElasticTokenizer:
         assert goal.target is not None
         router = self.router if goal.metric == "mse" else None
         if "regression" in goal.search and router is None:
-            raise UsageError(
-                f"search {goal.search!r} predicts the MSE with a router: run elastictok "
-                "train-router MODEL first"
-                + (", and give max_mse or min_psnr" if goal.metric != "mse" else "")
+            mend = (
+                "give max_mse or min_psnr, or another search"
+                if goal.metric != "mse"
+                else "run elastictok train-router MODEL first"
             )
+            raise UsageError(f"search {goal.search!r} predicts the MSE with a router: {mend}")
         return Threshold(goal.target, search=goal.search, router=router, **self._bounds)
 
     def _of_a_stream(self, goal: Goal) -> Chooser:

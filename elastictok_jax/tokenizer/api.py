@@ -23,6 +23,7 @@ from elastictok_jax.errors import UsageError
 from elastictok_jax.models.bottlenecks import FSQ
 from elastictok_jax.models.elastictok import abstract_params, build_model
 from elastictok_jax.models.layer_layout import with_layout
+from elastictok_jax.models.patching import unpatchify
 from elastictok_jax.tokenizer.allocation import allocate
 from elastictok_jax.tokenizer.choosers import Chooser, Fixed, Frugal, Survey, Threshold
 from elastictok_jax.tokenizer.coder import CodedBlock, Coder, Decoder, Programs
@@ -59,7 +60,16 @@ class ElasticTokenizer:
         self.router: Router | None = None  # what `train-router` left in the model's folder
         self.fingerprint = _fingerprint(config, params)
         self._programs = Programs.of(
-            self.model, self.params, tokens_per_block=self.tokens_per_block
+            self.model,
+            self.params,
+            tokens_per_block=self.tokens_per_block,
+            to_video=functools.partial(
+                unpatchify,
+                patch=tuple(config.model.patch),
+                frames_per_block=config.video.frames_per_block,
+                height=config.video.resolution,
+                width=config.video.resolution,
+            ),
         )
 
     @classmethod

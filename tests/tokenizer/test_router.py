@@ -89,6 +89,19 @@ def test_train_router_and_use_it(folder, capsys):
     with pytest.raises(UsageError, match="give max_mse or min_psnr"):
         tokenizer.encode(clip, max_lpips=0.3, search="regression")
 
+    # A router that promises too much, or nothing, costs evaluations and no target.
+    right = tokenizer.router
+    for wrong in (-9, 9):
+        mean = right.params["mean"] + np.float32(wrong)
+        tokenizer.router = dataclasses.replace(right, params={**right.params, "mean": mean})
+        chosen: list[int] = []
+        tokens = tokenizer.encode(clip, max_mse=0.3, search="verified_regression")
+        for index, length in enumerate(tokens.lengths):
+            whole = tokenizer.encode(clip[: 4 * (index + 1)], tokens=[*chosen, LENGTH])
+            assert tokens.met[index] or whole.mse[index] > 0.3
+            chosen.append(int(length))
+    tokenizer.router = right
+
     # After more training the router is stale; the mend that is named works.
     stale = dataclasses.replace(tokenizer.router, fingerprint="0" * 16)
     stale.save(folder)

@@ -335,8 +335,8 @@ def run_train_router(args: argparse.Namespace, overrides: dict[str, str]) -> Non
             raise UsageError(f"--{name} must be greater than 0")
     results = train_router(args.model, blocks=args.blocks, steps=args.steps)
     print(
-        f"router in {args.model}: {100 * results['count_error']:.1f}% error in tokens on clips "
-        f"held back",
+        f"router in {args.model}: {100 * results['count_error']:.1f}% error in tokens on data "
+        "that it did not learn from",
         file=sys.stderr,
     )
     print_results(results, args)

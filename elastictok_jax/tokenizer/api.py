@@ -23,6 +23,7 @@ from elastictok_jax.errors import UsageError
 from elastictok_jax.models.bottlenecks import FSQ
 from elastictok_jax.models.elastictok import abstract_params, build_model
 from elastictok_jax.models.layer_layout import with_layout
+from elastictok_jax.models.patching import unpatchify
 from elastictok_jax.tokenizer.allocation import allocate
 from elastictok_jax.tokenizer.choosers import Chooser, Fixed, Frugal, Survey, Threshold
 from elastictok_jax.tokenizer.coder import CodedBlock, Coder, Decoder, Programs
@@ -60,23 +61,41 @@ class ElasticTokenizer:
         self.router: Router | None = None  # what `train-router` left in the model's folder
         self.fingerprint = _fingerprint(config, params)
         self._programs = Programs.of(
-            self.model, self.params, tokens_per_block=self.tokens_per_block
+            self.model,
+            self.params,
+            tokens_per_block=self.tokens_per_block,
+            to_video=functools.partial(
+                unpatchify,
+                patch=tuple(config.model.patch),
+                frames_per_block=config.video.frames_per_block,
+                height=config.video.resolution,
+                width=config.video.resolution,
+            ),
         )
 
     @classmethod
     def from_pretrained(cls, model: str | Path) -> "ElasticTokenizer":
-        """Loads a training workdir (its newest checkpoint) or an exported folder.
+        """Loads a training workdir (its newest checkpoint) or an exported folder, and its router.
 
         Raises:
-          UsageError: if there is no model, or its weights do not fit its config.
+          UsageError: if there is no model, its weights do not fit its config, or its router is
+            damaged or of other weights.
         """
+        tokenizer = cls.without_router(model)
+        if (Path(model) / FILE).is_file():
+            tokenizer.router = Router.load(Path(model), fingerprint=tokenizer.fingerprint)
+        return tokenizer
+
+    @classmethod
+    def without_router(cls, model: str | Path) -> "ElasticTokenizer":
+        """As `from_pretrained`, but does not look for a router: what trains one starts so."""
         folder = Path(model)
         if not folder.is_dir():
             raise UsageError(f"model {model} does not exist: give a workdir or an exported folder")
         if is_exported(folder):
             config, params = read_exported(folder)
             params = with_layout(params, stacked=config.model.scan_layers)
-            return cls(config, params)._with_router(folder)
+            return cls(config, params)
         config = read_config(folder / "config.json")
         if not (folder / "checkpoints").is_dir():
             raise UsageError(f"model {model} has no checkpoints yet: train it first")
@@ -90,14 +109,9 @@ class ElasticTokenizer:
                 lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device),
                 abstract_params(config),
             )
-            return cls(config, checkpoints.restore_params(step, placed))._with_router(folder)
+            return cls(config, checkpoints.restore_params(step, placed))
         finally:
             checkpoints.close()
-
-    def _with_router(self, folder: Path) -> "ElasticTokenizer":
-        if (folder / FILE).is_file():
-            self.router = Router.load(folder, fingerprint=self.fingerprint)
-        return self
 
     @property
     def levels(self) -> tuple[int, ...]:
@@ -270,13 +284,16 @@ class ElasticTokenizer:
           UsageError: if the search needs a router and there is none, or none for the measure.
         """
         assert goal.target is not None
-        router = self.router if goal.metric == "mse" else None
-        if "regression" in goal.search and router is None:
-            raise UsageError(
-                f"search {goal.search!r} predicts the MSE with a router: run elastictok "
-                "train-router MODEL first"
-                + (", and give max_mse or min_psnr" if goal.metric != "mse" else "")
-            )
+        router = None
+        if "regression" in goal.search:  # hybrid needs more evaluations by it than by the past
+            if goal.metric != "mse" or self.router is None:
+                mend = (
+                    "give max_mse or min_psnr, or another search"
+                    if goal.metric != "mse"
+                    else "run elastictok train-router MODEL first"
+                )
+                raise UsageError(f"search {goal.search!r} predicts the MSE with a router: {mend}")
+            router = self.router
         return Threshold(goal.target, search=goal.search, router=router, **self._bounds)
 
     def _of_a_stream(self, goal: Goal) -> Chooser:

@@ -9,7 +9,7 @@ enough to choose by, and the choice is measured again.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -26,19 +26,30 @@ CANDIDATES = 16  # most lengths of a block that one call measures
 
 @dataclasses.dataclass(frozen=True)
 class Programs:
-    """What all clips of one model share: weights and compiled programs."""
+    """What all clips of one model share: weights and compiled programs.
+
+    `to_video` makes frames uint8 [F, H, W, 3] of the patches of a block, uint8 [L, D].
+    """
 
     model: ElasticTok
     params: Any
     tokens_per_block: int
     encode: Half
     decode: Half
+    to_video: Callable[[np.ndarray], np.ndarray]
 
     @classmethod
-    def of(cls, model: ElasticTok, params, *, tokens_per_block: int) -> "Programs":
+    def of(
+        cls,
+        model: ElasticTok,
+        params,
+        *,
+        tokens_per_block: int,
+        to_video: Callable[[np.ndarray], np.ndarray],
+    ) -> "Programs":
         encode = Half(model, "encode", tokens_per_block=tokens_per_block)
         decode = Half(model, "decode", tokens_per_block=tokens_per_block)
-        return cls(model, params, tokens_per_block, encode, decode)
+        return cls(model, params, tokens_per_block, encode, decode, to_video)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,9 +106,9 @@ class Block:
         codes, _ = self._encode(np.asarray([self.tokens_per_block], np.int32))
         return np.asarray(self._programs.model.bottleneck.dequantize(codes))[0]
 
-    def pixels(self) -> np.ndarray:
-        """Patches uint8 [L, D]."""
-        return np.asarray(self._patches)
+    def video(self) -> np.ndarray:
+        """Its frames, uint8 [F, H, W, 3]."""
+        return self._programs.to_video(np.asarray(self._patches))
 
     @property
     def previous(self) -> tuple[int, float] | None:

@@ -1,10 +1,10 @@
 """A small head that predicts a block's error at every length (neural regression; paper, 3.4).
 
-Dimension key: B blocks, L tokens a block, G groups of tokens, Z latent dims, K knots.
+Dimension key: B blocks, L tokens a block, F frames, Z latent dims, K knots.
 
-It reads the encoding of the block with all tokens kept, which knows the blocks before it, how
-uneven the block's patches are, and how the block before turned out. It is trained for one frozen
-tokenizer (`router_training.py`) and of use to no other.
+It reads the encoding of the block with all tokens kept, which knows the blocks before it, how much
+of the block's energy there is at each scale, still and moving, and how the block before turned out.
+It is trained for one frozen tokenizer (`router_training.py`) and of use to no other.
 """
 
 import dataclasses
@@ -22,15 +22,16 @@ from elastictok_jax.weights.safetensors import load_params, save_params
 
 Array = jax.Array
 FILE = "router.safetensors"
-GROUPS = 16  # stretches of tokens that are summed up each on its own: the tail is what is dropped
-CONTEXT = 3
+FLOOR = 2e-3  # energy below which differences say nothing of the error
+SCALES = 6  # halvings of the picture
+EXTREME = 5.0  # standard deviations at which a feature is cut off: beyond is nothing to learn from
 
 
 class Head(nn.Module):
     """float32 [B, K] log errors from features [B, ...]."""
 
     knots: int
-    width: int = 256
+    width: int = 128
 
     @nn.compact
     def __call__(self, features: Array) -> Array:
@@ -40,21 +41,48 @@ class Head(nn.Module):
 
 
 def features_of(block: Block) -> np.ndarray:
-    """float32 [features] of a block: per group, mean and spread of its latents and the log of how
-    uneven its patches are; then whether there is a block before, its log error and log length."""
-    latents = np.asarray(block.encoding(), np.float32)
-    patches = block.pixels()
-    groups = np.array_split(np.arange(len(latents)), min(GROUPS, len(latents)))
-    uneven = np.log(1e-3 + patches.std(axis=1) / 127.5)
-    parts = [
-        np.concatenate([latents[g].mean(axis=0), latents[g].std(axis=0), [uneven[g].mean()]])
-        for g in groups
-    ]
-    context = np.zeros(CONTEXT)
-    if block.previous is not None:
-        length, error = block.previous
+    """float32 [features] of a block, as `features` has them."""
+    return features(block.encoding(), block.video(), previous=block.previous)
+
+
+def features(
+    latents_LZ: np.ndarray, video_FHWC: np.ndarray, *, previous: tuple[int, float] | None
+) -> np.ndarray:
+    """float32 [features]: mean and spread of the latents; log energy at every scale of the mean
+    frame and of what moves; mean colour; then whether there is a block before, its log error and
+    the log of its share of tokens.
+
+    Args:
+      video_FHWC: uint8.
+      previous: length and error of the block before.
+    """
+    latents = np.asarray(latents_LZ, np.float32)
+    video = video_FHWC.astype(np.float32) / 127.5 - 1
+    still = video.mean(axis=0, keepdims=True)
+    context = np.zeros(3)
+    if previous is not None:
+        length, error = previous
         context[:] = 1, np.log(max(error, 1e-12)), np.log(length / len(latents))
-    return np.concatenate([*parts, context]).astype(np.float32)
+    parts = [
+        *(latents.mean(axis=0), latents.std(axis=0)),
+        *(np.log(FLOOR + energies(part)) for part in (still, video - still)),
+        *(still.mean(axis=(0, 1, 2)), context),
+    ]
+    return np.concatenate(parts).astype(np.float32)
+
+
+def energies(video_FHWC: np.ndarray) -> np.ndarray:
+    """Mean square of what halving the picture again and again takes away, scale by scale; then of
+    what is left, about its mean, and all together."""
+    left = video_FHWC
+    squares = [np.mean(left**2)]
+    while len(squares) <= SCALES and left.shape[1] % 2 == left.shape[2] % 2 == 0:
+        frames, height, width, _ = left.shape
+        left = left.reshape(frames, height // 2, 2, width // 2, 2, -1).mean(axis=(2, 4))
+        squares.append(np.mean(left**2))
+    squares.append(np.mean(video_FHWC.mean(axis=(1, 2)) ** 2))
+    bands = -np.diff(squares)  # means of squares only: halving leaves what it keeps orthogonal
+    return np.append(bands, bands.sum()).clip(0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,5 +142,5 @@ def predict(params, features_BF, *, knots: int) -> Array:
 
 @jax.jit(static_argnums=2)
 def _predict(params, features_BF, knots):
-    scaled = (features_BF - params["center"]) / params["scale"]
+    scaled = jnp.clip((features_BF - params["center"]) / params["scale"], -EXTREME, EXTREME)
     return params["mean"] + Head(knots).apply({"params": params["head"]}, scaled)

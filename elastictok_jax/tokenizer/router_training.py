@@ -7,7 +7,7 @@ lengths. Everything follows from the config's seed.
 """
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from elastictok_jax.tokenizer.search import log_spaced
 
 KNOTS = 32
 CLIP_BLOCKS = 6  # blocks of a clip that are measured in a row
-HELD_BACK = 5  # every fifth clip says when to stop
+HELD_BACK = 5  # every fifth item, whole, says when to stop
 LEARNING_RATE, WEIGHT_DECAY = 1e-3, 1e-2
 
 
@@ -34,25 +34,23 @@ def train_router(model: str | Path, *, blocks: int, steps: int) -> dict[str, flo
     """Trains a router and writes it into the folder of `model`.
 
     Returns:
-      blocks: measured; steps: after which the error on clips held back was least; count_error: mean
+      blocks: measured; steps: after which the error on items held back was least; count_error: mean
       of |n - n of the measured curve| / n of the measured curve there, over four targets.
 
     Raises:
       UsageError: if there is no model, or too little data for it.
     """
-    tokenizer = ElasticTokenizer.from_pretrained(model)
+    tokenizer = ElasticTokenizer.without_router(model)
     lengths = log_spaced(tokenizer.min_tokens, tokenizer.tokens_per_block, count=KNOTS)
-    clips, features, curves = [], [], []
-    for clip, block_features, curve_K in measured_blocks(tokenizer, lengths, blocks=blocks):
-        clips.append(clip)
+    items, features, curves = [], [], []
+    for item, block_features, curve_K in measured_blocks(tokenizer, lengths, blocks=blocks):
+        items.append(item)
         features.append(block_features)
         curves.append(curve_K)
         if len(curves) % 100 == 0 or len(curves) == blocks:
             print(f"measured {len(curves)}/{blocks} blocks", file=sys.stderr)
     features_NF, curves_NK = np.stack(features), np.stack(curves)
-    held_back = np.asarray(clips) % HELD_BACK == 0
-    if held_back.all() or not held_back.any():
-        raise UsageError(f"{blocks} blocks are too few to hold some back: give more")
+    held_back = held_back_items(items)
     params, best_step = fit(
         features_NF, curves_NK, held_back=held_back, steps=steps, seed=tokenizer.config.seed
     )
@@ -62,19 +60,37 @@ def train_router(model: str | Path, *, blocks: int, steps: int) -> dict[str, flo
     return {"blocks": len(curves), "steps": best_step, "count_error": error}
 
 
+def held_back_items(items: Sequence[Hashable]) -> np.ndarray:
+    """bool [N]: whether a block is of an item that is not trained on.
+
+    An item may be drawn many times, so all of its blocks are on one side.
+
+    Raises:
+      UsageError: if the blocks are of one item alone.
+    """
+    order = {item: index for index, item in enumerate(dict.fromkeys(items))}
+    if len(order) < 2:
+        raise UsageError(
+            f"the {len(items)} blocks measured are all of one item, and some must be held back: "
+            "measure more blocks, or add data"
+        )
+    return np.asarray([order[item] % HELD_BACK == 0 for item in items])
+
+
 def measured_blocks(
     tokenizer: ElasticTokenizer, lengths: list[int], *, blocks: int
-) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-    """(clip, features, log error at `lengths` [K]) of `blocks` blocks of training data."""
+) -> Iterator[tuple[tuple[int, int], np.ndarray, np.ndarray]]:
+    """(item, features, log error at `lengths` [K]) of `blocks` blocks of training data."""
     config = tokenizer.config
     feeds = [feed for feed in open_feeds(config).train if len(feed.items)]
     if not feeds:
         raise UsageError("the data sources have nothing to train a router on")
     rng = np.random.default_rng(config.seed)
     side, per_block = config.video.resolution, tokenizer.tokens_per_block
-    count, clip, failed = 0, 0, 0
+    count, failed = 0, 0
     while count < blocks:
-        feed = feeds[rng.integers(len(feeds))]
+        source = int(rng.integers(len(feeds)))
+        feed = feeds[source]
         item = int(rng.choice(feed.items))
         frames = int(feed.source.frames[item])
         most = CLIP_BLOCKS * config.video.frames_per_block
@@ -95,12 +111,11 @@ def measured_blocks(
             span = slice(first, first + per_block)
             block = coder.block(patches_SD[span], inside_SD[span])
             errors = np.maximum(block.errors(lengths), 1e-12)
-            yield clip, features_of(block), np.log(errors)
+            yield (source, item), features_of(block), np.log(errors)
             block.keep(int(rng.choice(lengths)))
             count += 1
             if count == blocks:
                 return
-        clip += 1
 
 
 def fit(

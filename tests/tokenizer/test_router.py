@@ -1,5 +1,6 @@
 """The router: fitted to curves, kept in a file, asked by the searches."""
 
+import dataclasses
 import json
 
 import jax
@@ -11,8 +12,8 @@ from elastictok_jax.config import to_json
 from elastictok_jax.errors import UsageError
 from elastictok_jax.tokenizer.goal import Goal
 from elastictok_jax.tokenizer.grid import Grid
-from elastictok_jax.tokenizer.router import FILE, Router, predict
-from elastictok_jax.tokenizer.router_training import count_error, fit
+from elastictok_jax.tokenizer.router import FILE, Router, energies, features, predict
+from elastictok_jax.tokenizer.router_training import count_error, fit, held_back_items
 from elastictok_jax.weights.safetensors import save_params
 from tests.tokenizer.small import LENGTH, make_tokenizer, moving_clip
 
@@ -77,10 +78,71 @@ def test_train_router_and_use_it(folder, capsys):
     passes = 2 if tokenizer.model.conditioned else 1
     assert [block.encoder_passes for block in costs["regression"]] == [passes] * 5
     assert all(block.met == (block.error <= 0.3) for block in costs["regression"])
+    # `hybrid` follows what was measured on the block before, router or not.
+    chooser = without.threshold(Goal(max_mse=0.3, search="hybrid"))
+    plain = without.code(clip, grid, [chooser], metric="mse")
+    for one, other in zip(plain, costs["hybrid"], strict=True):
+        np.testing.assert_array_equal(one.codes, other.codes)
+        assert one.evaluations == other.evaluations
     curve = tokenizer.router(tokenizer.coder("mse").block(*(x[0][:LENGTH] for x in grid.cut(clip))))
     assert curve.shape == (LENGTH,) and np.isfinite(curve).all()
     with pytest.raises(UsageError, match="give max_mse or min_psnr"):
         tokenizer.encode(clip, max_lpips=0.3, search="regression")
+
+    # A router that promises too much, or nothing, costs evaluations and no target.
+    right = tokenizer.router
+    for wrong in (-9, 9):
+        mean = right.params["mean"] + np.float32(wrong)
+        tokenizer.router = dataclasses.replace(right, params={**right.params, "mean": mean})
+        chosen: list[int] = []
+        tokens = tokenizer.encode(clip, max_mse=0.3, search="verified_regression")
+        for index, length in enumerate(tokens.lengths):
+            whole = tokenizer.encode(clip[: 4 * (index + 1)], tokens=[*chosen, LENGTH])
+            assert tokens.met[index] or whole.mse[index] > 0.3
+            chosen.append(int(length))
+    tokenizer.router = right
+
+    # After more training the router is stale; the mend that is named works.
+    stale = dataclasses.replace(tokenizer.router, fingerprint="0" * 16)
+    stale.save(folder)
+    with pytest.raises(UsageError, match="train it again"):
+        ElasticTokenizer.from_pretrained(folder)
+    assert cli.main(arguments) == 0
+    again = ElasticTokenizer.from_pretrained(folder).router
+    jax.tree.map(np.testing.assert_array_equal, again.params, tokenizer.router.params)
+
+
+def test_all_blocks_of_an_item_are_held_back_or_none():
+    items = [7, 7, 3, 7, 5, 3, 9, 1, 1, 2, 7]
+    held_back = held_back_items(items)
+    assert held_back.any() and not held_back.all()
+    for item in set(items):
+        assert len(set(held_back[np.asarray(items) == item])) == 1
+    with pytest.raises(UsageError, match="all of one item"):
+        held_back_items([3, 3, 3])
+
+
+def test_energies_of_all_scales_make_up_the_variance():
+    rng = np.random.default_rng(0)
+    video = rng.random((2, 16, 24, 3)).astype(np.float32)
+    *bands, total = energies(video)
+    about_mean = video - video.mean(axis=(1, 2), keepdims=True)
+    np.testing.assert_allclose(total, np.mean(about_mean**2), rtol=1e-4)
+    np.testing.assert_allclose(sum(bands), total, rtol=1e-4)
+    coarse = np.repeat(np.repeat(rng.random((2, 4, 6, 3)), 4, axis=1), 4, axis=2)
+    np.testing.assert_allclose(energies(coarse)[:2], 0, atol=1e-6)  # nothing as fine as 2 or 4
+
+
+def test_features_tell_still_from_moving_and_know_the_block_before():
+    frame = np.random.default_rng(0).integers(0, 256, (1, 16, 16, 3), dtype=np.uint8)
+    latents = np.zeros((8, 2), np.float32)
+    still = features(latents, np.repeat(frame, 4, axis=0), previous=None)
+    moving = features(latents, np.concatenate([frame, frame[:, ::-1]] * 2), previous=None)
+    assert still.shape == moving.shape and np.isfinite([still, moving]).all()
+    assert np.abs(still - moving).max() > 1
+    after = features(latents, np.repeat(frame, 4, axis=0), previous=(4, 0.1))
+    np.testing.assert_array_equal(after[:-3], still[:-3])
+    np.testing.assert_allclose((after - still)[-3:], [1, np.log(0.1), np.log(0.5)], rtol=1e-6)
 
 
 def test_a_router_of_another_model_or_damaged_is_refused(folder, tmp_path):

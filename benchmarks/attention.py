@@ -19,7 +19,7 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -163,8 +163,11 @@ def measure(
     block: int,
     dtype: str,
     at_least: float,
-) -> dict[str, Any]:
-    """Figures of every backend, size and pass; `at_least` seconds are timed for each."""
+) -> Iterator[dict[str, Any]]:
+    """Figures of every backend, size and pass so far, after each backend of each size.
+
+    `at_least` seconds are timed for each.
+    """
     peaks = [measured_matmul_flops(dtype)]
     rows: list[dict[str, Any]] = []
     for size in tokens:
@@ -189,19 +192,23 @@ def measure(
                     row |= dict(temporaries_mib=temporary / 2**20, note="")
                 rows.append(row)
             peaks.append(measured_matmul_flops(dtype))
-    peak = max(peaks) / 1e12
-    for row in rows:
-        note = row.pop("note")
-        row["share_of_peak"] = row["tflops"] / peak if row["tflops"] else ""
-        row["note"] = note
-    return {
-        "machine": describe_machine(),
-        "device": jax.devices()[0].device_kind,
-        "jax": jax.__version__,
-        "shape": f"1 sequence, {heads} heads of width {width}, blocks of {block} tokens, {dtype}",
-        "matmul_peak_tflops": peak,
-        "rows": rows,
-    }
+            peak = max(peaks) / 1e12
+            yield {
+                "machine": describe_machine(),
+                "device": jax.devices()[0].device_kind,
+                "jax": jax.__version__,
+                "shape": f"1 sequence, {heads} heads of width {width}, blocks of {block} tokens, "
+                f"{dtype}",
+                "matmul_peak_tflops": peak,
+                "rows": [_with_share(row, peak) for row in rows],
+            }
+
+
+def _with_share(row: dict[str, Any], peak: float) -> dict[str, Any]:
+    share = row["tflops"] / peak if row["tflops"] else ""
+    return {key: row[key] for key in row if key != "note"} | dict(
+        share_of_peak=share, note=row["note"]
+    )
 
 
 def _reason(error: Exception) -> str:
@@ -223,7 +230,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seconds", type=float, default=1.0, help="time each for so long")
     parser.add_argument("--json", type=Path, help="write the results here")
     args = parser.parse_args(argv)
-    results = measure(
+    for results in measure(
         args.backends.split(","),
         tokens=[int(size) for size in args.tokens.split(",")],
         heads=args.heads,
@@ -231,9 +238,9 @@ def main(argv: list[str] | None = None) -> None:
         block=args.block,
         dtype=args.dtype,
         at_least=args.seconds,
-    )
-    if args.json:
-        args.json.write_text(json.dumps(results, indent=1) + "\n")
+    ):
+        if args.json:  # at once: a run that is cut short leaves what it has measured
+            args.json.write_text(json.dumps(results, indent=1) + "\n")
     rows = results.pop("rows")
     print(table([{"": key, "value": value} for key, value in results.items()]))
     print(f"\n{table(rows)}")

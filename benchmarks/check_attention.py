@@ -10,6 +10,7 @@ kernels for accelerators are interpreted; here they run as they are compiled.
 import argparse
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -81,9 +82,8 @@ def largest_error(backend: str, dtype: str, *, tokens: int, block: int, width: i
     )
 
 
-def check(backends: list[str]) -> list[dict[str, Any]]:
+def check(backends: list[str]) -> Iterator[dict[str, Any]]:
     """One row a backend, dtype and case; one that fails to run is wrong, with the reason."""
-    rows = []
     for backend in backends:
         for dtype, tolerance in TOLERANCES.items():
             for tokens, block, width in CASES:
@@ -96,8 +96,7 @@ def check(backends: list[str]) -> list[dict[str, Any]]:
                     lines = str(failure).strip().splitlines() or [""]
                     error = f"{type(failure).__name__}: {lines[0][:160]}".replace("|", "/")
                 right = isinstance(error, float) and error <= tolerance  # a NaN is not
-                rows.append(dict(row, largest_error=error, tolerance=tolerance, right=right))
-    return rows
+                yield dict(row, largest_error=error, tolerance=tolerance, right=right)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -105,9 +104,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--backends", default=BACKENDS[jax.default_backend()], help="with commas")
     parser.add_argument("--json", type=Path, help="write the results here")
     args = parser.parse_args(argv)
-    rows = check(args.backends.split(","))
-    if args.json:
-        args.json.write_text(json.dumps(rows, indent=1) + "\n")
+    rows = []
+    for row in check(args.backends.split(",")):
+        rows.append(row)
+        if args.json:  # at once: a run that is cut short leaves what it has found
+            args.json.write_text(json.dumps(rows, indent=1) + "\n")
     print(f"on {jax.devices()[0].device_kind}\n\n{table(rows)}")
     if not all(row["right"] for row in rows):
         sys.exit("some backend is wrong or did not run: see `right` above")

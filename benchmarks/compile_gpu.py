@@ -22,7 +22,7 @@ from elastictok_jax.cli import split_overrides
 from elastictok_jax.compiling.programs import programs
 from elastictok_jax.config import override, resolve
 from elastictok_jax.errors import UsageError
-from elastictok_jax.parallel.mesh import AXES, check_fits, mesh_sizes
+from elastictok_jax.parallel.mesh import AXES, DCN, check_fits, mesh_sizes
 from elastictok_jax.registry import get_experiment
 
 # What the compiler asks of a chip, in XLA's own text format.
@@ -69,8 +69,14 @@ def h200_devices(count: int) -> list[jax.Device]:
 
 
 def plan(config, *, devices: list[jax.Device]) -> dict[str, Any]:
-    """Memory of the compiled training step; `config` is as given, not resolved."""
+    """Memory of the compiled training step; `config` is as given, not resolved.
+
+    Raises:
+      UsageError: if the config is bad, or its mesh does not fit the devices, which are one machine.
+    """
     config = resolve(config)
+    if any(config.mesh[DCN + axis] not in (1, -1) for axis in AXES):
+        raise UsageError("these H200s are one machine: leave mesh.dcn_* at 1")
     sizes = mesh_sizes(config, devices=len(devices))
     check_fits(config, sizes)
     mesh = Mesh(

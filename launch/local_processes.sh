@@ -36,7 +36,8 @@ touch "$workdir/process-0.log"
 tail -n 0 -F "$workdir/process-0.log" >&2 2>/dev/null &
 tail=$!
 pids=()
-trap 'kill -TERM "${pids[@]}" 2>/dev/null' TERM INT
+trap 'kill -TERM "${pids[@]}" 2>/dev/null' TERM INT HUP
+set -m # groups of their own, which Ctrl-C does not reach as well: a second signal would not save
 for ((i = 0; i < processes; i++)); do
     environment=(JAX_PROCESS_ID="$i")
     [ "$gpus" -ge "$processes" ] && environment+=(CUDA_VISIBLE_DEVICES="$i")
@@ -51,8 +52,8 @@ for pid in "${pids[@]}"; do
         code=$?
         kill -0 "$pid" 2>/dev/null || break
     done
-    [ $code -eq 0 ] || [ $status -ne 0 ] || status=$code
+    [ "$code" -eq 0 ] || [ "$status" -ne 0 ] || status=$code
 done
 sleep 1 # for the last lines
 kill "$tail" 2>/dev/null
-exit $status
+exit "$status"

@@ -5,8 +5,8 @@
 #
 # DIR must be on storage that all nodes share. Slurm warns two minutes before the time limit, and at
 # preemption: the run saves, ends with status 0, and this job is queued again, and goes on from
-# there until `train.steps`. A lost node ends the run with status 1; it is queued again as well, up
-# to RESTARTS times.
+# there until `train.steps`. A lost node ends the run with status 1; it is queued again as well,
+# unless it has been RESTARTS times (10) for whatever reason.
 #
 # Not run here for want of a cluster: see that the lines of #SBATCH fit yours.
 #SBATCH --job-name=elastictok
@@ -20,7 +20,7 @@
 #SBATCH --open-mode=append
 set -uo pipefail
 
-if [ $# -lt 3 ]; then
+if [ $# -lt 2 ]; then # --workdir=DIR is one word
     sed -n '2,4s/^# \{0,1\}//p' "$0" >&2
     exit 2
 fi
@@ -32,10 +32,12 @@ srun --kill-on-bad-exit=0 --error="slurm-%j-%t.log" \
     --open-mode=append elastictok train "$@"
 status=$?
 
-if [ "$status" -eq 2 ] || tail -n 3 "slurm-$SLURM_JOB_ID-0.log" | grep -q 'finished at step'; then
+# What a run says last of itself; a single process makes a report after that.
+word=$(grep -oE '(finished|stopped) at step' "slurm-$SLURM_JOB_ID-0.log" | tail -n 1)
+if [ "$status" -eq 2 ] || [ "$status $word" = '0 finished at step' ]; then
     exit "$status" # done, or nothing that another try would mend
 fi
-if [ "${SLURM_RESTART_COUNT:-0}" -lt "$restarts" ]; then
+if [ "$status $word" = '0 stopped at step' ] || [ "${SLURM_RESTART_COUNT:-0}" -lt "$restarts" ]; then
     scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$status"

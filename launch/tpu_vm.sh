@@ -4,14 +4,15 @@
 #
 #   TPU=NAME ZONE=ZONE launch/tpu_vm.sh EXPERIMENT --workdir DIR [--config.KEY=VALUE ...]
 #
-# DIR must be a folder that all hosts share, such as a mounted Filestore. Installs this checkout on
-# every host, and starts the run again after a preemption or a lost host until it has finished:
-# status 0 with "finished", or 2 for bad usage. Lines of each host go to elastictok.log in its home.
+# DIR must be a folder that all hosts share, such as a mounted Filestore. Installs this checkout, as
+# committed, on every host, and starts the run again after a preemption or a lost host, RESTARTS
+# times (10), until it has finished: status 0 with "finished", or 2 for bad usage. Lines of each
+# host go to elastictok.log in its home.
 #
 # Not run here for want of a TPU. Needs gcloud.
 set -uo pipefail
 
-if [ $# -lt 3 ] || [ -z "${TPU:-}" ] || [ -z "${ZONE:-}" ]; then
+if [ $# -lt 2 ] || [ -z "${TPU:-}" ] || [ -z "${ZONE:-}" ]; then
     sed -n '2,5s/^# \{0,1\}//p' "$0" >&2
     exit 2
 fi
@@ -32,9 +33,10 @@ words=$(printf '%q ' "$@")
 for _ in $(seq "${RESTARTS:-10}"); do
     on_all_hosts "venv/bin/elastictok train $words 2>&1 | tee -a elastictok.log; exit \${PIPESTATUS[0]}"
     status=$?
-    if [ $status -eq 2 ] || on_all_hosts "tail -n 3 elastictok.log" | grep -q 'finished at step'; then
-        exit $status
-    fi
+    [ $status -ne 2 ] || exit 2
+    # What the run says last of itself; a single process makes a report after that.
+    word=$(on_all_hosts "grep -oE '(finished|stopped) at step' elastictok.log | tail -n 1")
+    if [ $status -eq 0 ] && [[ $word == *finished* ]]; then exit 0; fi
     sleep 30 # for hosts that come back
 done
 exit 1

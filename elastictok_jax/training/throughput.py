@@ -11,7 +11,8 @@ import ml_collections
 from elastictok_jax.config import block_tokens
 from elastictok_jax.models.elastictok import abstract_params
 
-# Dense bf16 peak of one device in FLOP/s, from the vendors' data sheets; keys start device_kind.
+# Dense bf16 peak of one device in FLOP/s, from the vendors' data sheets. Keys start device_kind;
+# of two that do, the first counts.
 PEAK_FLOPS = {
     "TPU v4": 275e12,
     "TPU v5 lite": 197e12,
@@ -19,7 +20,10 @@ PEAK_FLOPS = {
     "TPU v6 lite": 918e12,
     "TPU7x": 2307e12 / 2,  # two devices a chip
     "NVIDIA A100": 312e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H100 NVL": 835e12,
     "NVIDIA H100": 989e12,
+    "NVIDIA H200 NVL": 835e12,
     "NVIDIA H200": 989e12,
 }
 

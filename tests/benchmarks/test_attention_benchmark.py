@@ -41,6 +41,22 @@ def test_figures_and_reasons(tmp_path, capsys):
     assert all(note in printed for note in notes.values())
 
 
+def test_a_run_that_is_cut_short_leaves_what_it_has_measured(tmp_path, monkeypatch):
+    def cut_short(name, *_):
+        if name == "dense":
+            raise KeyboardInterrupt
+        return programs(name, *_)
+
+    programs = attention.programs
+    monkeypatch.setattr(attention, "programs", cut_short)
+    out = tmp_path / "out.json"
+    with pytest.raises(KeyboardInterrupt):
+        attention.main([*SMALL, "--backends", "blockwise,dense", "--json", str(out)])
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["backend"] for row in rows] == ["blockwise"] * 2
+    assert all(row["share_of_peak"] > 0 for row in rows)
+
+
 def test_what_does_not_fit_is_listed(tmp_path):
     """A TiB of scores, which only the compiler sees."""
     out = tmp_path / "out.json"

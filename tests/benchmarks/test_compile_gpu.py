@@ -8,6 +8,7 @@ import pytest
 
 from benchmarks import compile_gpu
 from elastictok_jax.errors import UsageError
+from elastictok_jax.registry import get_experiment
 
 TINY = {
     "model.attention": "fused",
@@ -42,3 +43,10 @@ def test_fused_attention_in_a_ring_compiles_for_two_gpus():
     )
     assert done.returncode == 0, done.stderr
     assert "| 2 x NVIDIA H200 | fused |" in done.stdout
+
+
+def test_a_mesh_over_machines_is_refused():
+    config = get_experiment("quickstart")
+    config.mesh.dcn_data = 2
+    with pytest.raises(UsageError, match="one machine"):
+        compile_gpu.plan(config, devices=[])

@@ -42,7 +42,8 @@ def test_without_the_compiler_one_line_says_how_to_get_it(capsys):
 
 @needs_compiler
 def test_experiment_that_fits(capsys):
-    assert cli.main(words("mesh.fsdp=2")) == 0
+    # Sequences of two whole tiles of the attention kernel, which computes no less than a tile.
+    assert cli.main(words("mesh.fsdp=2", "data.sequence_blocks=4")) == 0
     results = json.loads(capsys.readouterr().out)
     assert (results["chips"], results["devices"]) == (4, 4)
     assert results["mesh"] == {"data": 2, "fsdp": 2, "tensor": 1, "sequence": 1}

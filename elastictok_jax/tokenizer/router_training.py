@@ -2,8 +2,8 @@
 
 Dimension key: N blocks, K knots.
 
-Blocks come from the tokenizer's own training data, left to right, the ones before kept at random
-lengths. Everything follows from the config's seed.
+Blocks come from the tokenizer's own training data, left to right, the ones before kept as a search
+for some target would keep them. Everything follows from the config's seed.
 """
 
 import sys
@@ -107,12 +107,14 @@ def measured_blocks(
         video = video[:, top : top + side, left : left + side]
         coder = tokenizer.coder("mse")
         patches_SD, inside_SD = (x[0] for x in Grid(video.shape[:3], config).cut(video))
+        target = 0.0
         for first in range(0, len(patches_SD), per_block):
             span = slice(first, first + per_block)
             block = coder.block(patches_SD[span], inside_SD[span])
             errors = np.maximum(block.errors(lengths), 1e-12)
             yield (source, item), features_of(block), np.log(errors)
-            block.keep(int(rng.choice(lengths)))
+            target = target or float(rng.choice(errors))  # that some length of the first one meets
+            block.keep(next((n for n, e in zip(lengths, errors) if e <= target), lengths[-1]))
             count += 1
             if count == blocks:
                 return

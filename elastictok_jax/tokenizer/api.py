@@ -10,6 +10,7 @@ same, bit for bit, whatever else is coded beside it.
 import functools
 import hashlib
 import itertools
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -31,7 +32,7 @@ from elastictok_jax.tokenizer.distortion import Distortion, lpips_distortion
 from elastictok_jax.tokenizer.goal import Goal
 from elastictok_jax.tokenizer.grid import Grid, checked_video, in_blocks
 from elastictok_jax.tokenizer.router import FILE, Router
-from elastictok_jax.tokenizer.tokens import Tokens
+from elastictok_jax.tokenizer.tokens import Tokens, require_alike
 from elastictok_jax.training.checkpoint import Checkpointer
 from elastictok_jax.training.exported import is_exported, read_exported
 
@@ -202,14 +203,18 @@ class ElasticTokenizer:
         goal = Goal(tokens, max_mse, min_psnr, max_lpips, budget, None, search)
         if np.ndim(tokens if tokens is not None else 0):
             raise UsageError("a stream takes one number of tokens for all its blocks")
-        lanes: list[tuple[Coder, Chooser]] = []
+        lanes: deque[tuple[Coder, Chooser]] = deque()
         for block_FHWC in in_blocks(frames, self.config.video.frames_per_block):
             grid = Grid(block_FHWC.shape[:3], self.config)
             if not lanes:
                 choosers = [self._of_a_stream(goal) for _ in range(grid.tiles)]
-                lanes = [(self.coder(goal.metric), chooser) for chooser in choosers]
-            tiles = zip(lanes, *grid.cut(block_FHWC), strict=True)
-            coded = [chooser.keep(coder.block(*tile)) for (coder, chooser), *tile in tiles]
+                lanes.extend((self.coder(goal.metric), chooser) for chooser in choosers)
+            coded = []
+            for tile in zip(*grid.cut(block_FHWC), strict=True):
+                coder, chooser = lanes.popleft()
+                coded.append(chooser.keep(coder.block(*tile)))
+                if len(block_FHWC) == grid.frames_per_block:  # else nothing follows: an image, say
+                    lanes.append((coder, chooser))
             yield self.tokens(coded, grid, fps=fps)
 
     def decode(self, tokens: Tokens) -> np.ndarray:
@@ -224,23 +229,28 @@ class ElasticTokenizer:
         """uint8 [t, H, W, 3], the frames of a block at a time, of a clip's consecutive pieces.
 
         Raises:
-          UsageError: as `decode`, or if the pieces are not of one size.
+          UsageError: as `decode`, or if the pieces cannot be of one clip, as in `Tokens.join`.
         """
-        decoders: list[Decoder] = []
-        for tokens in pieces:
+        first: Tokens | None = None
+        decoders: deque[Decoder] = deque()
+        for number, tokens in enumerate(pieces):
             grid = Grid((tokens.frames, tokens.height, tokens.width), self.config)
             self._check_tokens(tokens, grid)
+            if first is None:
+                first = tokens
+                window = dict(window_blocks=first.window_blocks)
+                decoders.extend(Decoder(self._programs, **window) for _ in range(grid.tiles))
+            require_alike(tokens, first, number=number)
             if not decoders:
-                window = dict(window_blocks=tokens.window_blocks)
-                decoders = [Decoder(self._programs, **window) for _ in range(grid.tiles)]
-            if len(decoders) != grid.tiles:
-                raise UsageError(
-                    f"a piece of {grid.tiles} tiles follows one of {len(decoders)}: give pieces "
-                    "of one clip"
-                )
+                raise UsageError(f"piece {number} follows one that ends within a block")
             for index in range(grid.blocks):
                 codes = tokens.codes[index * grid.tiles : (index + 1) * grid.tiles]
-                tiles = [d.block(c) for d, c in zip(decoders, codes, strict=True)]
+                tiles = []
+                for code in codes:
+                    decoder = decoders.popleft()
+                    tiles.append(decoder.block(code))
+                    if (index + 1) * grid.frames_per_block <= grid.frames:  # else nothing follows
+                        decoders.append(decoder)
                 yield grid.join(np.stack(tiles), block=index)
 
     def code(

@@ -108,13 +108,7 @@ class Tokens:
             raise UsageError("there are no pieces to join: give at least one")
         first, last = pieces[0], pieces[-1]
         for number, piece in enumerate(pieces):
-            for name in SHARED:
-                ours, theirs = getattr(first, name), getattr(piece, name)
-                if ours != theirs:
-                    raise UsageError(
-                        f"piece {number} has {name} {theirs}, the first {ours}: "
-                        "join pieces of one clip and one model"
-                    )
+            require_alike(piece, first, number=number)
             whole = piece.frames * len(first.codes) == first.frames * len(piece.codes)
             longer = piece.frames * len(first.codes) > first.frames * len(piece.codes)
             if longer or not (whole or piece is last):
@@ -129,3 +123,14 @@ class Tokens:
             met=np.concatenate([piece.met for piece in pieces]),
             frames=sum(piece.frames for piece in pieces),
         )
+
+
+def require_alike(piece: Tokens, first: Tokens, *, number: int) -> None:
+    """Raises UsageError if two pieces cannot be of one clip; `number` is the later one's."""
+    for name in SHARED:
+        ours, theirs = getattr(first, name), getattr(piece, name)
+        if ours != theirs:
+            raise UsageError(
+                f"piece {number} has {name} {theirs}, the first {ours}: "
+                "give pieces of one clip and one model"
+            )

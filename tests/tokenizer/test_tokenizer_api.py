@@ -1,5 +1,6 @@
 """ElasticTokenizer on small random models and real footage."""
 
+import gc
 import json
 
 import jax
@@ -149,6 +150,40 @@ def test_a_narrower_window_is_kept_in_the_tokens(clip):
     tokens = narrow.encode(clip, tokens=4)
     np.testing.assert_array_equal(wide.decode(tokens), narrow.decode(tokens))
     assert (wide.decode(tokens) != wide.decode(wide.encode(clip, tokens=4))).any()
+
+
+def test_pieces_that_are_not_of_one_clip_are_not_decoded(tokenizer, clip):
+    first = tokenizer.encode(clip[:4], tokens=3)
+    narrow = make_tokenizer()
+    narrow.window_blocks = 1
+    for later, words in [
+        (tokenizer.encode(clip[:4, :12], tokens=3), "piece 1 has height 12, the first 16"),
+        (narrow.encode(clip[:4], tokens=3), "piece 1 has window_blocks 1, the first 3"),
+    ]:
+        with pytest.raises(UsageError, match=words):
+            list(tokenizer.decode_stream([first, later]))
+    with pytest.raises(UsageError, match="piece 1 follows one that ends within a block"):
+        list(tokenizer.decode_stream([tokenizer.encode(clip[:3], tokens=3), first]))
+
+
+def test_an_image_of_many_tiles_needs_the_memory_of_one(tokenizer):
+    """Of keys and values: no block follows that would read them."""
+
+    def held():
+        gc.collect()
+        return sum(x.nbytes for x in jax.live_arrays() if x.dtype == np.float32)
+
+    before = held()
+    encoding = tokenizer.encode_stream([np.zeros((256, 16, 3), np.uint8)], tokens=3)
+    tokens = next(encoding)
+    of_encoding = held() - before
+    decoding = tokenizer.decode_stream([tokens])
+    next(decoding)
+    of_a_tile = 2 * 8 * 32 * 4  # keys and values of 8 tokens of width 32 in one layer
+    assert of_encoding <= 2 * of_a_tile  # encoder and decoder
+    assert held() - before - of_encoding <= of_a_tile
+    assert len(tokens.codes) == 16
+    assert [*encoding, *decoding] == []  # both were still there
 
 
 @pytest.mark.slow

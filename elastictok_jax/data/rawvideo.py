@@ -73,7 +73,8 @@ def read_y4m_header(stream: BinaryIO) -> Y4mHeader:
     try:
         height, width = int(fields[b"H"]), int(fields[b"W"])
         over, under = map(int, fields.get(b"F", "0:0").split(":"))
-    except (KeyError, ValueError):
+        rate = over / under if over > 0 and under > 0 else 0.0
+    except (KeyError, ValueError, OverflowError):
         raise UsageError(
             f"standard input: damaged y4m header {line[:80]!r}: send it again"
         ) from None
@@ -85,7 +86,7 @@ def read_y4m_header(stream: BinaryIO) -> Y4mHeader:
     return Y4mHeader(
         height=height,
         width=width,
-        fps=over / under if over > 0 and under > 0 else 0.0,
+        fps=rate,
         pixel_format=_PIXEL_FORMATS[colours],
         full_range=b"XCOLORRANGE=FULL" in words,
     )

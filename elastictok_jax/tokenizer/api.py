@@ -160,7 +160,7 @@ class ElasticTokenizer:
         clips = [checked_video(np.asarray(clip)) for clip in (video if several else [video])]
         grids = [Grid(clip.shape[:3], self.config) for clip in clips]
         sizes = [grid.blocks * grid.tiles for grid in grids]
-        if goal.spends:
+        if goal.spends and clips:
             lengths = self._spend(goal, clips, grids)
         elif goal.tokens is not None:
             lengths = [goal.lengths(size, tokens_per_block=self.tokens_per_block) for size in sizes]
@@ -276,10 +276,10 @@ class ElasticTokenizer:
 
     def coder(self, metric: str) -> Coder:
         """For one tile of one clip, measured by "mse" or "lpips"."""
-        distortion = self._lpips() if metric == "lpips" else None
+        distortion = self._lpips if metric == "lpips" else None
         return Coder(self._programs, window_blocks=self.window_blocks, distortion=distortion)
 
-    @functools.cache  # noqa: B019  a tokenizer lives as long as its programs
+    @functools.cached_property
     def _lpips(self) -> Distortion:
         return lpips_distortion(self.config)
 

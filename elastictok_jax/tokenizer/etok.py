@@ -56,12 +56,19 @@ def write_fields(path: str | Path, fields: Mapping[str, Any], *, coding: str) ->
     text = {name: json.dumps(fields[name]) for name in _TEXT}
     text |= {"format": FORMAT, "coding": coding, "fingerprint": fields["fingerprint"]}
     data = save(arrays, metadata=text | {"crc32": checksum(arrays, text)})
+    if len(data) > MAX_FILE_BYTES:
+        raise UsageError(
+            f"{path} would have {len(data)} bytes, more than the {MAX_FILE_BYTES} that one may "
+            "have: save the clip in pieces"
+        )
     temporary = Path(f"{path}.tmp")
     try:
         temporary.write_bytes(data)
         os.replace(temporary, path)
     except OSError as error:
         raise UsageError(f"{path} cannot be written ({error}): choose another place") from None
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def read_fields(path: str | Path) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from elastictok_jax.errors import UsageError
 from elastictok_jax.evaluation.metrics import PEAK
 from elastictok_jax.tokenizer.search import SEARCHES
 
+MAX_PSNR = 200  # dB; far beyond what pixels of 8 bits can show
 GOALS = ("tokens", "max_mse", "min_psnr", "max_lpips", "budget", "total_tokens")
 
 
@@ -49,6 +50,11 @@ class Goal:
             value = getattr(self, name)
             if value is not None and not (0 < value < math.inf):
                 raise UsageError(f"{name}={value}: give a number above 0")
+        if self.min_psnr is not None and self.min_psnr > MAX_PSNR:
+            raise UsageError(f"min_psnr={self.min_psnr}: give decibels, up to {MAX_PSNR}")
+        total = self.total_tokens
+        if total is not None and not isinstance(total, int | np.integer):
+            raise UsageError(f"total_tokens={total}: give a whole number")
         if self.budget is not None and not 0 < self.budget <= 1:
             raise UsageError(f"budget={self.budget}: give a share of all tokens in (0, 1]")
 

@@ -114,7 +114,8 @@ def measured_blocks(
             errors = np.maximum(block.errors(lengths), 1e-12)
             yield (source, item), features_of(block), np.log(errors)
             target = target or float(rng.choice(errors))  # that some length of the first one meets
-            block.keep(next((n for n, e in zip(lengths, errors) if e <= target), lengths[-1]))
+            met = np.flatnonzero(errors <= target)
+            block.keep(lengths[met[0] if met.size else -1])
             count += 1
             if count == blocks:
                 return

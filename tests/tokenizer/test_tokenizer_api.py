@@ -97,6 +97,9 @@ def test_a_budget_is_spent_to_the_last_token_over_all_clips(tokenizer, clip):
         assert sum(t.num_tokens for t in tokens) == 35  # 0.4 of 88
     with pytest.raises(UsageError, match="total_tokens from 11 to 88"):
         tokenizer.encode(clips, total_tokens=89)
+    with pytest.raises(UsageError, match="whole number"):
+        tokenizer.encode(clips, total_tokens=9.5)
+    assert tokenizer.encode([], budget=0.4) == []
     alone = tokenizer.encode(clip, budget=0.5)
     assert alone.num_tokens == 20
 
@@ -322,3 +325,8 @@ def test_from_pretrained_reads_an_exported_folder(tokenizer, clip, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(changed))
     with pytest.raises(UsageError, match=r"encoder/norm/scale: \(32,\) saved, \(64,\) asked for"):
         ElasticTokenizer.from_pretrained(tmp_path)
+
+
+def test_decibels_beyond_any_picture_are_refused(tokenizer, clip):
+    with pytest.raises(UsageError, match="min_psnr=4000"):
+        tokenizer.encode(clip, min_psnr=4000)

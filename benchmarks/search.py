@@ -239,6 +239,7 @@ def against_published(
         rows.append(
             {"window": window, "turn": turn, "search": "published", **published, "ratio": 1.0}
         )
+        print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
         for search in ("binary", "hybrid"):
             result = measure(tokenizer, {"clip": clip}, search=search, target=target)
             if turn == 0:  # compiled by now
@@ -254,6 +255,7 @@ def against_published(
                     "ratio": published["seconds"] / result["seconds"],
                 }
             )
+            print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
     tokenizer.window_blocks = trained
     return rows
 

@@ -122,10 +122,11 @@ def checksum(arrays: Mapping[str, np.ndarray], text: Mapping[str, str]) -> str:
     """8 hex digits over names, types, shapes and values."""
     crc = 0
     for name in sorted(text):
-        crc = zlib.crc32(f"{name}={text[name]!r};".encode(), crc)
+        crc = zlib.crc32(f"{name}={text[name]};".encode(), crc)
     for name in sorted(arrays):
         array = np.ascontiguousarray(arrays[name])
-        crc = zlib.crc32(f"{name} {array.dtype.name} {array.shape};".encode(), crc)
+        shape = ",".join(map(str, array.shape))
+        crc = zlib.crc32(f"{name} {array.dtype.name} {shape};".encode(), crc)
         crc = zlib.crc32(array.reshape(-1).view(np.uint8).data, crc)
     return f"{crc:08x}"
 

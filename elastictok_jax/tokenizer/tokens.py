@@ -16,7 +16,7 @@ from elastictok_jax.tokenizer import entropy, etok
 SHARED = ("fingerprint", "height", "width", "fps", "bits_per_token", "window_blocks", "levels")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)  # arrays are not compared as a whole
 class Tokens:
     """A clip as a variable number of tokens.
 

@@ -105,6 +105,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="a .png or .jpg, an .mp4, an .mkv (lossless), or pictures frame-%%05d.png",
     )
     decode.add_argument("--model", required=True, help="the model that made the tokens")
+    decode.add_argument(
+        "--window-blocks", type=int, metavar="N", help="most blocks that may see each other"
+    )
     decode.add_argument("--json", action="store_true", help="print the results")
     decode.set_defaults(run=run_decode)
 
@@ -308,7 +311,9 @@ def run_encode(args: argparse.Namespace, overrides: dict[str, str]) -> None:
 def run_decode(args: argparse.Namespace, overrides: dict[str, str]) -> None:
     from elastictok_jax.tokenizer.files import decode_file
 
-    results = decode_file(args.input, model=args.model, output=args.output)
+    results = decode_file(
+        args.input, model=args.model, output=args.output, window_blocks=args.window_blocks
+    )
     print(f"{args.output}: {results['frames']} frames", file=sys.stderr)
     print_results(results, args)
 

@@ -46,7 +46,7 @@ class Coded:
             "tokens_per_block": float(np.mean(self.tokens.lengths)),
             "bits": self.tokens.bits,
             "mse": error,
-            "psnr_db": psnr(error),
+            "psnr_db": psnr(error) if error else None,  # JSON knows no infinity
             "blocks": len(self.tokens.codes),
             "blocks_met": int(self.tokens.met.sum()),
             "lengths": self.tokens.lengths.tolist(),

@@ -48,8 +48,8 @@ class ElasticTokenizer:
     Attributes:
       tokens_per_block: L, the most that a block can take; min_tokens: the fewest that a search or
         a budget gives it, as in training.
-      window_blocks: how many blocks see each other while encoding, the newest one included; as in
-        training, unless it is set.
+      window_blocks: how many blocks see each other while encoding, the newest one included, and
+        the most that may while decoding; as in training, unless it is set.
     """
 
     def __init__(self, config: ml_collections.ConfigDict, params) -> None:
@@ -84,7 +84,9 @@ class ElasticTokenizer:
         """
         tokenizer = cls.without_router(model)
         if (Path(model) / FILE).is_file():
-            tokenizer.router = Router.load(Path(model), fingerprint=tokenizer.fingerprint)
+            tokenizer.router = Router.load(
+                Path(model), fingerprint=tokenizer.fingerprint, **tokenizer._bounds
+            )
         return tokenizer
 
     @classmethod
@@ -221,7 +223,8 @@ class ElasticTokenizer:
         """uint8 [T, H, W, 3] of stored tokens.
 
         Raises:
-          UsageError: if they are of another model, or their lengths or codes are out of range.
+          UsageError: if they are of another model, their lengths or codes are out of range, or
+            their window is longer than `window_blocks`.
         """
         return np.concatenate(list(self.decode_stream([tokens])))
 
@@ -233,9 +236,20 @@ class ElasticTokenizer:
         """
         first: Tokens | None = None
         decoders: deque[Decoder] = deque()
+        blocks = 0
         for number, tokens in enumerate(pieces):
             grid = Grid((tokens.frames, tokens.height, tokens.width), self.config)
             self._check_tokens(tokens, grid)
+            blocks += grid.blocks
+            window_blocks = min(tokens.window_blocks, blocks)
+            if (
+                window_blocks > self.window_blocks
+            ):  # memory grows with it; a file says what it likes
+                raise UsageError(
+                    f"{tokens.window_blocks} blocks of these tokens see each other, of this "
+                    f"tokenizer {self.window_blocks} at most: raise its window_blocks "
+                    "(--window-blocks)"
+                )
             if first is None:
                 first = tokens
                 window = dict(window_blocks=first.window_blocks)

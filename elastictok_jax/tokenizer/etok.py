@@ -8,6 +8,7 @@ place `words` (uint32 [W], `entropy`); `lengths` (the smallest unsigned type [N]
 its shapes against each other, before memory is taken for it.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -27,6 +28,7 @@ FORMAT = "etok-2"
 CODINGS = ("plain", "entropy")
 MAX_TOKENS = 2**25  # of one file: 8,192 blocks of 4,096
 MAX_PIXELS = 2**36  # frames x height x width: 10 hours of 256 x 256 at 30 frames a second
+MAX_FRAME_PIXELS = 2**26  # all tiles of a frame are decoded together
 MAX_FILE_BYTES = 2**31
 MAX_HEADER_BYTES = 2**14  # ours take well under 1,024
 
@@ -68,7 +70,8 @@ def write_fields(path: str | Path, fields: Mapping[str, Any], *, coding: str) ->
     except OSError as error:
         raise UsageError(f"{path} cannot be written ({error}): choose another place") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # as where its folder is none
+            temporary.unlink(missing_ok=True)
 
 
 def read_fields(path: str | Path) -> dict[str, Any]:
@@ -211,6 +214,8 @@ def _check_clip(fields: Mapping[str, Any]) -> None:
         raise ValueError(f"a window of {window} blocks is more than {MAX_TOKENS}")
     if math.prod(sizes.values()) > MAX_PIXELS:
         raise ValueError(f"a clip of {sizes} has more than {MAX_PIXELS} pixels")
+    if sizes["height"] * sizes["width"] > MAX_FRAME_PIXELS:
+        raise ValueError(f"a frame of {sizes} has more than {MAX_FRAME_PIXELS} pixels")
     for name in ("fps", "bits_per_token"):
         value = fields[name]
         if type(value) not in (int, float) or not 0 <= value < 2**31:  # NaN neither

@@ -62,8 +62,7 @@ def encode_file(
     if output.suffix != ".etok":
         raise UsageError(f"-o {output}: tokens go into a file that ends in .etok")
     require_writable(output)
-    if window_blocks is not None and window_blocks < 1:
-        raise UsageError(f"--window-blocks {window_blocks}: give at least 1")
+    _require_window(window_blocks)
     if source == PIPE and goal.total_tokens is not None:
         raise UsageError("--total-tokens needs to know the whole clip: with a pipe give --budget")
     footage = open_footage(source, side=resolution, max_frames=max_frames, size=size, fps=fps)
@@ -104,13 +103,15 @@ def _encode_in_order(tokenizer: ElasticTokenizer, footage: Footage, goal: Goal) 
     options = dataclasses.asdict(goal)
     del options["total_tokens"]
     pieces: list[Tokens] = []
-    frames = count = 0
+    frames = count = size = 0
     with Progress(f"encoding {footage.name}", unit="frame") as progress:
         try:
             for piece in tokenizer.encode_stream(footage.stream, **options, fps=footage.fps):
                 frames, count = frames + piece.frames, count + piece.num_tokens
+                size += 9 * len(piece.codes) + sum(code.nbytes for code in piece.codes)
                 too_many = frames * piece.height * piece.width > etok.MAX_PIXELS
-                if too_many or count > etok.MAX_TOKENS:
+                too_large = size > etok.MAX_FILE_BYTES - etok.MAX_HEADER_BYTES
+                if too_many or too_large or count > etok.MAX_TOKENS:
                     footage.fault = f"{footage.name} is more than one .etok file may hold"
                     break
                 pieces.append(piece)
@@ -146,7 +147,7 @@ def summary(
         "bits": tokens.bits,
         "file_bytes": path.stat().st_size,
         "mse": error,
-        "psnr_db": psnr(error),
+        "psnr_db": psnr(error) if error else None,  # JSON knows no infinity
     }
 
 
@@ -157,7 +158,7 @@ def describe(results: dict) -> str:
         f"{results['tokens']} tokens ({results['tokens_per_block']:.1f} of "
         f"{results['most_tokens_per_block']} a block), {results['bits']:.0f} bits nominal, "
         f"{results['file_bytes']} bytes in the file, MSE {results['mse']:.4g} "
-        f"({results['psnr_db']:.1f} dB)"
+        f"({psnr(results['mse']):.1f} dB)"
     ]
     missed = results["blocks"] - results["blocks_met"]
     if missed:
@@ -168,15 +169,21 @@ def describe(results: dict) -> str:
     return "\n".join(lines)
 
 
-def decode_file(source: str | Path, *, model: str | Path, output: Path) -> dict[str, object]:
+def decode_file(
+    source: str | Path, *, model: str | Path, output: Path, window_blocks: int | None = None
+) -> dict[str, object]:
     """Decodes an .etok file into a picture, numbered pictures (a name with %05d) or a video.
 
     A video is H.264 to look at or, in .mkv, FFV1, whose pixels are exactly those decoded. It keeps
     size and frame rate.
 
+    Args:
+      window_blocks: most blocks that may see each other; as in training if None.
+
     Raises:
       UsageError: on a bad file, model or output.
     """
+    _require_window(window_blocks)
     suffix = output.suffix.lower()
     numbered = "%" in output.name
     if suffix not in VIDEO_SUFFIXES and suffix not in media.IMAGE_SUFFIXES:
@@ -188,6 +195,8 @@ def decode_file(source: str | Path, *, model: str | Path, output: Path) -> dict[
     tokens = Tokens.load(source)
     _require_kind(output, tokens, numbered=numbered)
     tokenizer = ElasticTokenizer.from_pretrained(model)
+    if window_blocks is not None:
+        tokenizer.window_blocks = window_blocks
     with Progress(f"decoding {source}", unit="frame") as progress:
         frames = _shown(
             (frame for piece in tokenizer.decode_stream([tokens]) for frame in piece),
@@ -242,6 +251,12 @@ def _shown(frames: Iterable[np.ndarray], progress: Progress, *, total: int) -> I
     for number, frame in enumerate(frames, start=1):
         yield frame
         progress.show(number, total)
+
+
+def _require_window(window_blocks: int | None) -> None:
+    if window_blocks is not None and not 1 <= window_blocks <= etok.MAX_TOKENS:
+        most = etok.MAX_TOKENS
+        raise UsageError(f"--window-blocks {window_blocks}: give at least 1 and at most {most}")
 
 
 def require_writable(path: Path) -> None:

@@ -111,11 +111,11 @@ class Router:
         save_params(folder / FILE, self.params, metadata=text)
 
     @classmethod
-    def load(cls, folder: Path, *, fingerprint: str) -> "Router":
-        """The router in a model's folder.
+    def load(cls, folder: Path, *, fingerprint: str, low: int, high: int) -> "Router":
+        """The router in a model's folder, for lengths from `low` to `high`.
 
         Raises:
-          UsageError: if it is damaged, or of another model.
+          UsageError: if it is damaged, or of another model or other lengths.
         """
         params, text = load_params(folder / FILE)
         mend = f"train it again (elastictok train-router {folder}), or delete it"
@@ -132,6 +132,11 @@ class Router:
                 raise ValueError("its head gives another number of lengths")
         except Exception as error:  # whatever flax says of a tree that does not fit
             raise UsageError(f"{folder / FILE} is damaged ({str(error)[:100]}): {mend}") from None
+        if (lengths[0], lengths[-1]) != (low, high):
+            raise UsageError(
+                f"{folder / FILE} speaks of {lengths[0]} to {lengths[-1]} tokens, the model's "
+                f"config of {low} to {high}: {mend}"
+            )
         return router
 
 

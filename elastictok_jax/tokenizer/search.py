@@ -20,6 +20,7 @@ AT_ONCE = 16  # lengths that the full search asks for in one call
 # Where all tokens miss the target by no more than the factor NEAR, all but one are tried, and then
 # these shares of the range, before it is given up.
 NEAR, HOPES = 1.5, (0.5, 0.75)
+PATIENCE = 3  # proposals that may leave more than half of what was open before it is halved
 CLOSE = 0.02  # `hybrid` looks no further where it could save no more than this share of tokens
 
 
@@ -106,8 +107,13 @@ def _narrow(
     problem: Problem, propose: Callable[[range, Mapping[int, float]], int], *, close: float
 ) -> Search:
     """Measures what `propose` picks between the longest that missed and the shortest that met,
-    until no more than the share `close` of that one could be saved."""
+    until no more than the share `close` of that one could be saved.
+
+    Along a flat curve proposals creep, a length at a time: then the middle is taken, or all tokens
+    while nothing has met. So there are at most about PATIENCE log2(high - low) measurements.
+    """
     tried: dict[int, float] = {}
+    open_: list[int] = []  # how many lengths there were to choose from, each time
     hopes = [problem.high - 1]
     hopes += [problem.low + round(share * (problem.high - problem.low)) for share in HOPES]
     while True:
@@ -117,7 +123,11 @@ def _narrow(
         if met is not None and len(gap) <= close * met:
             break
         if gap:
-            length = propose(gap, tried)
+            open_.append(len(gap))
+            if len(open_) <= PATIENCE or 2 * len(gap) <= open_[-1 - PATIENCE]:
+                length = propose(gap, tried)
+            else:
+                length = gap[-1] if met is None else gap[len(gap) // 2]
         else:  # all tokens miss
             left = [n for n in hopes if n >= problem.low and n not in tried]
             if not left or min(tried.values()) > NEAR * problem.target:

@@ -427,7 +427,7 @@ def test_bad_files_and_options_are_named(refused, tmp_path):
         ((image, *encode, "--size", "3x3"), "are for raw frames from a pipe"),
         ((image, *encode, "--resolution", 0), "--resolution 0: give at least 1"),
         ((image, *encode, "--max-frames", 0), "--max-frames 0: give at least 1"),
-        ((image, *encode, "--window-blocks", 0), "--window-blocks 0: give at least 1"),
+        ((image, *encode, "--window-blocks", 0), "--window-blocks 0: give at least 1 and"),
         ((image, *encode, "--search", "magic"), "search 'magic': choose one of hybrid"),
         ((image, *encode[:-1], 9), "whole numbers from 1 to 8"),
         ((image, *encode[:-2], "--budget", 2), "a share of all tokens"),

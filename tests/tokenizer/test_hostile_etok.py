@@ -5,6 +5,7 @@ import os
 import struct
 import time
 import tracemalloc
+import zlib
 
 import numpy as np
 import pytest
@@ -18,6 +19,19 @@ from tests.tokenizer.test_tokens import LEVELS, assert_same, make_tokens
 SEEDS = 12
 MAX_BYTES_A_LOAD = 2**24  # the files themselves have a few hundred
 MAX_SECONDS_A_LOAD = 5.0
+
+
+def test_the_checksum_is_the_documented_one(tmp_path):
+    """docs/etok.md, word by word: another program must be able to write a file."""
+    make_tokens([2, 1], largest=70_000).save(tmp_path / "clip.etok")
+    arrays, text = split((tmp_path / "clip.etok").read_bytes())
+    stated = text.pop("crc32")
+    parts = [f"{name}={text[name]};".encode() for name in sorted(text)]
+    for name, shape in [("codes", "3"), ("lengths", "2"), ("met", "2"), ("mse", "2")]:
+        dtype = {"codes": "uint32", "lengths": "uint8", "met": "bool", "mse": "float32"}[name]
+        parts += [f"{name} {dtype} {shape};".encode(), arrays[name].tobytes()]
+    assert stated == f"{zlib.crc32(b''.join(parts)):08x}"
+
 
 # ---- a file taken apart, and put together again with a right checksum
 
@@ -213,6 +227,9 @@ MUST_BE_REFUSED = {
     ),
     "sizes too large": lambda data, rng: with_text(
         data, frames=str(2**22), height=str(2**12), width=str(2**12)
+    ),
+    "frame too large": lambda data, rng: with_text(
+        data, frames="1", height=str(2 ** int(rng.integers(14, 21))), width=str(2**14)
     ),
     "rates": lambda data, rng: with_text(
         data, **{pick(rng, "fps", "bits_per_token"): pick(rng, *NOT_RATES)}

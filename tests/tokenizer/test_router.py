@@ -111,6 +111,12 @@ def test_train_router_and_use_it(folder, capsys):
     again = ElasticTokenizer.from_pretrained(folder).router
     jax.tree.map(np.testing.assert_array_equal, again.params, tokenizer.router.params)
 
+    # Nor is it of use when the config says that other lengths may be chosen.
+    dataclasses.replace(again, lengths=(2, *again.lengths[1:])).save(folder)
+    with pytest.raises(UsageError, match=r"speaks of 2 to 8 tokens, .* train it again"):
+        ElasticTokenizer.from_pretrained(folder)
+    again.save(folder)
+
 
 def test_all_blocks_of_an_item_are_held_back_or_none():
     items = [7, 7, 3, 7, 5, 3, 9, 1, 1, 2, 7]
@@ -152,9 +158,9 @@ def test_a_router_of_another_model_or_damaged_is_refused(folder, tmp_path):
         ElasticTokenizer.from_pretrained(folder)
     Router(params, KNOTS, "abc").save(tmp_path)
     with pytest.raises(UsageError, match=r"is damaged .* train it again"):
-        Router.load(tmp_path, fingerprint="abc")
+        Router.load(tmp_path, fingerprint="abc", low=1, high=8)
     whole = (tmp_path / FILE).read_bytes()
     (tmp_path / FILE).write_bytes(whole[:40])
     with pytest.raises(UsageError, match=FILE):
-        Router.load(tmp_path, fingerprint="abc")
+        Router.load(tmp_path, fingerprint="abc", low=1, high=8)
     (folder / FILE).unlink()

@@ -121,6 +121,29 @@ def test_hopes_are_few_and_only_near_the_target(name):
     assert measured == [64]
 
 
+@pytest.mark.parametrize("name", ["hybrid", "binary", "verified_regression"])
+@pytest.mark.parametrize("flat", [0.9999, 1.0001, 1.001, 1.2])
+@pytest.mark.parametrize("guess", [0.0, np.nan])
+def test_flat_curves_and_useless_guesses_cost_few_measurements(name, flat, guess):
+    low, high = 256, 4096
+    curve = flat * (np.arange(low, high + 1) / low) ** -1e-6
+    for guess_curve in (np.log(curve) * 0 + guess, -0.35 * np.log(np.arange(low, high + 1))):
+        _, measured = run(name, curve, target=1.0, low=low, guess=guess_curve)
+        assert len(measured) <= 3 * (high - low).bit_length() + 6
+
+
+@pytest.mark.parametrize("name", ["hybrid", "binary", "verified_regression"])
+@given(
+    curve=st.lists(st.floats(0.9, 1.1), min_size=1, max_size=400),
+    target=st.floats(0.9, 1.1),
+    slope=st.floats(-0.01, 0),
+)
+def test_measurements_are_bounded_by_the_logarithm(name, curve, target, slope):
+    guess = slope * np.log(np.arange(1, len(curve) + 1))
+    _, measured = run(name, curve, target=target, guess=guess)
+    assert len(measured) <= 3 * len(curve).bit_length() + 6
+
+
 def test_binned_measures_the_papers_number_of_lengths():
     lengths = run("binned", falling(np.linspace(0.1, 1, 3841)), target=0.5, low=256)[1]
     assert len(lengths) == BINS and lengths[0] == 256 and lengths[-1] == 4096

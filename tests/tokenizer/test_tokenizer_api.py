@@ -155,6 +155,20 @@ def test_a_narrower_window_is_kept_in_the_tokens(clip):
     assert (wide.decode(tokens) != wide.decode(wide.encode(clip, tokens=4))).any()
 
 
+def test_a_wider_window_than_ours_is_decoded_only_when_asked_for(clip):
+    """The memory that it takes is not for a file to say."""
+    wide, ours = make_tokenizer(), make_tokenizer()
+    wide.window_blocks = 2**20
+    tokens, short = wide.encode(clip, tokens=4), wide.encode(clip[:12], tokens=4)
+    np.testing.assert_array_equal(ours.decode(short), wide.decode(short))  # 3 blocks see 3
+    with pytest.raises(UsageError, match="1048576 blocks of these tokens see each other"):
+        ours.decode(tokens)
+    with pytest.raises(UsageError, match="--window-blocks"):
+        list(ours.decode_stream(wide.encode(clip[i : i + 4], tokens=4) for i in range(0, 20, 4)))
+    ours.window_blocks = 5
+    np.testing.assert_array_equal(ours.decode(tokens), wide.decode(tokens))
+
+
 def test_pieces_that_are_not_of_one_clip_are_not_decoded(tokenizer, clip):
     first = tokenizer.encode(clip[:4], tokens=3)
     narrow = make_tokenizer()

@@ -224,3 +224,6 @@ def test_only_the_last_piece_may_end_within_a_block():
 def test_an_unwritable_place_is_refused(tmp_path):
     with pytest.raises(UsageError, match="cannot be written"):
         make_tokens([1]).save(tmp_path / "no" / "clip.etok")
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError, match="cannot be written"):
+        make_tokens([1]).save(tmp_path / "file" / "clip.etok")

@@ -241,10 +241,8 @@ class ElasticTokenizer:
             grid = Grid((tokens.frames, tokens.height, tokens.width), self.config)
             self._check_tokens(tokens, grid)
             blocks += grid.blocks
-            window_blocks = min(tokens.window_blocks, blocks)
-            if (
-                window_blocks > self.window_blocks
-            ):  # memory grows with it; a file says what it likes
+            # Memory grows with the window, and a file may come from anywhere.
+            if min(tokens.window_blocks, blocks) > self.window_blocks:
                 raise UsageError(
                     f"{tokens.window_blocks} blocks of these tokens see each other, of this "
                     f"tokenizer {self.window_blocks} at most: raise its window_blocks "

@@ -41,7 +41,7 @@ class Threshold:
     """Keeps what a search of `SEARCHES` finds for a highest error.
 
     What it guesses by is the curve that `router` predicts for the block or, without one, what was
-    measured on the block before, which most often looks alike.
+    measured on the blocks before, which most often look alike.
     """
 
     def __init__(
@@ -52,12 +52,9 @@ class Threshold:
         logs = np.log(np.arange(low, high + 1))
         middle = (logs[0] + logs[-1]) / 2
         self._guess = np.log(target) + TYPICAL_SLOPE * (logs - middle)
-        self._measured: dict[int, float] = {}
 
     def keep(self, block: Block) -> CodedBlock:
-        guess = corrected(self._guess, self._measured, low=self._low)
-        if self._router is not None:
-            guess = self._router(block)
+        guess = self._guess if self._router is None else self._router(block)
         problem = Problem(self._low, self._high, self._target, guess)
         exact: set[int] = set()  # measured as `Decoder` has it
         measured: dict[int, float] = {}
@@ -67,7 +64,7 @@ class Threshold:
                 break
             measured[length] = block.measure(length, target=self._target).error
             exact.add(length)
-        self._measured = measured
+        self._guess = corrected(guess, measured, low=self._low)
         return block.keep(length, target=self._target)
 
     def _run(

@@ -9,6 +9,7 @@ when all tokens miss it and so do the lengths that promised most.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Generator, Mapping, Sequence
 
 import numpy as np
@@ -22,6 +23,8 @@ AT_ONCE = 16  # lengths that the full search asks for in one call
 NEAR, HOPES = 1.5, (0.5, 0.75)
 PATIENCE = 3  # proposals that may leave more than half of what was open before it is halved
 CLOSE = 0.02  # `hybrid` looks no further where it could save no more than this share of tokens
+LIKELY = 0.2  # or than this share, where it expects to save none
+BELOW = 0.02  # while all meet, it tries this share less than it expects to need, doubled each time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,12 +80,38 @@ def regression(problem: Problem) -> Search:
 def verified_regression(problem: Problem) -> Search:
     """As `regression`, but where that misses, the guess is corrected and followed until one
     meets."""
-    return (yield from _follow_guess(problem, close=1.0))
+
+    def propose(gap: range, tried: Mapping[int, float]) -> int:
+        expected = corrected(problem.guess, tried, low=problem.low)
+        return _first_below(problem, expected, gap[0], gap[-1])
+
+    return (yield from _narrow(problem, propose, close=1.0))
 
 
 def hybrid(problem: Problem) -> Search:
-    """Follows the guess, corrected by what was measured, down to within CLOSE of the shortest."""
-    return (yield from _follow_guess(problem, close=CLOSE))
+    """Follows the guess, corrected by what was measured, until one length has missed and one has
+    met, then the straight line between these in the logarithms of length and error.
+
+    Ends within CLOSE of the shortest, or within LIKELY where that line promises no saving.
+    """
+
+    def propose(gap: range, tried: Mapping[int, float]) -> int | None:
+        missed, met = gap[0] - 1, gap[-1] + 1
+        if missed in tried and met in tried:
+            log_n, log_error = np.log([met, missed]), _log([tried[met], tried[missed]])
+            line = np.exp(np.interp(np.log(problem.target), log_error, log_n))
+            if line >= met - 1 and len(gap) <= LIKELY * met:
+                return None
+            return math.ceil(line)
+        expected = corrected(problem.guess, tried, low=problem.low)
+        length = _first_below(problem, expected, gap[0], met)
+        if met in tried:
+            hits = sum(error <= problem.target for error in tried.values())
+            share = BELOW * 2 ** (hits - 1)
+            length = int(length * (1 - share)) if length < met else met - max(1, int(share * met))
+        return length
+
+    return (yield from _narrow(problem, propose, close=CLOSE))
 
 
 SEARCHES: dict[str, Callable[[Problem], Search]] = {
@@ -95,19 +124,11 @@ SEARCHES: dict[str, Callable[[Problem], Search]] = {
 }
 
 
-def _follow_guess(problem: Problem, *, close: float) -> Search:
-    def propose(gap: range, tried: Mapping[int, float]) -> int:
-        expected = corrected(problem.guess, tried, low=problem.low)
-        return _first_below(problem, expected, gap[0], gap[-1])
-
-    return (yield from _narrow(problem, propose, close=close))
-
-
 def _narrow(
-    problem: Problem, propose: Callable[[range, Mapping[int, float]], int], *, close: float
+    problem: Problem, propose: Callable[[range, Mapping[int, float]], int | None], *, close: float
 ) -> Search:
     """Measures what `propose` picks between the longest that missed and the shortest that met,
-    until no more than the share `close` of that one could be saved.
+    until no more than the share `close` of that one could be saved, or it picks none.
 
     Along a flat curve proposals creep, a length at a time: then the middle is taken, or all tokens
     while nothing has met. So there are at most about PATIENCE log2(high - low) measurements.
@@ -123,11 +144,13 @@ def _narrow(
         if met is not None and len(gap) <= close * met:
             break
         if gap:
+            length = propose(gap, tried)
+            if length is None:
+                break
             open_.append(len(gap))
-            if len(open_) <= PATIENCE or 2 * len(gap) <= open_[-1 - PATIENCE]:
-                length = propose(gap, tried)
-            else:
+            if len(open_) > PATIENCE and 2 * len(gap) > open_[-1 - PATIENCE]:
                 length = gap[-1] if met is None else gap[len(gap) // 2]
+            length = min(max(length, gap[0]), gap[-1])
         else:  # all tokens miss
             left = [n for n in hopes if n >= problem.low and n not in tried]
             if not left or min(tried.values()) > NEAR * problem.target:
@@ -162,7 +185,10 @@ def corrected(guess: np.ndarray, tried: Mapping[int, float], *, low: int) -> np.
     if not tried:
         return guess.copy()
     lengths = sorted(tried)
-    errors = np.maximum([tried[n] for n in lengths], 1e-12)  # one of zero has no logarithm
-    shifts = np.log(errors) - guess[np.asarray(lengths) - low]
+    shifts = _log([tried[n] for n in lengths]) - guess[np.asarray(lengths) - low]
     at = np.log(np.arange(low, low + len(guess)))
     return guess + np.interp(at, np.log(lengths), shifts)
+
+
+def _log(errors: Sequence[float]) -> np.ndarray:
+    return np.log(np.maximum(errors, 1e-12))  # one of zero has no logarithm

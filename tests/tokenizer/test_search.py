@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from elastictok_jax.tokenizer.search import (
     BINS,
-    CLOSE,
+    LIKELY,
     SEARCHES,
     Problem,
     corrected,
@@ -87,7 +87,7 @@ def test_on_a_falling_curve_the_minimum_is_found(name, curve, target, seed):
     guess = np.log(np.random.default_rng(seed).uniform(1e-6, 1, len(curve)))
     length, measured = run(name, curve, target=target, guess=guess)
     least, _ = run("full", curve, target=target)
-    assert least <= length <= least / (1 - CLOSE)
+    assert least <= length <= least / (1 - LIKELY)
     if name == "binary":
         assert length == least and len(measured) <= 1 + len(curve).bit_length()
 
@@ -106,6 +106,23 @@ def test_a_right_guess_costs_two_measurements_at_most(name, curve, target):
         assert len(measured) == 1
     # A curve that goes through the target itself may be taken for one that misses by a rounding.
     assert length <= 1 + run("full", curve, target=target)[0]
+
+
+@given(
+    level=st.floats(0.2, 5),
+    slope=st.floats(-3, -0.2),
+    wrong=st.floats(0.3, 3),
+    share=st.floats(0.1, 0.9),
+)
+def test_hybrid_is_quick_along_a_straight_line(level, slope, wrong, share):
+    """In logarithms; the guess has its slope, but stands too high or too low."""
+    low, high = 16, 1024
+    line = level * np.arange(low, high + 1.0) ** slope
+    target = line[int(share * (high - low))]
+    length, measured = run("hybrid", line, target=target, low=low, guess=np.log(wrong * line))
+    least, _ = run("full", line, target=target, low=low)
+    assert least <= length <= 1 + least * 1.03
+    assert len(measured) <= 4
 
 
 @pytest.mark.parametrize("name", ["hybrid", "binary", "verified_regression"])

@@ -5,14 +5,17 @@
 Held-out embedded clips at twice the model's resolution or so, cut into its tiles, each tile a clip
 of its own. Every method codes all of them to every target; what is checked is what the stored file
 decodes to. `published` is the paper's binary search as its authors run it: a forward pass over the
-whole context of the block for every length that is tried. See RESULTS.md.
+whole context of the block for every length that is tried. Rows are written as they come. See
+RESULTS.md.
 """
 
 import argparse
+import itertools
 import json
 import sys
 import tempfile
 import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,14 +41,19 @@ from elastictok_jax.tokenizer.grid import Grid
 from elastictok_jax.tokenizer.tokens import Tokens
 
 METHODS = ("full", "binned", "binary", "hybrid", "verified_regression", "regression")
+AGAINST_PUBLISHED = 0.04  # target
 
 
-def held_out_clips(tokenizer: ElasticTokenizer, *, rows: int, columns: int) -> dict[str, Any]:
-    """Name to uint8 [T, H, W, 3] of the held-out embedded files, cropped to whole tiles."""
+def held_out_clips(
+    tokenizer: ElasticTokenizer, *, rows: int, columns: int, most: int
+) -> dict[str, Any]:
+    """Name to uint8 [T, H, W, 3] of the held-out embedded files, cropped to whole tiles and to
+    `most` frames."""
     side = tokenizer.config.video.resolution
     clips = {}
     for path in sorted((EMBEDDED / "heldout").iterdir()):
-        frames = media.read_frames(path, count=media.probe(path).frames, side=rows * side)
+        count = min(most, media.probe(path).frames)
+        frames = media.read_frames(path, count=count, side=rows * side)
         width = min(columns, frames.shape[2] // side) * side
         clips[path.stem] = media.center_crop(frames, height=rows * side, width=width)
     return clips
@@ -184,13 +192,12 @@ def published_way(
 
 def compare(
     tokenizer: ElasticTokenizer, clips: dict[str, np.ndarray], targets: list[float]
-) -> list[dict[str, Any]]:
+) -> Iterator[dict[str, Any]]:
     """A row for each method and target."""
     methods = [m for m in METHODS if tokenizer.router is not None or "regression" not in m]
     short = {
         name: clip[: 4 * tokenizer.config.video.frames_per_block] for name, clip in clips.items()
     }
-    rows = []
     for target in targets:
         exact: dict[str, Any] = {}
         for method in methods:
@@ -201,70 +208,56 @@ def compare(
             exact = exact or result
             meets = all_tokens_meet(tokenizer, clips, lengths=lengths, target=target)
             both = met & exact["met"]
-            rows.append(
-                {
-                    "target": target,
-                    "search": method,
-                    "blocks": len(met),
-                    "met": float(met.mean()),
-                    "missed though all tokens meet it": int((meets & ~met).sum()),
-                    "missed though full meets it": int((exact["met"] & ~met).sum()),
-                    "tokens/block": float(lengths.mean()),
-                    "tokens over full": float(
-                        lengths[both].sum() / exact["lengths"][both].sum() - 1
-                    ),
-                    "count error": float(
-                        np.mean(
-                            np.abs(lengths - exact["lengths"])[exact["met"]]
-                            / exact["lengths"][exact["met"]]
-                        )
-                    ),
-                    "evaluations/block": float(result["evaluations"].mean()),
-                    "encoder passes/block": float(result["encoder_passes"].mean()),
-                    "ms/block": 1e3 * result["seconds"] / len(met),
-                }
-            )
-            print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
-    return rows
+            yield {
+                "target": target,
+                "search": method,
+                "blocks": len(met),
+                "met": float(met.mean()),
+                "missed though all tokens meet it": int((meets & ~met).sum()),
+                "missed though full meets it": int((exact["met"] & ~met).sum()),
+                "tokens/block": float(lengths.mean()),
+                "tokens over full": float(lengths[both].sum() / exact["lengths"][both].sum() - 1),
+                "count error": float(
+                    np.mean(
+                        np.abs(lengths - exact["lengths"])[exact["met"]]
+                        / exact["lengths"][exact["met"]]
+                    )
+                ),
+                "evaluations/block": float(result["evaluations"].mean()),
+                "encoder passes/block": float(result["encoder_passes"].mean()),
+                "ms/block": 1e3 * result["seconds"] / len(met),
+            }
 
 
 def against_published(
     tokenizer: ElasticTokenizer, clip: np.ndarray, *, target: float, window: int
-) -> list[dict[str, Any]]:
+) -> Iterator[dict[str, Any]]:
     """Seconds for one clip by turns: the published way, and each of ours."""
-    rows, trained = [], tokenizer.window_blocks
+    trained = tokenizer.window_blocks
     tokenizer.window_blocks = window
     for turn in range(3):
         published = published_way(tokenizer, clip, target=target)
-        rows.append(
-            {"window": window, "turn": turn, "search": "published", **published, "ratio": 1.0}
-        )
-        print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
+        yield {"window": window, "turn": turn, "search": "published", **published, "ratio": 1.0}
         for search in ("binary", "hybrid"):
             result = measure(tokenizer, {"clip": clip}, search=search, target=target)
             if turn == 0:  # compiled by now
                 result = measure(tokenizer, {"clip": clip}, search=search, target=target)
-            rows.append(
-                {
-                    "window": window,
-                    "turn": turn,
-                    "search": search,
-                    "seconds": result["seconds"],
-                    "evaluations": float(result["evaluations"].mean()),
-                    "met": float(result["met"].mean()),
-                    "ratio": published["seconds"] / result["seconds"],
-                }
-            )
-            print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
+            yield {
+                "window": window,
+                "turn": turn,
+                "search": search,
+                "seconds": result["seconds"],
+                "evaluations": float(result["evaluations"].mean()),
+                "met": float(result["met"].mean()),
+                "ratio": published["seconds"] / result["seconds"],
+            }
     tokenizer.window_blocks = trained
-    return rows
 
 
 def spending(
     tokenizer: ElasticTokenizer, clips: dict[str, np.ndarray], budgets: list[float]
-) -> list[dict[str, Any]]:
+) -> Iterator[dict[str, Any]]:
     """Error of all held-out clips coded within a budget against the same tokens for every block."""
-    rows = []
     for budget in budgets:
         spent = tokenizer.encode(list(clips.values()), budget=budget)
         assert isinstance(spent, list)
@@ -279,17 +272,13 @@ def spending(
         ]
         assert sum(t.num_tokens for t in uniform) == total
         asked = round(budget * blocks * tokenizer.tokens_per_block)
-        rows.append(
-            {
-                "budget": budget,
-                "tokens asked": asked,
-                "tokens used": total,
-                "mse, spent": float(np.mean(np.concatenate([t.mse for t in spent]))),
-                "mse, uniform": float(np.mean(np.concatenate([t.mse for t in uniform]))),
-            }
-        )
-        print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
-    return rows
+        yield {
+            "budget": budget,
+            "tokens asked": asked,
+            "tokens used": total,
+            "mse, spent": float(np.mean(np.concatenate([t.mse for t in spent]))),
+            "mse, uniform": float(np.mean(np.concatenate([t.mse for t in uniform]))),
+        }
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
@@ -314,31 +303,36 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--model", required=True, help="a training workdir or an exported folder")
     parser.add_argument("--targets", default="0.02,0.03,0.04,0.06")
-    parser.add_argument("--windows", default="4,8,16", help="blocks of context, against published")
-    parser.add_argument("--budgets", default="0.2,0.3,0.5")
+    parser.add_argument("--windows", default="4,8,24", help="blocks of context, against published")
+    parser.add_argument("--budgets", default="0.25,0.5")
     parser.add_argument("--rows", type=int, default=2, help="of tiles that a frame is cut into")
     parser.add_argument("--columns", type=int, default=3)
+    parser.add_argument("--frames", type=int, default=64, help="of a clip, at most")
     parser.add_argument("-o", "--output", type=Path, required=True, help="folder for the results")
     args = parser.parse_args()
     tokenizer = ElasticTokenizer.from_pretrained(args.model)
-    one_tile = held_out_clips(tokenizer, rows=1, columns=1)["bbb_kite"]
-    clips = held_out_clips(tokenizer, rows=args.rows, columns=args.columns)
+    one_tile = held_out_clips(tokenizer, rows=1, columns=1, most=96)["bbb_kite"]
+    clips = held_out_clips(tokenizer, rows=args.rows, columns=args.columns, most=args.frames)
     targets = [float(target) for target in args.targets.split(",")]
-    results: dict[str, Any] = {
-        "machine": describe_machine(),
-        "published": [
-            row
-            for window in args.windows.split(",")
-            for row in against_published(tokenizer, one_tile, target=targets[0], window=int(window))
-        ],
-        "budgets": spending(tokenizer, clips, [float(b) for b in args.budgets.split(",")]),
+    windows = [int(window) for window in args.windows.split(",")]
+    parts: dict[str, Iterable[dict[str, Any]]] = {
+        "published": itertools.chain.from_iterable(
+            against_published(tokenizer, one_tile, target=AGAINST_PUBLISHED, window=window)
+            for window in windows
+        ),
         "searches": compare(tokenizer, clips, targets),
+        "budgets": spending(tokenizer, clips, [float(b) for b in args.budgets.split(",")]),
     }
     args.output.mkdir(parents=True, exist_ok=True)
-    (args.output / "search.json").write_text(json.dumps(results, indent=2) + "\n")
-    draw(results["searches"], args.output / "search.png")
-    for part in ("searches", "published", "budgets"):
-        print(table(results[part]), end="\n\n")
+    results: dict[str, Any] = {"machine": describe_machine(), **{part: [] for part in parts}}
+    for part, rows in parts.items():
+        for row in rows:
+            results[part].append(row)
+            print(json.dumps(row), file=sys.stderr, flush=True)
+            (args.output / "search.json").write_text(json.dumps(results, indent=2) + "\n")
+        if part == "searches":
+            draw(results[part], args.output / "search.png")
+        print(table(results[part]), end="\n\n", flush=True)
 
 
 if __name__ == "__main__":

@@ -91,6 +91,14 @@ def encode_file(
 
 def _encode_whole(tokenizer: ElasticTokenizer, footage: Footage, goal: Goal) -> Tokens:
     video = np.stack(list(footage.stream))
+    grid = Grid(video.shape[:3], tokenizer.config)
+    sizes = dict(low=tokenizer.min_tokens, high=tokenizer.tokens_per_block)
+    count = goal.total(grid.blocks * grid.tiles, **sizes)
+    if video.size // 3 > etok.MAX_PIXELS or count > etok.MAX_TOKENS:
+        raise UsageError(
+            f"{footage.name} to {goal} is more than one .etok file may hold: cut it, or lower "
+            "--max-frames"
+        )
     with Progress(f"encoding {footage.name}", unit="block") as progress:
         tokens = tokenizer.encode(
             video, **dataclasses.asdict(goal), fps=footage.fps, progress=progress.show

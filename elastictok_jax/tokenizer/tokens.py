@@ -98,7 +98,8 @@ class Tokens:
         """One clip of pieces that follow each other in time.
 
         All but the last must end where a block ends: else its frames are fewer than its blocks
-        hold, and what comes after would lie at the wrong place.
+        hold, and what comes after would lie at the wrong place. Tokens do not know how many a block
+        holds, so pieces that all end too early alike are taken for whole ones.
 
         Raises:
           UsageError: if there are none, they differ in model, size or frame rate, or a piece

@@ -379,6 +379,9 @@ def test_more_than_a_file_may_hold_is_kept_so_far(tokenizer, refused, tmp_path, 
     line = refused("encode", path, "-o", tmp_path / "clip.etok", "--tokens", 3, status=1)
     assert "is more than one .etok file may hold: the 8 frames before are in" in line
     assert_codes(Tokens.load(tmp_path / "clip.etok"), tokenizer.encode(frames[:8], tokens=3))
+    line = refused("encode", path, "-o", tmp_path / "other.etok", "--total-tokens", 9)
+    assert "is more than one .etok file may hold: cut it" in line  # before the work
+    assert not (tmp_path / "other.etok").exists()
 
 
 @pytest.mark.parametrize(

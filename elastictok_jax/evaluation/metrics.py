@@ -80,8 +80,8 @@ def ms_ssim(x: ArrayLike, y: ArrayLike) -> jax.Array:
     scales but the coarsest, and the whole similarity of that one, are averaged over the frame and
     its colours, negative means set to 0, raised to the scale's weight, and multiplied.
 
-    Where the paper leaves a choice, it is that of torchmetrics 1.9: the border of the coarsest scale is
-    reflected, since few windows lie within it; at the other scales, windows lie within the frame.
+    Where the paper leaves a choice, it is that of torchmetrics 1.9: the border of the coarsest
+    scale is reflected, since few windows lie within it; at the others, windows lie within.
 
     `x` and `y` are [B, H, W, 3], each uint8 or floats in [-1, 1], of 176 pixels a side or more.
     Raises UsageError for others.

@@ -12,34 +12,17 @@ import numpy as np
 import pytest
 
 from elastictok_jax.errors import UsageError
-from elastictok_jax.evaluation.i3d import MIN_FRAMES, i3d_logits, i3d_shapes
+from elastictok_jax.evaluation.i3d import MIN_FRAMES, i3d_logits
 from elastictok_jax.weights.i3d import fetch_i3d, load_i3d, wave_clip
 
-# The first logits of the first 9 frames of the wave clip with the weights of `made_up`.
+# The first logits of the first 9 frames of the wave clip with the weights of `made_up_i3d`.
 TORCH_MADE_UP = [-0.019234, -3.478644, 6.229504, -4.533794, -0.625971]
 # All logits of the 16 frames with the weights that `fetch_i3d` gets.
 TORCH_WAVES = np.loadtxt(Path(__file__).parent / "i3d_wave_logits.txt").reshape(1, 400)
 
 
-def made_up():
-    """Weights that need no file: waves in the place of every weight, of about He's size."""
-    params = {}
-    for layer, weights in i3d_shapes().items():
-        params[layer] = {}
-        for weight, shape in weights.items():
-            wave = np.sin(np.arange(np.prod(shape)) ** 2 * 0.37 + len(params) + len(weight))
-            if weight == "kernel":
-                wave *= 2 / np.sqrt(np.prod(shape[:-1]))
-            elif weight == "variance":
-                wave = 0.5 + wave**2
-            else:
-                wave *= 0.1
-            params[layer][weight] = wave.reshape(shape).astype(np.float32)
-    return params
-
-
-def test_agrees_with_torch_on_made_up_weights():
-    logits = jax.jit(i3d_logits)(made_up(), wave_clip()[:, :MIN_FRAMES])
+def test_agrees_with_torch_on_made_up_weights(made_up_i3d):
+    logits = jax.jit(i3d_logits)(made_up_i3d, wave_clip()[:, :MIN_FRAMES])
     assert logits.shape == (1, 400) and logits.dtype == np.float32
     np.testing.assert_allclose(logits[0, :5], TORCH_MADE_UP, atol=1e-4)
 

@@ -17,6 +17,8 @@ EXTRAS = {
     "s3": ["s3fs"],
     "tensorboard": ["tensorboardX>=2.6"],
     "wandb": ["wandb>=0.17"],
+    # Other implementations of the metrics, for tests/evaluation/test_metrics_reference.py.
+    "reference": ["lpips>=0.1.4", "scikit-image>=0.24", "torch", "torchmetrics>=1.9"],
     "dev": [
         "constriction>=0.5",
         "hypothesis>=6.100",

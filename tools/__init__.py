@@ -1,0 +1,1 @@
+"""What makes data for the project; run from its root as `python -m tools.NAME`."""

@@ -48,13 +48,13 @@ POSITIVE = (
 NOT_NEGATIVE = (
     *("loss.lpips_weight", "loss.kl_weight", "optimizer.weight_decay", "optimizer.warmup_steps"),
     *("train.keep_best", "train.step_timeout", "train.pause_timeout", "data.cache_mib", "seed"),
-    *("masking.mean", "data.workers", "model.mlp_chunk_tokens"),
+    *("masking.mean", "data.workers", "model.mlp_chunk_tokens", "evaluation.search_blocks"),
 )
 RANGES: tuple[tuple[Callable[[float], bool], str, tuple[str, ...]], ...] = (
     (lambda x: x > 0, "greater than 0", POSITIVE),
     (lambda x: x >= 0, "0 or more", NOT_NEGATIVE),
     (lambda x: 0 <= x <= 1, "in [0, 1]", ("data.max_bad_fraction", "optimizer.final_fraction")),
-    (lambda x: 0 < x <= 1, "in (0, 1]", ("masking.fraction",)),
+    (lambda x: 0 < x <= 1, "in (0, 1]", ("masking.fraction", "evaluation.max_cost")),
     (
         lambda x: 0 <= x < 1,
         "in [0, 1)",
@@ -121,6 +121,7 @@ def default_config() -> ml_collections.ConfigDict:
     train.checkpoint_every = 1000
     train.keep_last = 2
     train.keep_best = 1
+    train.best_metric = "eval/mse"  # lowest; of one that counts blocks met, highest
     train.tensorboard = False
     train.wandb_project = ""  # empty: no wandb
     train.step_timeout = 900.0  # seconds without a step after which the run ends; 0: never
@@ -144,9 +145,11 @@ def default_config() -> ml_collections.ConfigDict:
 
     config.evaluation = evaluation = ml_collections.ConfigDict()
     evaluation.batches = 4  # held-out batches each train.eval_every steps
+    evaluation.max_cost = 0.25  # of the training's operations: fewer batches, if need be
     evaluation.targets = (0.003, 0.007, 0.015)  # MSE on the [-1, 1] scale (paper, section 4)
     evaluation.max_blocks = 16  # of each held-out clip in the report
     evaluation.max_clips = 64  # of each source in the report
+    evaluation.search_blocks = 2  # of each clip in the report that every search codes; 0: none
     evaluation.report = False  # write reports/ when training ends
 
     # One of each row may be -1: what is left. An axis has the product of its two sizes.

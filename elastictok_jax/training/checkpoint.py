@@ -23,22 +23,30 @@ from elastictok_jax.models.layer_layout import is_stacked
 from elastictok_jax.training.relayout import relayout, relayout_shapes
 from elastictok_jax.training.state import TrainState
 
-BEST_METRIC = "eval/mse"
 LIBRARIES = ("jax", "flax", "optax", "orbax-checkpoint")
 
 
 class Checkpointer:
     """Saves, keeps and restores the checkpoints below `workdir/checkpoints`.
 
-    Keeps the newest `keep_last` and the `keep_best` with the lowest eval/mse.
+    Keeps the newest `keep_last` and the `keep_best` with the best `best_metric`: the lowest, or the
+    highest if it is a share of blocks met.
     """
 
-    def __init__(self, workdir: Path, *, keep_last: int, keep_best: int):
+    def __init__(
+        self, workdir: Path, *, keep_last: int, keep_best: int, best_metric: str = "eval/mse"
+    ):
+        sign = -1.0 if best_metric.startswith("eval/met_") else 1.0
+
+        def cost(metrics: dict[str, float] | None) -> float:
+            missing = math.copysign(math.inf, sign)  # not every checkpoint is evaluated
+            return sign * (metrics or {}).get(best_metric, missing)
+
         policy = preservation_policy.AnyPreservationPolicy(
             [
                 preservation_policy.LatestN(keep_last),
                 preservation_policy.BestN(
-                    get_metric_fn=_error,
+                    get_metric_fn=cost,
                     reverse=True,  # the last of the descending order is kept: the lowest error
                     n=keep_best,
                     keep_checkpoints_without_metrics=False,
@@ -48,7 +56,7 @@ class Checkpointer:
         self._open(
             workdir,
             preservation_policy=policy,
-            best_fn=_error,  # without it metrics are not written, and a resumed run knows none
+            best_fn=cost,  # without it metrics are not written, and a resumed run knows none
             best_mode="min",
             cleanup_tmp_directories=True,
             enable_async_checkpointing=True,
@@ -215,10 +223,6 @@ class Checkpointer:
                 f"checkpoint {self.folder / str(step)} does not fit the config: {'; '.join(wrong)}"
                 ". Use the config it was trained with, or another --workdir"
             )
-
-
-def _error(metrics: dict[str, float]) -> float:
-    return metrics.get(BEST_METRIC, math.inf)  # not every checkpoint is evaluated
 
 
 def shape_mismatches(saved: Any, wanted: Any) -> list[str]:

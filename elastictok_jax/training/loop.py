@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import ml_collections
 
-from elastictok_jax.config import resolve, sequence_tokens
+from elastictok_jax.config import block_tokens, resolve, sequence_tokens
 from elastictok_jax.data.pipeline import BatchReader, DeviceBatches, local_part, to_device
 from elastictok_jax.data.sources import open_feeds
 from elastictok_jax.errors import RunError
@@ -38,7 +38,12 @@ from elastictok_jax.training.metrics import (
 from elastictok_jax.training.state import TrainState, abstract_state, sharded_init
 from elastictok_jax.training.step import jit_train_step, make_eval_step
 from elastictok_jax.training.steplog import StepLog
-from elastictok_jax.training.validation import evaluate, make_first_frames, open_held_out
+from elastictok_jax.training.validation import (
+    evaluate,
+    make_first_frames,
+    open_held_out,
+    require_metric,
+)
 from elastictok_jax.training.votes import Votes
 from elastictok_jax.training.watchdog import Watchdog
 from elastictok_jax.training.workdir import FIRST_SECONDS, enter_workdir, newest_saved, write_config
@@ -104,7 +109,10 @@ def _train(
     stack.callback(watchdog.close)
 
     checkpoints = Checkpointer(
-        workdir, keep_last=config.train.keep_last, keep_best=config.train.keep_best
+        workdir,
+        keep_last=config.train.keep_last,
+        keep_best=config.train.keep_best,
+        best_metric=config.train.best_metric,
     )
     stack.callback(checkpoints.close)
     peers.before_end = checkpoints.finish
@@ -161,7 +169,10 @@ def _train(
                 place=partial(to_device, reader=reader, sharding=sharding),
                 draw=draw,
                 show=partial(writer.picture, step) if shows_pictures(config) else None,
+                targets=config.evaluation.targets,
+                tokens_per_block=block_tokens(config),
             )
+            require_metric(config.train.best_metric, eval_metrics)
             log.record_eval(step, eval_metrics)
         if step != start and (step % config.train.checkpoint_every == 0 or last):
             log.flush()  # refuses a non-finite state before it can be saved

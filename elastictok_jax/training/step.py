@@ -216,11 +216,12 @@ def jit_train_step(config: ml_collections.ConfigDict, abstract: TrainState):
 def make_eval_step(
     config: ml_collections.ConfigDict,
 ) -> Callable[[Any, Batch, Array], tuple[Metrics, Array]]:
-    """eval_step(params, batch, fraction) -> (sums, reconstruction uint8-scaled float [B, S, D]).
+    """eval_step(params, batch, fraction) -> (metrics, reconstruction float [B, S, D] in [-1, 1]).
 
     Every block keeps round(fraction * L) tokens. Sums are over valid tokens of the batch:
     "error" (clipped to [-1, 1] first, as the tokenizer reports it) and "tokens"; for FSQ also
-    "codebook_counts" of the kept tokens.
+    "codebook_counts" of the kept tokens. "block_error" [B, N] is the MSE of each block, nan where
+    it is padding.
     """
     model, per_block = build_model(config), block_tokens(config)
 
@@ -235,9 +236,13 @@ def make_eval_step(
         places = token_places(batch, tokens_per_block=per_block)
         output: Any = model.apply({"params": params}, target_BSD, keep_BS, places)
         reconstruction_BSD = jnp.clip(output.reconstruction, -1.0, 1.0)
+        error_BS = jnp.mean((reconstruction_BSD - target_BSD) ** 2, axis=-1)
+        error_BNL = error_BS.reshape(*lengths_BN.shape, per_block)
+        valid_BN = valid_BS[:, ::per_block]
         metrics = {
             "error": squared_error_sum(reconstruction_BSD, target_BSD, valid_BS),
             "tokens": jnp.sum(valid_BS).astype(jnp.float32),
+            "block_error": jnp.where(valid_BN, jnp.mean(error_BNL, axis=-1), jnp.nan),
         }
         if isinstance(model.bottleneck, FSQ):
             metrics["codebook_counts"] = codebook_counts(

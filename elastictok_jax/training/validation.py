@@ -1,5 +1,6 @@
-"""Held-out error during training, at fixed shares of tokens."""
+"""Held-out error during training: at fixed shares of tokens, and how few of them meet a target."""
 
+import time
 from collections.abc import Callable, Sequence
 
 import jax
@@ -10,21 +11,30 @@ import numpy as np
 from elastictok_jax.config import block_tokens
 from elastictok_jax.data.pipeline import BatchReader, read_ahead
 from elastictok_jax.data.sources import Feeds, has_held_out
+from elastictok_jax.errors import UsageError
 from elastictok_jax.models.bottlenecks import codebook_statistics
 from elastictok_jax.models.patching import to_uint8, unpatchify
 
-FRACTIONS = (1.0, 0.5, 0.25)  # shares of a block's tokens
+FRACTIONS = (1.0, 0.5, 0.25, 0.125, 0.0625)  # shares of a block's tokens
+PICTURED = FRACTIONS[:3]
+STEP_COST = 3  # of a training step in forward passes: forward, and twice that backward
 PICTURE_ROWS = 8  # of a batch, in the picture
 
 
 def open_held_out(
     config: ml_collections.ConfigDict, feeds: Feeds, *, rows: range, blocks: range
 ) -> list[dict[str, np.ndarray]]:
-    """The held-out batches, the same at every evaluation; empty if nothing is to be held out."""
+    """The held-out batches, the same at every evaluation; empty if nothing is to be held out.
+
+    `evaluation.batches`, or as many as leave evaluation within `evaluation.max_cost` of the
+    training's operations: at least one.
+    """
     if not has_held_out(config):
         return []
     reader = BatchReader(config, feeds, split="heldout", rows=rows, blocks=blocks)
-    return list(read_ahead(reader, start=0, stop=config.evaluation.batches))
+    forward_passes = config.evaluation.max_cost * STEP_COST * config.train.eval_every
+    afforded = max(1, int(forward_passes / len(FRACTIONS)))
+    return list(read_ahead(reader, start=0, stop=min(config.evaluation.batches, afforded)))
 
 
 def evaluate(
@@ -35,29 +45,61 @@ def evaluate(
     place: Callable[[dict[str, np.ndarray]], dict[str, jax.Array]],
     draw: Callable[[jax.Array], jax.Array],
     show: Callable[[str, np.ndarray], None] | None,
+    targets: Sequence[float],
+    tokens_per_block: int,
 ) -> dict[str, float]:
-    """MSE over `batches`, each put on the devices by `place`, and use of the codebook.
+    """MSE over `batches`, each put on the devices by `place`, at each of FRACTIONS, and use of the
+    codebook; for each of `targets`, the share of blocks that one of FRACTIONS brings to that MSE,
+    and the mean of the fewest tokens that do, or of all where none does.
 
     `show`, if given, gets a picture: the first frames, original and at each share of tokens, which
     `draw`, `make_first_frames` jitted, makes whole on every device. All processes must call this.
     """
+    start = time.perf_counter()
     results: dict[str, float] = {}
+    block_errors = []
     columns = [np.asarray(draw(place(batches[0])["patches"]))] if batches and show else []
     for fraction in FRACTIONS if batches else ():
         sums = []
         for index, batch in enumerate(batches):
             metrics, reconstruction = eval_step(params, place(batch), np.float32(fraction))
             sums.append(metrics)
-            if index == 0 and show:
+            if index == 0 and show and fraction in PICTURED:
                 columns.append(np.asarray(draw(reconstruction)))
-        total = jax.tree.map(lambda *values: np.sum(values, axis=0), *jax.device_get(sums))
+        read = jax.device_get(sums)
+        block_errors.append(np.concatenate([some.pop("block_error").reshape(-1) for some in read]))
+        total = jax.tree.map(lambda *values: np.sum(values, axis=0), *read)
         suffix = "" if fraction == 1 else f"_at_{fraction:g}"
         results[f"eval/mse{suffix}"] = float(total["error"] / total["tokens"])
         if fraction == 1 and "codebook_counts" in total:
             statistics = codebook_statistics(total["codebook_counts"])
             results |= {f"eval/codebook_{name}": value for name, value in statistics.items()}
+    if batches:
+        results |= _thresholds(np.stack(block_errors), targets, tokens_per_block)
+        results["eval/seconds"] = time.perf_counter() - start
     if columns and show:
         show("eval/original_and_all_half_quarter_tokens", np.concatenate(columns, axis=1))
+    return results
+
+
+def require_metric(name: str, values: dict[str, float]) -> None:
+    """Raises UsageError if checkpoints are kept by a metric that evaluations do not have."""
+    if values and name not in values:
+        raise UsageError(f"train.best_metric = {name!r}: choose one of {', '.join(sorted(values))}")
+
+
+def _thresholds(
+    errors_KN: np.ndarray, targets: Sequence[float], tokens_per_block: int
+) -> dict[str, float]:
+    """Errors of blocks (nan for padding) at each of FRACTIONS, by target."""
+    errors_KN = errors_KN[:, ~np.isnan(errors_KN[0])]
+    tokens_K1 = np.maximum(1, np.round(np.asarray(FRACTIONS) * tokens_per_block))[:, None]
+    results = {}
+    for target in targets:
+        met_KN = errors_KN <= target
+        fewest_N = np.where(met_KN, tokens_K1, tokens_per_block).min(axis=0)
+        results[f"eval/met_at_mse_{target:g}"] = float(met_KN.any(axis=0).mean())
+        results[f"eval/tokens_at_mse_{target:g}"] = float(fewest_N.mean())
     return results
 
 

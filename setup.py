@@ -24,6 +24,7 @@ EXTRAS = {
         "hypothesis>=6.100",
         "importlib_resources",  # tfds needs it to define a builder, and does not say so
         "mypy>=1.10",
+        "playwright>=1.40",  # drives the system's Chromium, where there is one
         "psutil>=5.9",
         "pytest>=8",
         "pytest-xdist>=3.5",

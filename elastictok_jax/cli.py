@@ -72,11 +72,39 @@ def build_parser() -> argparse.ArgumentParser:
     add_process_options(train)
     train.set_defaults(run=run_train, takes_config=True)
 
-    evaluate = verbs.add_parser("evaluate", help="token use and error on held-out clips")
+    evaluate = verbs.add_parser(
+        "evaluate",
+        help="the paper's figures and tables on held-out clips; run again to resume",
+        epilog="without --data, the clips are those that MODEL's own sources hold out",
+    )
     evaluate.add_argument("model", help="a training workdir or an exported folder")
+    evaluate.add_argument(
+        "--baseline",
+        action="append",
+        default=[],
+        metavar="MODEL",
+        help="another model to compare with, such as a fixed tokenizer; may be given several times",
+    )
+    evaluate.add_argument("--data", help="a folder, glob or data set, all of which is measured")
+    evaluate.add_argument(
+        "--targets", metavar="X,...", help="MSE on the [-1, 1] scale, e.g. 0.003,0.015"
+    )
+    evaluate.add_argument("--max-clips", type=int, metavar="N", help="of each source")
+    evaluate.add_argument("--max-blocks", type=int, metavar="N", help="of each clip")
+    evaluate.add_argument(
+        "--search-blocks", type=int, metavar="N", help="of each clip, coded by every search"
+    )
     evaluate.add_argument("-o", "--output", type=Path, required=True, help="folder for the report")
     evaluate.add_argument("--json", action="store_true", help="print metrics.json")
     evaluate.set_defaults(run=run_evaluate)
+
+    compare = verbs.add_parser("compare", help="settings, metrics and curves of several runs")
+    compare.add_argument(
+        "runs", nargs="+", type=Path, metavar="RUN", help="a training workdir or a folder of them"
+    )
+    compare.add_argument("-o", "--output", type=Path, help="folder for tables, curves and a page")
+    compare.add_argument("--json", action="store_true", help="print the rows")
+    compare.set_defaults(run=run_compare)
 
     encode = verbs.add_parser(
         "encode",
@@ -273,15 +301,29 @@ def run_train(args: argparse.Namespace, overrides: dict[str, str]) -> None:
             output = args.workdir / "reports"
             print(f"report: elastictok evaluate {args.workdir} -o {output}", file=sys.stderr)
     elif report:
-        from elastictok_jax.evaluation.run import evaluate_model
+        from elastictok_jax.evaluation.run import evaluate_models
 
-        evaluate_model(args.workdir, output=args.workdir / "reports")
+        evaluate_models([args.workdir], output=args.workdir / "reports")
 
 
 def run_evaluate(args: argparse.Namespace, overrides: dict[str, str]) -> None:
-    from elastictok_jax.evaluation.run import evaluate_model
+    from elastictok_jax.evaluation.protocol import Limits
+    from elastictok_jax.evaluation.run import evaluate_models
 
-    print_results(evaluate_model(args.model, output=args.output), args)
+    limits = Limits(args.targets, args.max_clips, args.max_blocks, args.search_blocks)
+    models = [args.model, *args.baseline]
+    results = evaluate_models(models, output=args.output, data=args.data, limits=limits)
+    print_results(results, args)
+
+
+def run_compare(args: argparse.Namespace, overrides: dict[str, str]) -> None:
+    from elastictok_jax.evaluation.compare import compare_runs, in_columns
+
+    rows = compare_runs(args.runs, output=args.output)
+    if args.json:
+        print_results(rows, args)
+    else:
+        print(in_columns(rows))
 
 
 def run_encode(args: argparse.Namespace, overrides: dict[str, str]) -> None:
@@ -442,6 +484,6 @@ def run_experiments(args: argparse.Namespace, overrides: dict[str, str]) -> None
     print(json.dumps(names) if args.json else "\n".join(names))
 
 
-def print_results(results: dict[str, Any], args: argparse.Namespace) -> None:
+def print_results(results: Any, args: argparse.Namespace) -> None:
     if args.json:
         print(json.dumps(results, indent=2))

@@ -135,13 +135,20 @@ def video_moments(
     """
     params = jax.device_put(params)  # once, not for every batch
     total = Moments.none(CLASSES)
+    for logits in clip_logits(videos, params=params, clips_a_batch=clips_a_batch):
+        total = total.merge(Moments.of(logits))
+    return total
+
+
+def clip_logits(
+    videos: Iterable[np.ndarray], *, params: I3dParams, clips_a_batch: int = 4
+) -> Iterator[np.ndarray]:
+    """The logits float32 [N, 400] that `video_moments` takes the moments of, batch by batch."""
     clips = itertools.chain.from_iterable(map(_clips, videos))
     for batch in _batches(clips, size=clips_a_batch):
         # The last batch is filled up, so that there is one program.
         filled = [*batch, *([batch[-1]] * (clips_a_batch - len(batch)))]
-        logits = _logits(params, jnp.stack(filled))
-        total = total.merge(Moments.of(np.asarray(logits)[: len(batch)]))
-    return total
+        yield np.asarray(_logits(params, jnp.stack(filled)))[: len(batch)]
 
 
 _logits = jax.jit(i3d_logits)

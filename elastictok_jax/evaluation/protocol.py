@@ -1,5 +1,6 @@
-"""Token use and error at several targets, per block, on clips the model has not seen (paper, 4)."""
+"""What is evaluated: clips that the model has not seen, and a clip coded to a goal (paper, 4)."""
 
+import collections
 import dataclasses
 import os
 import re
@@ -10,6 +11,7 @@ from functools import partial
 import ml_collections
 import numpy as np
 
+from elastictok_jax.config import override, resolve, source_config
 from elastictok_jax.data import media
 from elastictok_jax.data.sources import open_feeds
 from elastictok_jax.errors import UsageError
@@ -54,26 +56,62 @@ class Coded:
         }
 
 
-def held_out_clips(config: ml_collections.ConfigDict) -> list[Clip]:
-    """Held-out items as the model sees them: resized, cropped at the centre, cut to
-    `evaluation.max_blocks` blocks; `evaluation.max_clips` of each source at most.
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """What an evaluation takes of the keys `evaluation.*` otherwise than the config has it.
+
+    Attributes:
+      targets: MSE on the [-1, 1] scale, as numbers or "0.003,0.015"; max_clips: of each source;
+        max_blocks: of each clip; search_blocks: of each clip, coded by every search. None leaves
+        the config's.
+    """
+
+    targets: tuple[float, ...] | str | None = None
+    max_clips: int | None = None
+    max_blocks: int | None = None
+    search_blocks: int | None = None
+
+    def of(self, config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+        """The config with these limits.
+
+        Raises:
+          UsageError: if one makes no sense.
+        """
+        given = {k: v for k, v in dataclasses.asdict(self).items() if v is not None}
+        changed = ml_collections.ConfigDict(config.to_dict())
+        override(changed, {f"evaluation.{key}": value for key, value in given.items()})
+        return resolve(changed)
+
+
+def clips_of(config: ml_collections.ConfigDict, *, data: str | None = None) -> list[Clip]:
+    """Clips as the model sees them: resized, cropped at the centre, cut to `evaluation.max_blocks`
+    blocks; `evaluation.max_clips` of each source at most, videos first.
+
+    Args:
+      data: a folder, glob or data set of which everything counts; None for what the config's own
+        sources hold out.
 
     Raises:
-      UsageError: if nothing is held out.
+      UsageError: if there are none.
     """
-    feeds = open_feeds(config).heldout
+    if data is None:
+        feeds = open_feeds(config).heldout
+    else:
+        config = ml_collections.ConfigDict(config.to_dict())
+        config.data.sources = ml_collections.ConfigDict({"main": source_config(path=data)})
+        opened = open_feeds(config)
+        feeds = opened.heldout + opened.train
     if not feeds:
         raise UsageError(
             f"the data sources ({', '.join(config.data.sources)}) have nothing held out to "
-            "evaluate on: train with data.eval_fraction above 0"
+            "evaluate on: give --data, or train with data.eval_fraction above 0"
         )
     side = config.video.resolution
     most = config.evaluation.max_blocks * config.video.frames_per_block
-    clips = []
+    clips: list[Clip] = []
     for feed in feeds:
-        # Videos first, as they say most.
-        chosen = feed.items[: config.evaluation.max_clips]
-        for item in sorted(chosen, key=lambda item: not feed.source.is_video[item]):
+        items = sorted(feed.items, key=lambda item: not feed.source.is_video[item])
+        for item in items[: config.evaluation.max_clips]:
             indices = np.arange(min(feed.source.frames[item], most))
             try:
                 frames = feed.source.read(item, indices, side=side)
@@ -83,9 +121,21 @@ def held_out_clips(config: ml_collections.ConfigDict) -> list[Clip]:
             frames = media.center_crop(frames, height=side, width=side)
             name = re.sub(r"\.\w+(@\d+)?$", r"\1", feed.source.name(item))  # without a suffix
             clips.append(Clip(name, frames, float(feed.source.fps[item])))
+    if not clips:
+        raise UsageError("none of the clips to evaluate on can be read: see above")
     folder = os.path.commonpath([os.path.dirname(clip.name) for clip in clips])
-    clips = [dataclasses.replace(c, name=os.path.relpath(c.name, folder or ".")) for c in clips]
-    return clips
+    names = _distinct([os.path.relpath(clip.name, folder or ".") for clip in clips])
+    return [dataclasses.replace(c, name=name) for c, name in zip(clips, names, strict=True)]
+
+
+def _distinct(names: Sequence[str]) -> list[str]:
+    """Names, those that come again with a number."""
+    seen: collections.Counter[str] = collections.Counter()
+    distinct = []
+    for name in names:
+        seen[name] += 1
+        distinct.append(name if seen[name] == 1 else f"{name}#{seen[name]}")
+    return distinct
 
 
 def code_clip(
@@ -110,19 +160,3 @@ def code_clip(
         assert isinstance(tokens, Tokens)
         coded.append(Coded(goal, tokens, tokenizer.decode(tokens)))
     return coded
-
-
-def summarise(coded: Sequence[tuple[Clip, list[Coded]]]) -> dict[str, object]:
-    """All figures of an evaluation, by target and by clip."""
-    by_target: dict[str, dict[str, float]] = {}
-    for index, example in enumerate(coded[0][1]):
-        tokens = [results[index].tokens for _, results in coded]
-        by_target[f"{example.goal.target:g}"] = {
-            "tokens_per_block": float(np.mean(np.concatenate([t.lengths for t in tokens]))),
-            "blocks_met_fraction": float(np.mean(np.concatenate([t.met for t in tokens]))),
-            "block_mse": float(np.mean(np.concatenate([t.mse for t in tokens]))),
-        }
-    clips = {
-        clip.name: [result.summary(clip.frames) for result in results] for clip, results in coded
-    }
-    return {"targets": by_target, "clips": clips}

@@ -1,54 +1,159 @@
 """`elastictok evaluate` and `elastictok reconstruct`: code clips, write figures and JSON."""
 
-import json
-import os
+import dataclasses
+import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from elastictok_jax.data.footage import PIPE, open_footage
 from elastictok_jax.errors import UsageError
-from elastictok_jax.evaluation.protocol import Clip, code_clip, held_out_clips, summarise
+from elastictok_jax.evaluation.figures import Measured, summarise
+from elastictok_jax.evaluation.judge import make_judge
+from elastictok_jax.evaluation.measure import (
+    Plan,
+    Record,
+    coded_to_target,
+    describe_model,
+    make_plan,
+)
+from elastictok_jax.evaluation.output import make_folder, write_json
+from elastictok_jax.evaluation.page import write_report
+from elastictok_jax.evaluation.protocol import Clip, Coded, Limits, clips_of, code_clip
+from elastictok_jax.evaluation.records import measure_all
 from elastictok_jax.evaluation.report import draw_report, write_side_by_side
+from elastictok_jax.progress import Progress
 from elastictok_jax.tokenizer.api import ElasticTokenizer
 from elastictok_jax.tokenizer.goal import Goal
 from elastictok_jax.training.metrics import read_metrics
 
+RECORDS = "records"  # the folder of clips that are measured
+NO_LIMITS = Limits()
 
-def evaluate_model(model: str | Path, *, output: Path) -> dict[str, object]:
-    """Codes the held-out clips at every `evaluation.targets`; writes metrics.json, report.png
-    and report.mp4 below `output`, and returns the content of metrics.json.
+
+def evaluate_models(
+    models: Sequence[str | Path],
+    *,
+    output: Path,
+    data: str | None = None,
+    limits: Limits = NO_LIMITS,
+) -> dict[str, Any]:
+    """Measures `models` on clips that none of them was trained on, and writes metrics.json, tables
+    as CSV, plots, report.html, report.png and report.mp4 below `output`.
+
+    Run again after an interruption, it goes on with the clips that are left, to the same
+    metrics.json but for times. The first model's config says what is measured (`evaluation.*`).
+
+    Args:
+      models: training workdirs or exported folders; the first is compared with the others.
+      data: a source of clips, all of which are measured; None for what the first held out.
+      limits: of the config, replaced.
 
     Raises:
-      UsageError: if there is no model, or `output` cannot be written.
+      UsageError: if a model or data is missing, models do not fit each other, or `output` cannot be
+        written.
     """
-    tokenizer = ElasticTokenizer.from_pretrained(model)
-    config = tokenizer.config
-    make_folder(output)
-    clips = held_out_clips(config)
-    goals = [Goal(max_mse=target) for target in config.evaluation.targets]
-    coded = [(c, code_clip(tokenizer, c, goals=goals, progress=show_blocks)) for c in clips]
-    curve = read_metrics(Path(model) / "metrics.jsonl")
-    sizes = dict(
-        frames_per_block=config.video.frames_per_block,
-        tokens_per_block=tokenizer.tokens_per_block,
-    )
-    draw_report(
-        output / "report.png",
-        coded,
-        title=f"{config.name}: held-out clips, {tokenizer.tokens_per_block} tokens a block at most",
-        curve=curve,
-        **sizes,
-    )
-    write_side_by_side(output / "report.mp4", coded, **sizes)
-    results = summarise(coded)
+    tokenizers = [ElasticTokenizer.from_pretrained(model) for model in models]
+    _require_alike(tokenizers, models)
+    config = limits.of(tokenizers[0].config)
+    make_folder(output / RECORDS)
+    clips = clips_of(config, data=data)
+    plan, judge = make_plan(tokenizers[0], config.evaluation), make_judge(config)
+    with Progress("measuring", unit="clip") as progress:
+        records = measure_all(
+            tokenizers, clips, plan, judge, folder=output / RECORDS, progress=progress.show
+        )
+    measured = [
+        Measured(name, describe_model(tokenizer, plan), of_model)
+        for name, tokenizer, of_model in zip(short_names(models), tokenizers, records, strict=True)
+    ]
+    results = summarise(measured, clips, plan)
+    curve = read_metrics(Path(models[0]) / "metrics.jsonl")
     held_out = [line["eval/mse"] for line in curve if "eval/mse" in line]
     if held_out:
         results["held_out_mse"] = {"first": held_out[0], "last": held_out[-1]}
+    coded = [
+        (clip, decode_record(tokenizers[0], clip, measured[0].records[clip.name], plan))
+        for clip in clips
+    ]
+    results["clips"] = {
+        clip.name: [each.summary(clip.frames) for each in some] for clip, some in coded
+    }
     write_json(output / "metrics.json", results)
+    sizes = dict(
+        frames_per_block=config.video.frames_per_block,
+        tokens_per_block=tokenizers[0].tokens_per_block,
+    )
+    title = f"{config.name}: held-out clips, {sizes['tokens_per_block']} tokens a block at most"
+    draw_report(output / "report.png", coded, title=title, curve=curve, **sizes)
+    write_side_by_side(output / "report.mp4", coded, **sizes)
+    video = output / "report.mp4"
+    write_report(
+        output,
+        title=f"Evaluation of {', '.join(model.name for model in measured)}",
+        command=command_line(models, data, limits),
+        measured=measured,
+        results=results,
+        clips=clips,
+        plan=plan,
+        video=video if video.is_file() else None,
+    )
     print(f"report in {output}", file=sys.stderr)
     return results
+
+
+def decode_record(
+    tokenizer: ElasticTokenizer, clip: Clip, record: Record, plan: Plan
+) -> list[Coded]:
+    """What a record's tokens decode to, at each target."""
+    coded = []
+    for target in plan.targets:
+        tokens = coded_to_target(tokenizer, clip, record, target)
+        coded.append(Coded(Goal(max_mse=target), tokens, tokenizer.decode(tokens)))
+    return coded
+
+
+def command_line(models: Sequence[str | Path], data: str | None, limits: Limits) -> str:
+    """The command that makes an evaluation."""
+    words = ["elastictok", "evaluate", str(models[0])]
+    for model in models[1:]:
+        words += ["--baseline", str(model)]
+    words += ["--data", data] if data else []
+    for key, value in dataclasses.asdict(limits).items():
+        if value is not None:
+            said = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+            words += [f"--{key.replace('_', '-')}", said]
+    return shlex.join([*words, "-o", "DIR"])
+
+
+def short_names(models: Sequence[str | Path]) -> list[str]:
+    """The folders' names, with as much of their path as tells them apart."""
+    paths = [Path(model).resolve() for model in models]
+    parts = 1
+    while parts < max(len(path.parts) for path in paths):
+        names = ["/".join(path.parts[-parts:]) for path in paths]
+        if len(set(names)) == len(names):
+            return names
+        parts += 1
+    return [str(path) for path in paths]
+
+
+def _require_alike(tokenizers: Sequence[ElasticTokenizer], models: Sequence[str | Path]) -> None:
+    """Raises UsageError where models cannot be compared on the same blocks."""
+    for tokenizer, model in zip(tokenizers, models, strict=True):
+        for key in ("resolution", "frames_per_block"):
+            theirs, ours = tokenizer.config.video[key], tokenizers[0].config.video[key]
+            if theirs != ours:
+                raise UsageError(
+                    f"{model} has video.{key} = {theirs}, {models[0]} {ours}: compare models of "
+                    "equal blocks"
+                )
+    prints = [tokenizer.fingerprint for tokenizer in tokenizers]
+    if len(set(prints)) < len(prints):
+        raise UsageError("a model is given twice: give each once")
 
 
 def reconstruct_file(
@@ -96,19 +201,3 @@ def show_blocks(what: str, done: int, total: int) -> None:
     if terminal or done == total:
         start, end = ("\r", "\n" if done == total else "") if terminal else ("", "\n")
         print(f"{start}coding {what}: {done}/{total} blocks", end=end, file=sys.stderr, flush=True)
-
-
-def make_folder(folder: Path) -> None:
-    """Raises UsageError if `folder` cannot be written."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(
-            f"{folder} cannot be written ({error.strerror}): choose another -o"
-        ) from None
-
-
-def write_json(path: Path, value: object) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(value, indent=2) + "\n")
-    os.replace(temporary, path)

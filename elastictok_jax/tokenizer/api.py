@@ -116,6 +116,12 @@ class ElasticTokenizer:
         finally:
             checkpoints.close()
 
+    def on(self, device: jax.Device) -> "ElasticTokenizer":
+        """The same tokenizer, computing on another device."""
+        other = ElasticTokenizer(self.config, jax.device_put(self.params, device))
+        other.window_blocks, other.router = self.window_blocks, self.router
+        return other
+
     @property
     def levels(self) -> tuple[int, ...]:
         """Of the FSQ; empty for a VAE."""

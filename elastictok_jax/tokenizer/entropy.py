@@ -10,6 +10,7 @@ the counts of the dim as a whole. Counts are updated after each chunk, so a chun
 and decoding repeats the same whole-number arithmetic: exact on any machine.
 """
 
+import importlib.util
 import zlib
 from collections.abc import Iterator, Sequence
 
@@ -26,6 +27,11 @@ _MIN_BITS_PER_DIGIT = 1 / 400  # what that floor makes a digit cost, at the leas
 _SMALLEST_CHUNK, _LARGEST_CHUNK = 4, 256  # tokens
 _STRIDE_SAMPLE = 2**18  # tokens looked at to choose the stride
 _HEAD_WORDS = 2  # stride, checksum
+
+
+def is_installed() -> bool:
+    """Whether the extra [compress] is there."""
+    return importlib.util.find_spec("constriction") is not None
 
 
 def require_coder(levels: tuple[int, ...]) -> None:

@@ -8,6 +8,7 @@ It is trained for one frozen tokenizer (`router_training.py`) and of use to no o
 """
 
 import dataclasses
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,14 @@ class Router:
         knots_K = predict(self.params, features_of(block)[None], knots=len(self.lengths))[0]
         every = np.log(np.arange(self.lengths[0], self.lengths[-1] + 1))
         return np.interp(every, np.log(self.lengths), np.asarray(knots_K, np.float64))
+
+    @property
+    def digest(self) -> str:
+        """16 hex digits of what it predicts by."""
+        digest = hashlib.sha256(repr((self.fingerprint, self.lengths)).encode())
+        for leaf in jax.tree.leaves(self.params):
+            digest.update(np.ascontiguousarray(leaf, np.float32).tobytes())
+        return digest.hexdigest()[:16]
 
     def save(self, folder: Path) -> None:
         """Writes FILE into a model's folder."""

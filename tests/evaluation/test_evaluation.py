@@ -1,6 +1,10 @@
 """Figures and pictures of a tokenizer, on real footage with a small random model."""
 
 import json
+import re
+import subprocess
+import sys
+import time
 
 import jax
 import numpy as np
@@ -8,14 +12,17 @@ import pytest
 from PIL import Image
 
 from elastictok_jax.cli import main
-from elastictok_jax.config import default_config, override, resolve, to_json
+from elastictok_jax.config import default_config, override, read_config, resolve, to_json
 from elastictok_jax.data import media
 from elastictok_jax.data.sources import EMBEDDED
+from elastictok_jax.errors import UsageError
 from elastictok_jax.evaluation.metrics import mse, psnr
-from elastictok_jax.evaluation.run import evaluate_model, reconstruct_file
+from elastictok_jax.evaluation.protocol import Limits
+from elastictok_jax.evaluation.run import evaluate_models, reconstruct_file
 from elastictok_jax.tokenizer.goal import Goal
 from elastictok_jax.training.state import init_state
 from elastictok_jax.weights.safetensors import save_params
+from tests.evaluation.test_page import PHONE, require_sound
 
 
 @pytest.fixture(scope="module")
@@ -47,25 +54,144 @@ def test_mse_and_psnr():
     assert psnr(0.0) == float("inf")
 
 
-def test_evaluate_writes_figures_picture_and_video(model, tmp_path):
-    results = evaluate_model(model, output=tmp_path)
-    assert json.loads((tmp_path / "metrics.json").read_text()) == results
-    names = {path.stem for path in (EMBEDDED / "heldout").iterdir()}
-    assert set(results["clips"]) == names
-    for clip in results["clips"].values():
+@pytest.fixture(scope="module")
+def fixed_model(model, tmp_path_factory):
+    """The same weights, as if trained for half of the tokens."""
+    folder = tmp_path_factory.mktemp("fixed")
+    config = read_config(model / "config.json")
+    override(config, {"masking.kind": "fixed", "masking.fraction": 0.5, "model.norm_eps": 2e-5})
+    (folder / "config.json").write_text(to_json(config))
+    (folder / "model.safetensors").write_bytes((model / "model.safetensors").read_bytes())
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def no_fetched_weights(monkeypatch, tmp_path):
+    """I3D takes a second a clip: what was fetched on this machine is not for these tests."""
+    monkeypatch.setenv("ELASTICTOK_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="module")
+def finished(model, fixed_model, tmp_path_factory):
+    """A whole evaluation of two models, and what it returned."""
+    folder = tmp_path_factory.mktemp("evaluation")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ELASTICTOK_CACHE", str(folder / "cache"))
+        limits = Limits(max_clips=6)
+        return folder, evaluate_models([model, fixed_model], output=folder, limits=limits)
+
+
+def test_evaluate_measures_all_clips_by_all_models(finished):
+    folder, results = finished
+    assert json.loads((folder / "metrics.json").read_text()) == results
+    held_out = {path.stem for path in (EMBEDDED / "heldout").iterdir()}
+    assert len(results["clips"]) == 6 and set(results["clips"]) < held_out
+    elastic, fixed = results["models"]
+    assert (elastic["fixed_tokens"], fixed["fixed_tokens"]) == (None, 4)
+    for kind, clips in (("videos", 5), ("images", 1)):
+        assert elastic[kind]["clips"] == fixed[kind]["clips"] == clips
+        assert [row["target"] for row in elastic[kind]["thresholds"]] == [0.5, 1.0]
+        assert [row["tokens"] for row in fixed[kind]["rates"]] == [4.0]
+        assert all(row["tokens_mean"] == 4 for row in fixed[kind]["thresholds"])
+        rates = elastic[kind]["rates"]
+        assert [row["share"] for row in rates] == results["plan"]["shares"]
+        for row in rates:  # 16 bits (nominal) a token, 4 x 16 x 16 pixels a block
+            assert row["bpp16"] == pytest.approx(16 * row["tokens"] * np.log2(64000) / 1024)
+            assert row["psnr_of_mse"] == pytest.approx(psnr(row["mse"]))
+            assert row["ssim"] <= 1 and row["lpips_alex"] > 0 and row["ms_ssim"] is None
+            assert row["bpp16_coded"] > 0 and row["fvd_i3d_k400_logits"] is None
+    assert [row["blocks"] for row in elastic["videos"]["context"]] == [1, 2]
+    searches = {row["search"]: row for row in elastic["videos"]["searches"]}
+    assert searches.keys() == {"full", "binned", "binary", "hybrid"}
+    assert searches["full"]["count_error"] in (0, None)
+    assert len(results["comparisons"]) == 2 * 2
+
+
+def test_clips_of_the_first_model_are_told_one_by_one(finished):
+    _, results = finished
+    lengths = {}
+    for name, clip in results["clips"].items():
         assert [line["target_mse"] for line in clip] == [0.5, 1.0]
         for line in clip:
             assert line["tokens"] == sum(line["lengths"])
             assert line["blocks"] == len(line["lengths"]) == len(line["block_mse"])
             met = sum(error <= line["target_mse"] for error in line["block_mse"])
             assert line["blocks_met"] == met
-    lengths = np.concatenate([clip[0]["lengths"] for clip in results["clips"].values()])
-    assert results["targets"]["0.5"]["tokens_per_block"] == pytest.approx(lengths.mean())
-    with Image.open(tmp_path / "report.png") as picture:
+        lengths[name] = clip[0]["lengths"]
+    videos = np.concatenate([lengths[name] for name in lengths if not name.startswith("photo")])
+    row = results["models"][0]["videos"]["thresholds"][0]
+    assert row["tokens_mean"] == pytest.approx(videos.mean())
+
+
+def test_evaluate_writes_pictures_tables_and_a_page(finished):
+    folder, _ = finished
+    with Image.open(folder / "report.png") as picture:
         assert min(picture.size) > 500
         assert np.asarray(picture.convert("L")).std() > 5  # something is drawn on it
-    videos = sum(name.endswith(".mp4") for name in map(str, (EMBEDDED / "heldout").iterdir()))
-    assert media.probe(tmp_path / "report.mp4").frames == videos * 8
+    assert media.probe(folder / "report.mp4").frames == 5 * 8
+    for name in ("targets_met_by_tokens_used", "tokens_over_time", "error_by_tokens", "context"):
+        assert (folder / "plots" / f"{name}.png").stat().st_size > 5000
+        assert (folder / "plots" / f"{name}.svg").read_text().startswith("<?xml")
+    tables = {path.stem for path in (folder / "tables").glob("*.csv")}
+    assert {"models", "thresholds", "searches", "targets_met_by_tokens_used_1"} <= tables
+    require_sound(folder / "report.html", size=PHONE, plots=8, videos=1)
+
+
+def test_interrupted_and_run_again_it_ends_the_same(model, finished, fixed_model, tmp_path):
+    words = [str(model), "--baseline", str(fixed_model), "--max-clips", "6", "-o", str(tmp_path)]
+    command = [sys.executable, "-m", "elastictok_jax", "evaluate", *words]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    records = tmp_path / "records"
+    while process.poll() is None and len(list(records.glob("*.npz"))) < 2:
+        time.sleep(0.05)
+    assert process.poll() is None, process.communicate()[1]
+    process.kill()
+    process.wait()
+    made = {path: path.stat().st_mtime_ns for path in records.glob("*.npz")}
+    assert 2 <= len(made) < 12
+    assert not (tmp_path / "metrics.json").exists()
+    min(made).write_bytes(b"cut short")  # as after a full disk: it is measured again
+    again = subprocess.run(command, check=False, stderr=subprocess.PIPE, text=True)
+    assert again.returncode == 0, again.stderr
+    kept = [path for path, when in made.items() if path.stat().st_mtime_ns == when]
+    assert len(kept) == len(made) - 1
+    ours, theirs = (
+        without_times((folder / "metrics.json").read_text()) for folder in (tmp_path, finished[0])
+    )
+    assert ours == theirs
+
+
+def without_times(text):
+    return re.sub(r'"seconds_per_block": [^,\n]+', "", text)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"video.frames_per_block": 2}, "has video.frames_per_block = 2, .* 4: compare models"),
+        ({}, "a model is given twice"),
+    ],
+)
+def test_models_that_cannot_be_compared_are_refused(model, tmp_path, change, message):
+    config = read_config(model / "config.json")
+    override(config, change)
+    (tmp_path / "config.json").write_text(to_json(config))
+    weights = (model / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(weights)
+    with pytest.raises(UsageError, match=message):
+        evaluate_models([model, tmp_path], output=tmp_path / "out")
+
+
+def test_data_of_ones_own_is_measured_whole(model, tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for name in ("bbb_kite.mp4", "photo_rocket.jpg", "photo_peaks.jpg"):
+        (folder / name).write_bytes((EMBEDDED / "heldout" / name).read_bytes())
+    limits = Limits(targets="0.7", max_blocks=1, search_blocks=0)
+    results = evaluate_models([model], output=tmp_path / "out", data=str(folder), limits=limits)
+    assert set(results["clips"]) == {"bbb_kite", "photo_rocket", "photo_peaks"}
+    assert results["plan"]["targets"] == [0.7]
+    assert results["models"][0]["videos"]["searches"] == []
 
 
 def test_reconstruct_verb_on_a_real_clip_and_photo(model, tmp_path, capsys):

@@ -1,0 +1,292 @@
+"""The figures of an evaluation, from the records of all clips (`measure.py`): pure numpy.
+
+`clip kinds` are "images" and "videos". N blocks, over all clips of a kind.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from elastictok_jax import __version__
+from elastictok_jax.evaluation.frechet import FVD_METRIC, Moments, frechet_distance
+from elastictok_jax.evaluation.measure import Plan, Record
+from elastictok_jax.evaluation.metrics import codebook_statistics, psnr
+from elastictok_jax.evaluation.protocol import Clip
+from elastictok_jax.tokenizer.search import SEARCHES
+
+SCHEMA = 1  # of metrics.json: raised when a key changes its meaning
+KINDS = ("images", "videos")
+FRAME_METRICS = ("psnr", "ssim", "ms_ssim", "lpips_alex", "lpips_vgg")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A model and what it made of every clip.
+
+    Attributes:
+      name: what tables call it; facts: what `describe_model` says of it.
+      records: by clip name.
+    """
+
+    name: str
+    facts: dict[str, Any]
+    records: Mapping[str, Record]
+
+
+def joined(records: Sequence[Record], key: str) -> np.ndarray:
+    """The arrays under `key`, one after another; empty where no record has it."""
+    found = [np.atleast_1d(record[key]) for record in records if key in record]
+    return np.concatenate(found) if found else np.zeros(0)
+
+
+def share_met_by_tokens(
+    lengths_N: np.ndarray, met_N: np.ndarray, *, least: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """What share of blocks can meet a target with so many tokens a block, at best.
+
+    Tokens go to the blocks that need fewest; those that are given up take `least` (paper, Fig. 4).
+
+    Args:
+      lengths_N: the fewest tokens that bring each block to the target, where `met_N`.
+
+    Returns:
+      mean tokens a block and share of blocks met, float64 [1 + blocks that can meet it] each.
+    """
+    needed = np.sort(lengths_N[met_N].astype(np.float64))
+    spent = np.concatenate([[0.0], np.cumsum(needed)])
+    count = np.arange(len(spent))
+    tokens = (spent + (len(lengths_N) - count) * least) / len(lengths_N)
+    return tokens, count / len(lengths_N)
+
+
+def tokens_for_share(
+    lengths_N: np.ndarray, met_N: np.ndarray, *, least: int, share: float
+) -> float | None:
+    """Mean tokens a block by which `share` of all blocks meet a target, or None where no number
+    does."""
+    tokens, shares = share_met_by_tokens(lengths_N, met_N, least=least)
+    enough = np.flatnonzero(shares >= share - 1e-9)
+    return float(tokens[enough[0]]) if enough.size else None
+
+
+def share_for_tokens(
+    lengths_N: np.ndarray, met_N: np.ndarray, *, least: int, tokens: float
+) -> float:
+    """The share of blocks that can meet a target with `tokens` a block in the mean."""
+    spent, shares = share_met_by_tokens(lengths_N, met_N, least=least)
+    return float(shares[spent <= max(tokens, least) + 1e-9].max())
+
+
+def correlation(x: np.ndarray, y: np.ndarray) -> float | None:
+    """Pearson's r, or None where one of them does not vary."""
+    if len(x) < 2 or np.ptp(x) == 0 or np.ptp(y) == 0:
+        return None
+    return float(np.corrcoef(x, y)[0, 1])
+
+
+def ranks(x: np.ndarray) -> np.ndarray:
+    """Place of each value in the order of all, equal ones sharing the mean of theirs."""
+    _, inverse, counts = np.unique(x, return_inverse=True, return_counts=True)
+    return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
+
+
+def model_figures(model: Measured, kind_of: Mapping[str, str], plan: Plan) -> dict[str, Any]:
+    """All figures of one model by clip kind."""
+    figures: dict[str, Any] = {"name": model.name, **model.facts}
+    for kind in KINDS:
+        records = [record for name, record in model.records.items() if kind_of[name] == kind]
+        if not records:
+            continue
+        figures[kind] = {
+            "clips": len(records),
+            "blocks": len(joined(records, "energy")),
+            "thresholds": [_threshold(model, records, target) for target in plan.targets],
+            "rates": [_rate(model, records, share) for share in model.facts["shares"]],
+            "context": _context(model, records, plan),
+            "energy": _energy(model, records, plan),
+            "searches": _searches(records),
+        }
+    return figures
+
+
+def _threshold(model: Measured, records: Sequence[Record], target: float) -> dict[str, Any]:
+    values = {
+        name: joined(records, f"target/{target:g}/{name}")
+        for name in ("lengths", "met", "mse", "evaluations", "encoder_passes", "seconds")
+    }
+    lengths, met = values["lengths"], values["met"].astype(bool)
+    half = model.facts["tokens_per_block"] / 2
+    at_half = dict(least=model.facts["min_tokens"], tokens=half)
+    fixed = model.facts["fixed_tokens"] is not None
+    return {
+        "target": target,
+        "met_share": float(met.mean()),
+        "tokens_mean": float(lengths.mean()),
+        "tokens_p95": float(np.percentile(lengths, 95)),
+        "tokens_max": int(lengths.max()),
+        "tokens_mean_of_met": float(lengths[met].mean()) if met.any() else None,
+        "met_share_at_half": None if fixed else share_for_tokens(lengths, met, **at_half),
+        "mse": float(values["mse"].mean()),
+        "evaluations_per_block": float(values["evaluations"].mean()),
+        "encoder_passes_per_block": float(values["encoder_passes"].mean()),
+        "seconds_per_block": float(values["seconds"].sum() / len(lengths)),
+    }
+
+
+def _rate(model: Measured, records: Sequence[Record], share: float) -> dict[str, Any]:
+    prefix = f"share/{share:g}"
+    blocks = len(joined(records, f"{prefix}/lengths"))
+    pixels = blocks * model.facts["pixels_per_block"]
+    bits, coded = (joined(records, f"{prefix}/{name}") for name in ("bits", "coded_bits"))
+    mse = float(joined(records, f"{prefix}/mse").mean())
+    row: dict[str, Any] = {
+        "share": share,
+        "tokens": float(joined(records, f"{prefix}/lengths").mean()),
+        "bpp16": 16 * float(bits.sum()) / pixels,
+        "bpp16_coded": 16 * float(coded.sum()) / pixels if coded.size else None,
+        "mse": mse,
+        "psnr_of_mse": psnr(mse),
+    }
+    for name in FRAME_METRICS:
+        values = joined(records, f"{prefix}/{name}")
+        row[name] = float(values[np.isfinite(values)].mean()) if values.size else None
+    row[FVD_METRIC] = _frechet(records, prefix)
+    codes = joined(records, f"{prefix}/codes")
+    if codes.size:
+        size = model.facts["codebook_size"]
+        use = codebook_statistics(codes, size=size)
+        row |= {key: value for key, value in use.items() if key != "tokens"}
+    return row
+
+
+def _frechet(records: Sequence[Record], prefix: str) -> float | None:
+    pairs = [r for r in records if "original/features" in r and f"{prefix}/features" in r]
+    sides = [joined(pairs, key) for key in ("original/features", f"{prefix}/features")]
+    if len(sides[0]) < 2:
+        return None
+    return frechet_distance(*map(Moments.of, sides))
+
+
+def _context(model: Measured, records: Sequence[Record], plan: Plan) -> list[dict[str, Any]]:
+    """Error of the blocks that the widest context has wholly before them, by context (Fig. 6)."""
+    most = max(plan.contexts)
+    rows = []
+    for window in plan.contexts:
+        key = f"context/{window}/mse"
+        full = [record[key][most - 1 :] for record in records if key in record]
+        values = np.concatenate(full) if full else np.zeros(0)
+        if values.size:
+            frames = window * model.facts["frames_per_block"]
+            error = float(values.mean())
+            row = {"blocks": window, "frames": frames, "mse": error, "psnr_of_mse": psnr(error)}
+            rows.append(row | {"blocks_measured": len(values)})
+    return rows
+
+
+def _energy(model: Measured, records: Sequence[Record], plan: Plan) -> dict[str, Any] | None:
+    """How tokens used follow high-frequency energy (Fig. 9): each block alone, and in context."""
+    if model.facts["fixed_tokens"] is not None:
+        return None
+    energy = joined(records, "energy")
+    single = joined(records, "single/lengths")
+    multi = joined(records, f"target/{plan.main_target:g}/lengths")
+    log = np.log(energy + 1e-9)
+    return {
+        name: {
+            "target": plan.main_target,
+            "pearson_r": correlation(energy, lengths),
+            "pearson_r_of_log_energy": correlation(log, lengths),
+            "spearman_r": correlation(ranks(energy), ranks(lengths)),
+        }
+        for name, lengths in (("single_block", single), ("multi_block", multi))
+    }
+
+
+def _searches(records: Sequence[Record]) -> list[dict[str, Any]]:
+    """Evaluations and errors of each search against the full one (Table 2)."""
+    exact = joined(records, "search/full/lengths")
+    rows = []
+    for name in SEARCHES:
+        lengths = joined(records, f"search/{name}/lengths")
+        if not exact.size or not lengths.size:
+            continue
+        met = joined(records, f"search/{name}/met").astype(bool)
+        possible = joined(records, "search/full/met").astype(bool)
+        both = met & possible
+        rows.append(
+            {
+                "search": name,
+                "blocks": len(lengths),
+                "evaluations_per_block": float(
+                    joined(records, f"search/{name}/evaluations").mean()
+                ),
+                "missed_share": float((possible & ~met).mean()),
+                "count_error": _mean(np.abs(lengths - exact)[both] / exact[both]),
+            }
+        )
+    return rows
+
+
+def _mean(values: np.ndarray) -> float | None:
+    return float(values.mean()) if values.size else None
+
+
+def comparisons(
+    elastic: Measured, fixed: Sequence[Measured], kind_of: Mapping[str, str], plan: Plan
+) -> list[dict[str, Any]]:
+    """Tokens of an elastic tokenizer at the share of blocks that a fixed one brings to a target."""
+    rows = []
+    for kind in KINDS:
+        names = [name for name in elastic.records if kind_of[name] == kind]
+        for target in plan.targets if names else ():
+            ours = [elastic.records[name] for name in names]
+            lengths, met = (
+                joined(ours, f"target/{target:g}/{name}") for name in ("lengths", "met")
+            )
+            for other in fixed:
+                theirs = [other.records[name] for name in names]
+                share = float(joined(theirs, f"target/{target:g}/met").mean())
+                tokens = other.facts["fixed_tokens"]
+                needed = tokens_for_share(
+                    lengths, met.astype(bool), least=elastic.facts["min_tokens"], share=share
+                )
+                rows.append(
+                    {
+                        "clips": kind,
+                        "target": target,
+                        "elastic": elastic.name,
+                        "fixed": other.name,
+                        "fixed_tokens": tokens,
+                        "met_share": share,
+                        "elastic_tokens": needed,
+                        "ratio": None if needed is None else tokens / needed,
+                    }
+                )
+    return rows
+
+
+def summarise(measured: Sequence[Measured], clips: Sequence[Clip], plan: Plan) -> dict[str, Any]:
+    """The content of metrics.json but for what single clips became, as JSON values."""
+    kind_of = clip_kinds(clips)
+    elastic = [model for model in measured if model.facts["fixed_tokens"] is None]
+    fixed = [model for model in measured if model.facts["fixed_tokens"] is not None]
+    return {
+        "schema": SCHEMA,
+        "elastictok_jax": __version__,
+        "plan": {
+            key: list(value) if isinstance(value, tuple) else value
+            for key, value in dataclasses.asdict(plan).items()
+        },
+        "models": [model_figures(model, kind_of, plan) for model in measured],
+        "comparisons": [
+            row for model in elastic for row in comparisons(model, fixed, kind_of, plan)
+        ],
+    }
+
+
+def clip_kinds(clips: Sequence[Clip]) -> dict[str, str]:
+    """Clip name to its kind: an image is a clip of one frame."""
+    return {clip.name: KINDS[len(clip.frames) > 1] for clip in clips}

@@ -1,0 +1,274 @@
+"""What one model makes of one clip: every figure that tables and plots are drawn from.
+
+A record is a flat dictionary of arrays, so that a clip that has been measured can be put aside and
+need not be measured again. Dimension key: N blocks, T frames, F frames a block.
+
+    energy [N]                          high-frequency energy of the pixels
+    cuts [C]                            frames before which the scene changes
+    target/X/{lengths,met,mse} [N]      coded to MSE X with all the context that there is
+    target/X/{evaluations,encoder_passes} [N]
+    target/X/codes                      of all blocks, one after the other
+    target/X/seconds []
+    search/NAME/...                     the same of the first blocks, by a search of `SEARCHES`
+    single/X/lengths [N]                the same, each block as a clip of its own
+    share/S/{mse,lengths} [N]           coded with the share S of all tokens in every block
+    share/S/NAME [T]                    the judge's metrics of the frames that decodes to
+    share/S/frame [H, W, 3]             the first of them
+    share/S/{bits,coded_bits} []        nominal and entropy-coded
+    share/S/features [K, 400]           for a Frechet distance to original/features
+    share/S/codes [tokens]              FSQ codes
+    context/W/mse [N]                   coded with half of all tokens, W blocks seeing each other
+"""
+
+import copy
+import dataclasses
+import itertools
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+
+from elastictok_jax.data.scenes import SceneCuts
+from elastictok_jax.evaluation.protocol import Clip
+from elastictok_jax.tokenizer import entropy
+from elastictok_jax.tokenizer.api import ElasticTokenizer
+from elastictok_jax.tokenizer.choosers import Chooser, Fixed
+from elastictok_jax.tokenizer.goal import Goal
+from elastictok_jax.tokenizer.grid import Grid
+from elastictok_jax.tokenizer.search import SEARCHES
+from elastictok_jax.tokenizer.tokens import Tokens
+
+Record = dict[str, np.ndarray]
+# Of frames uint8 [T, H, W, 3] and what they became: a name and values [T] each.
+FrameMetrics = Callable[[np.ndarray, np.ndarray], dict[str, np.ndarray]]
+CONTEXT_SHARE = 0.5  # of all tokens, where context is varied
+SHARES = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4, 1.0)  # of a block's tokens
+BPP16 = (0.31, 0.56, 0.81, 1.0)  # bits per pixel x 16 that newer papers report at
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is measured.
+
+    Attributes:
+      targets: MSE on the [-1, 1] scale, ascending.
+      shares: of a block's tokens, ascending; a fixed tokenizer is measured at its own alone.
+      contexts: numbers of blocks that see each other.
+      main_target: to which blocks are coded alone as well, and by every search.
+      search_blocks: how many blocks of a clip are coded by every search.
+    """
+
+    targets: tuple[float, ...]
+    shares: tuple[float, ...]
+    contexts: tuple[int, ...]
+    main_target: float
+    search_blocks: int
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Metrics of decoded frames beside the error; each is shared by all clips.
+
+    Attributes:
+      frames: per-frame metrics.
+      features: float32 [K, D] of the K stretches of a video that a Frechet distance compares; None
+        where its network is not there.
+      name: which metrics these are.
+    """
+
+    name: str
+    frames: FrameMetrics
+    features: Callable[[np.ndarray], np.ndarray] | None
+
+
+def measure_clip(tokenizer: ElasticTokenizer, clip: Clip, plan: Plan, judge: Judge) -> Record:
+    """All figures of a clip of the model's resolution, cut into blocks of one tile."""
+    grid = Grid(clip.frames.shape[:3], tokenizer.config)
+    record: Record = {
+        "energy": block_energy(clip.frames, frames_per_block=grid.frames_per_block),
+        "cuts": scene_cuts(clip.frames),
+    }
+    for target in plan.targets:
+        record |= _named(f"target/{target:g}", _to_target(tokenizer, clip, target))
+    alone = _with_window(tokenizer, 1)
+    record["single/lengths"] = _to_target(alone, clip, plan.main_target)["lengths"]
+    if fixed_tokens(tokenizer) is None and plan.search_blocks:
+        first = dataclasses.replace(
+            clip, frames=clip.frames[: plan.search_blocks * grid.frames_per_block]
+        )
+        for search in SEARCHES:
+            if tokenizer.router is not None or "regression" not in search:
+                found = _to_target(tokenizer, first, plan.main_target, search=search)
+                record |= _named(f"search/{search}", found)
+    if judge.features is not None and len(clip.frames) > 1:
+        record["original/features"] = judge.features(clip.frames)
+    for share in shares_of(tokenizer, plan):
+        record |= _named(f"share/{share:g}", _at_share(tokenizer, clip, grid, share, judge))
+    if grid.blocks > 1 and fixed_tokens(tokenizer) is None:
+        half = max(1, round(CONTEXT_SHARE * tokenizer.tokens_per_block))
+        for window in plan.contexts:
+            seen = _with_window(tokenizer, window)
+            coded = seen.code(clip.frames, grid, [Fixed(itertools.repeat(half))], metric="mse")
+            record[f"context/{window}/mse"] = np.asarray([block.mse for block in coded])
+    return record
+
+
+def make_plan(tokenizer: ElasticTokenizer, evaluation: ml_collections.ConfigDict) -> Plan:
+    """What the config's section asks for: `targets` and `search_blocks`; six lengths (paper,
+    Fig. 5) and those of BPP16; contexts that double up to the one trained with."""
+    targets = tuple(sorted(evaluation.targets))
+    bits = tokenizer.model.bottleneck.bits_per_token * tokenizer.tokens_per_block
+    most = 16 * bits / pixels_per_block(tokenizer.config)
+    shares = {*SHARES, *(round(bpp16 / most, 4) for bpp16 in BPP16 if bpp16 < most)}
+    window = tokenizer.window_blocks
+    return Plan(
+        targets=targets,
+        shares=tuple(sorted(shares)),
+        contexts=(*(1 << power for power in range((window - 1).bit_length())), window),
+        main_target=targets[len(targets) // 2],
+        search_blocks=evaluation.search_blocks,
+    )
+
+
+def pixels_per_block(config: ml_collections.ConfigDict) -> int:
+    return config.video.frames_per_block * config.video.resolution**2
+
+
+def describe_model(tokenizer: ElasticTokenizer, plan: Plan) -> dict[str, Any]:
+    """What figures and tables need to know of a model, as JSON values."""
+    config, levels = tokenizer.config, tokenizer.levels
+    return {
+        "experiment": config.name,
+        "fingerprint": tokenizer.fingerprint,
+        "seed": config.seed,
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(tokenizer.params)),
+        "conditioned": tokenizer.model.conditioned,
+        "bottleneck": config.model.bottleneck,
+        "codebook_size": math.prod(levels) if levels else None,
+        "bits_per_token": tokenizer.model.bottleneck.bits_per_token,
+        "tokens_per_block": tokenizer.tokens_per_block,
+        "min_tokens": tokenizer.min_tokens,
+        "fixed_tokens": fixed_tokens(tokenizer),
+        "frames_per_block": config.video.frames_per_block,
+        "resolution": config.video.resolution,
+        "pixels_per_block": pixels_per_block(config),
+        "window_blocks": tokenizer.window_blocks,
+        "shares": list(shares_of(tokenizer, plan)),
+    }
+
+
+def fixed_tokens(tokenizer: ElasticTokenizer) -> int | None:
+    """How many tokens every block takes where the model was trained for one number alone."""
+    masking = tokenizer.config.masking
+    if masking.kind != "fixed":
+        return None
+    return max(1, round(masking.fraction * tokenizer.tokens_per_block))
+
+
+def shares_of(tokenizer: ElasticTokenizer, plan: Plan) -> tuple[float, ...]:
+    """The shares of all tokens that a model is measured at."""
+    fixed = fixed_tokens(tokenizer)
+    return plan.shares if fixed is None else (fixed / tokenizer.tokens_per_block,)
+
+
+def block_energy(frames_THWC: np.ndarray, *, frames_per_block: int) -> np.ndarray:
+    """float64 [N]: high-frequency energy of each block, the mean of its frames'.
+
+    Of the luminance on the [-1, 1] scale, what lies at or above a quarter of a cycle a pixel, half
+    of the highest frequency that an axis holds, in mean square of pixels (Parseval).
+    """
+    luma = frames_THWC.astype(np.float64) @ np.asarray([0.299, 0.587, 0.114]) / 127.5 - 1.0
+    height, width = luma.shape[1:]
+    rows, columns = np.fft.fftfreq(height)[:, None], np.fft.fftfreq(width)[None, :]
+    high = np.hypot(rows, columns) >= 0.25
+    power = np.abs(np.fft.fft2(luma)) ** 2 / (height * width) ** 2
+    energy_T = (power * high).sum(axis=(1, 2))
+    starts = range(0, len(energy_T), frames_per_block)
+    return np.asarray([energy_T[start : start + frames_per_block].mean() for start in starts])
+
+
+def scene_cuts(frames_THWC: np.ndarray) -> np.ndarray:
+    """int64 [C]: frames that begin another scene."""
+    cuts = SceneCuts()
+    return np.asarray([t for t, frame in enumerate(frames_THWC) if cuts.is_cut(frame)], np.int64)
+
+
+def _with_window(tokenizer: ElasticTokenizer, blocks: int) -> ElasticTokenizer:
+    """The same tokenizer, but for how many blocks see each other."""
+    other = copy.copy(tokenizer)
+    other.window_blocks = blocks
+    return other
+
+
+def _named(prefix: str, values: Record) -> Record:
+    return {f"{prefix}/{name}": value for name, value in values.items()}
+
+
+def _to_target(
+    tokenizer: ElasticTokenizer, clip: Clip, target: float, *, search: str = "hybrid"
+) -> Record:
+    grid, fixed = Grid(clip.frames.shape[:3], tokenizer.config), fixed_tokens(tokenizer)
+    chooser: Chooser = tokenizer.threshold(Goal(max_mse=target, search=search))
+    if fixed is not None:
+        chooser = Fixed(itertools.repeat(fixed))
+    start = time.perf_counter()
+    coded = tokenizer.code(clip.frames, grid, [chooser], metric="mse")
+    seconds = time.perf_counter() - start
+    mse = np.asarray([block.mse for block in coded])
+    return {
+        "lengths": np.asarray([len(block.codes) for block in coded], np.int32),
+        "met": mse <= target,
+        "mse": mse,
+        "evaluations": np.asarray([block.evaluations for block in coded], np.int32),
+        "encoder_passes": np.asarray([block.encoder_passes for block in coded], np.int32),
+        "codes": np.concatenate([block.codes for block in coded]),
+        "seconds": np.asarray(seconds),
+    }
+
+
+def _at_share(
+    tokenizer: ElasticTokenizer, clip: Clip, grid: Grid, share: float, judge: Judge
+) -> Record:
+    length = max(1, round(share * tokenizer.tokens_per_block))
+    coded = tokenizer.code(clip.frames, grid, [Fixed(itertools.repeat(length))], metric="mse")
+    tokens = tokenizer.tokens(coded, grid, fps=clip.fps)
+    decoded = tokenizer.decode(tokens)
+    record = {
+        "mse": np.asarray(tokens.mse, np.float64),
+        "lengths": tokens.lengths,
+        "bits": np.asarray(tokens.bits),
+        "frame": decoded[0],
+        **judge.frames(clip.frames, decoded),
+    }
+    if tokens.levels:
+        record["codes"] = np.concatenate(tokens.codes)
+    if tokens.levels and entropy.is_installed():
+        record["coded_bits"] = np.asarray(tokens.entropy_coded_bits())
+    if judge.features is not None and len(clip.frames) > 1:
+        record["features"] = judge.features(decoded)
+    return record
+
+
+def coded_to_target(
+    tokenizer: ElasticTokenizer, clip: Clip, record: Record, target: float
+) -> Tokens:
+    """The tokens of a clip as a record has them."""
+    of = {name: record[f"target/{target:g}/{name}"] for name in ("codes", "lengths", "mse", "met")}
+    return Tokens(
+        codes=np.split(of["codes"], np.cumsum(of["lengths"])[:-1]),
+        mse=of["mse"].astype(np.float32),
+        met=of["met"],
+        frames=len(clip.frames),
+        height=clip.frames.shape[1],
+        width=clip.frames.shape[2],
+        fps=clip.fps,
+        bits_per_token=tokenizer.model.bottleneck.bits_per_token,
+        fingerprint=tokenizer.fingerprint,
+        window_blocks=tokenizer.window_blocks,
+        levels=tokenizer.levels,
+    )

@@ -1,0 +1,209 @@
+"""What people look at: plots, tables and report.html of an evaluation."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
+
+from elastictok_jax.evaluation import plots
+from elastictok_jax.evaluation.figures import KINDS, Measured, clip_kinds
+from elastictok_jax.evaluation.frechet import FVD_METRIC
+from elastictok_jax.evaluation.html import Picture, Section, Table, Video, png, write_page
+from elastictok_jax.evaluation.measure import SHARES, Plan, Record
+from elastictok_jax.evaluation.output import make_folder, write_csv, write_whole
+from elastictok_jax.evaluation.protocol import Clip
+
+PICTURES = 3  # clips whose crops are shown at several lengths
+STRIPS = 4  # videos with tokens over time
+
+PAPER_RATIOS = "the paper's are 3.5 (loose) and 1.3 (strict) on images, 5 and 2.4 on video"
+
+
+def write_report(
+    output: Path,
+    *,
+    title: str,
+    command: str,
+    measured: Sequence[Measured],
+    results: dict[str, Any],
+    clips: Sequence[Clip],
+    plan: Plan,
+    video: Path | None,
+) -> None:
+    """Writes report.html, tables/*.csv and plots/*.png and .svg below `output`.
+
+    Args:
+      results: of `figures.summarise`; video: an MP4 to show, if any.
+    """
+    tables, figures = output / "tables", output / "plots"
+    make_folder(tables)
+    make_folder(figures)
+    sections = []
+    for section in _sections(measured, results, clips, plan, video):
+        parts = [part for part in section.parts if not isinstance(part, Table) or part.rows]
+        for number, part in enumerate(parts):
+            name = "_".join([*_slug(section.title), *([str(number)] if number else [])])
+            if isinstance(part, Table):
+                write_csv(tables / f"{name}.csv", part.rows)
+            elif isinstance(part, Picture):
+                write_whole(figures / f"{name}.png", png(part.image))
+                if isinstance(part.image, Figure):
+                    part.image.savefig(figures / f"{name}.svg", metadata={"Date": None})
+        if parts:
+            sections.append(Section(section.title, section.text, parts))
+    first = results["models"][0]
+    counts = ", ".join(f"{first[kind]['clips']} {kind}" for kind in KINDS if kind in first)
+    blocks = sum(first[kind]["blocks"] for kind in KINDS if kind in first)
+    summary = (
+        f"{counts}, {blocks} blocks of {first['frames_per_block']} frames at "
+        f"{first['resolution']} pixels; MSE is on the [-1, 1] scale."
+    )
+    write_page(
+        output / "report.html", title=title, summary=summary, command=command, sections=sections
+    )
+    plt.close("all")
+
+
+def _slug(title: str) -> list[str]:
+    return "".join(c if c.isalnum() else " " for c in title.lower()).split()
+
+
+def _sections(
+    measured: Sequence[Measured],
+    results: dict[str, Any],
+    clips: Sequence[Clip],
+    plan: Plan,
+    video: Path | None,
+) -> list[Section]:
+    models, kind_of = results["models"], clip_kinds(clips)
+    first = measured[0]
+    return [
+        Section("Models", "", [Table([_facts(model) for model in models], "the models measured")]),
+        Section(
+            "Targets met by tokens used",
+            "Tokens go first to the blocks that need fewest for the target; a fixed tokenizer is a "
+            "dot. The ratio is how many times fewer tokens the elastic tokenizer needs for the "
+            f"same share of blocks; {PAPER_RATIOS}. Paper: Fig. 4.",
+            [
+                *_pictures([(plots.share_met(measured, kind_of, plan), "blocks under a target")]),
+                Table(results["comparisons"], "tokens at an equal share of blocks met"),
+            ],
+        ),
+        Section(
+            "Tokens over time",
+            "Tokens that each block used, under the frames. Paper: Fig. 1.",
+            [
+                *_pictures(
+                    [(_strips(first, clips, plan), "tokens of each block over time")], wide=True
+                ),
+                *([Video(video.read_bytes(), "original and reconstructions")] if video else []),
+            ],
+        ),
+        Section(
+            "Error by tokens",
+            "All blocks with the same number of tokens. Paper: Fig. 5.",
+            [
+                *_pictures([(plots.loss_by_tokens(models), "MSE against tokens a block")]),
+                *_pictures(_crops(first, clips), wide=True),
+            ],
+        ),
+        Section(
+            "Thresholds",
+            "Tokens that blocks used for each target, and how many met it; at half of all tokens "
+            "in the mean, the share that could. Paper: Tables 3, 4 and 5.",
+            [Table(_rows(models, "thresholds"), "by model, kind of clip and target")],
+        ),
+        Section(
+            "Rate and distortion",
+            "Every block with the same number of tokens; nominal and entropy-coded bits per pixel "
+            f"x 16. {FVD_METRIC} compares logits of stretches of 16 frames, and is too large where "
+            "there are few.",
+            [
+                *_pictures([(plot(models), label) for plot, label in RATE_PLOTS]),
+                Table(_rows(models, "rates"), "by model, kind of clip and share of tokens"),
+            ],
+        ),
+        Section(
+            "Context",
+            "Quality at half of all tokens against how many frames see each other, of blocks that "
+            "have the longest context before them. Paper: Fig. 6.",
+            [
+                *_pictures([(plots.context(models), "PSNR against frames of context")]),
+                Table(_rows(models, "context"), "by model and context"),
+            ],
+        ),
+        Section(
+            "Tokens and high-frequency energy",
+            "The paper's r is 0.77 for blocks alone and 0.67 in context (Fig. 9).",
+            [
+                *_pictures([(plots.energy(first, kind_of, plan), "tokens used against energy")]),
+                Table(_energy_rows(models), "correlation of tokens used with energy"),
+            ],
+        ),
+        Section(
+            "Searches",
+            "Lengths measured a block, and how far the count is from the exact one (Table 2).",
+            [Table(_rows(models, "searches"), "by search")],
+        ),
+    ]
+
+
+RATE_PLOTS: tuple[tuple[Callable[[plots.Models], Figure | None], str], ...] = tuple(
+    (plots.rate_plot(key, label), f"{label} against rate")
+    for key, label in (
+        ("psnr_of_mse", "PSNR, dB"),
+        ("ssim", "SSIM"),
+        ("lpips_alex", "LPIPS (AlexNet)"),
+        (FVD_METRIC, "Frechet video distance"),
+    )
+)
+
+
+def _pictures(drawn: Sequence[tuple[Figure | None, str]], *, wide: bool = False) -> list[Any]:
+    return [Picture(figure, label, wide) for figure, label in drawn if figure is not None]
+
+
+def _facts(model: dict[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in model.items() if k not in (*KINDS, "shares")}
+
+
+def _rows(models: plots.Models, part: str) -> list[dict[str, Any]]:
+    return [
+        {"model": model["name"], "clips": kind} | row
+        for model in models
+        for kind in KINDS
+        if kind in model
+        for row in model[kind][part]
+    ]
+
+
+def _energy_rows(models: plots.Models) -> list[dict[str, Any]]:
+    return [
+        {"model": model["name"], "clips": kind, "blocks": name} | row
+        for model in models
+        for kind in KINDS
+        if model.get(kind, {}).get("energy")
+        for name, row in model[kind]["energy"].items()
+    ]
+
+
+def _strips(model: Measured, clips: Sequence[Clip], plan: Plan) -> Figure | None:
+    videos = [clip for clip in clips if len(clip.frames) > 1][:STRIPS]
+    sizes = {key: model.facts[key] for key in ("frames_per_block", "tokens_per_block")}
+    return plots.tokens_over_time(videos, model.records, plan, **sizes)
+
+
+def _crops(model: Measured, clips: Sequence[Clip]) -> list[tuple[Figure, str]]:
+    shares = [share for share in SHARES if share in model.facts["shares"]]
+    shown = []
+    for clip in clips[:: max(1, len(clips) // PICTURES)][:PICTURES]:
+        record: Mapping[str, Any] | Record = model.records[clip.name]
+        tokens = model.facts["tokens_per_block"]
+        pictures = [
+            (f"{max(1, round(share * tokens))} tokens", record[f"share/{share:g}/frame"])
+            for share in shares
+        ]
+        shown.append((plots.crops(clip, pictures), f"{clip.name} at several lengths"))
+    return shown

@@ -1,0 +1,94 @@
+"""Figures of an evaluation: laws, and small cases worked out by hand."""
+
+import numpy as np
+import pytest
+import scipy.stats
+from hypothesis import given
+from hypothesis import strategies as st
+
+from elastictok_jax.evaluation.figures import (
+    Measured,
+    comparisons,
+    correlation,
+    ranks,
+    share_for_tokens,
+    share_met_by_tokens,
+    tokens_for_share,
+)
+from elastictok_jax.evaluation.measure import Plan, block_energy, scene_cuts
+
+blocks = st.lists(st.tuples(st.integers(4, 64), st.booleans()), min_size=1, max_size=30)
+PLAN = Plan(targets=(0.1,), shares=(1.0,), contexts=(1,), main_target=0.1, search_blocks=0)
+
+
+def unzip(some):
+    lengths, met = zip(*some, strict=True)
+    return np.asarray(lengths), np.asarray(met)
+
+
+@given(some=blocks, share=st.floats(0, 1))
+def test_share_and_tokens_are_inverses(some, share):
+    lengths, met = unzip(some)
+    tokens, shares = share_met_by_tokens(lengths, met, least=4)
+    assert (np.diff(tokens) >= 0).all() and (np.diff(shares) > 0).all()
+    assert shares[-1] == pytest.approx(met.mean()) and tokens[0] == 4
+    needed = tokens_for_share(lengths, met, least=4, share=share)
+    if share > met.mean() + 1e-9:
+        assert needed is None
+    else:
+        assert needed is not None
+        assert share_for_tokens(lengths, met, least=4, tokens=needed) >= share - 1e-9
+
+
+@given(some=blocks)
+def test_all_blocks_met_take_what_they_need(some):
+    lengths, met = unzip(some)
+    tokens, _ = share_met_by_tokens(lengths, met, least=4)
+    assert tokens[-1] == pytest.approx(np.where(met, lengths, 4).mean())
+
+
+@given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=3, max_size=20))
+def test_correlations_are_scipys(points):
+    x, y = (np.asarray(axis, float) for axis in zip(*points, strict=True))
+    if np.ptp(x) == 0 or np.ptp(y) == 0:
+        assert correlation(x, y) is None
+        return
+    assert correlation(x, y) == pytest.approx(scipy.stats.pearsonr(x, y)[0], abs=1e-9)
+    expected = scipy.stats.spearmanr(x, y)[0]
+    assert correlation(ranks(x), ranks(y)) == pytest.approx(expected, abs=1e-9)
+
+
+def test_ratio_at_an_equal_share():
+    """A fixed tokenizer of 32 tokens brings half of the blocks to the target; the elastic one
+    does so with 8 and 12 tokens, and the least, 4, for the other two."""
+    met, lengths = [True, True, True, False], [8, 12, 40, 64]
+    records = {"clip": {"target/0.1/lengths": np.array(lengths), "target/0.1/met": np.array(met)}}
+    elastic = Measured("elastic", {"min_tokens": 4, "fixed_tokens": None}, records)
+    half = {"clip": {"target/0.1/met": np.array([True, False, True, False])}}
+    fixed = Measured("fixed", {"fixed_tokens": 32}, half)
+    [row] = comparisons(elastic, [fixed], {"clip": "videos"}, PLAN)
+    assert row["met_share"] == 0.5
+    assert row["elastic_tokens"] == pytest.approx((8 + 12 + 4 + 4) / 4)
+    assert row["ratio"] == pytest.approx(32 / 7)
+    every = {"clip": {"target/0.1/met": np.ones(4, bool)}}
+    [row] = comparisons(
+        elastic, [Measured("fixed", {"fixed_tokens": 32}, every)], {"clip": "videos"}, PLAN
+    )
+    assert row["ratio"] is None  # it cannot
+
+
+def test_high_frequency_energy():
+    flat = np.full((4, 16, 16, 3), 90, np.uint8)
+    board = np.where(np.indices((16, 16)).sum(axis=0) % 2, 255, 0).astype(np.uint8)
+    board = np.broadcast_to(board[None, :, :, None], (4, 16, 16, 3))
+    ramp = np.broadcast_to(np.arange(16, dtype=np.uint8)[None, None, :, None], (4, 16, 16, 3))
+    energy = block_energy(np.concatenate([flat, board, ramp, board[:2]]), frames_per_block=4)
+    assert energy[0] == pytest.approx(0, abs=1e-12)
+    assert energy[1] == pytest.approx(1.0) == energy[3]  # +1 and -1: all of it at the highest
+    assert 0 < energy[2] < 0.01
+
+
+def test_scene_cuts_are_found_where_footage_changes():
+    dark, light = np.zeros((12, 32, 32, 3), np.uint8), np.full((12, 32, 32, 3), 200, np.uint8)
+    np.testing.assert_array_equal(scene_cuts(np.concatenate([dark, light])), [12])
+    assert scene_cuts(dark).size == 0

@@ -89,10 +89,15 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument(
         "--targets", metavar="X,...", help="MSE on the [-1, 1] scale, e.g. 0.003,0.015"
     )
-    evaluate.add_argument("--max-clips", type=int, metavar="N", help="of each source")
+    evaluate.add_argument(
+        "--max-clips", type=int, metavar="N", help="videos, and images, of each source"
+    )
     evaluate.add_argument("--max-blocks", type=int, metavar="N", help="of each clip")
     evaluate.add_argument(
-        "--search-blocks", type=int, metavar="N", help="of each clip, coded by every search"
+        "--search-blocks",
+        type=int,
+        metavar="N",
+        help="of each clip, coded by every search, `full` with all lengths among them: slow",
     )
     evaluate.add_argument("-o", "--output", type=Path, required=True, help="folder for the report")
     evaluate.add_argument("--json", action="store_true", help="print metrics.json")

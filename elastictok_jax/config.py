@@ -148,8 +148,8 @@ def default_config() -> ml_collections.ConfigDict:
     evaluation.max_cost = 0.25  # of the training's operations: fewer batches, if need be
     evaluation.targets = (0.003, 0.007, 0.015)  # MSE on the [-1, 1] scale (paper, section 4)
     evaluation.max_blocks = 16  # of each held-out clip in the report
-    evaluation.max_clips = 64  # of each source in the report
-    evaluation.search_blocks = 2  # of each clip in the report that every search codes; 0: none
+    evaluation.max_clips = 64  # videos, and images, of each source in the report
+    evaluation.search_blocks = 0  # of each clip in the report that every search codes: slow
     evaluation.report = False  # write reports/ when training ends
 
     # One of each row may be -1: what is left. An axis has the product of its two sizes.

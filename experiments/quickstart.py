@@ -41,5 +41,6 @@ def get_config():
     config.evaluation.batches = 8
     config.evaluation.targets = (0.04, 0.06, 0.1)
     config.evaluation.max_blocks = 8
+    config.evaluation.search_blocks = 1
     config.evaluation.report = True
     return config

@@ -19,6 +19,7 @@ from elastictok_jax.tokenizer.search import SEARCHES
 
 SCHEMA = 1  # of metrics.json: raised when a key changes its meaning
 KINDS = ("images", "videos")
+MAX_PSNR = 100.0  # dB; that of an exact reconstruction is infinite
 FRAME_METRICS = ("psnr", "ssim", "ms_ssim", "lpips_alex", "lpips_vgg")
 
 
@@ -115,12 +116,17 @@ def model_figures(model: Measured, kind_of: Mapping[str, str], plan: Plan) -> di
 def _threshold(model: Measured, records: Sequence[Record], target: float) -> dict[str, Any]:
     values = {
         name: joined(records, f"target/{target:g}/{name}")
-        for name in ("lengths", "met", "mse", "evaluations", "encoder_passes", "seconds")
+        for name in ("lengths", "met", "mse", "evaluations", "encoder_passes")
     }
     lengths, met = values["lengths"], values["met"].astype(bool)
-    half = model.facts["tokens_per_block"] / 2
-    at_half = dict(least=model.facts["min_tokens"], tokens=half)
-    fixed = model.facts["fixed_tokens"] is not None
+    half, least = model.facts["tokens_per_block"] / 2, model.facts["min_tokens"]
+    met_at_half = None
+    if model.facts["fixed_tokens"] is None and least <= half:
+        met_at_half = share_for_tokens(lengths, met, least=least, tokens=half)
+    # The median, since the first clips wait for the compiler.
+    seconds = np.median(
+        [r[f"target/{target:g}/seconds"] / len(r[f"target/{target:g}/mse"]) for r in records]
+    )
     return {
         "target": target,
         "met_share": float(met.mean()),
@@ -128,31 +134,30 @@ def _threshold(model: Measured, records: Sequence[Record], target: float) -> dic
         "tokens_p95": float(np.percentile(lengths, 95)),
         "tokens_max": int(lengths.max()),
         "tokens_mean_of_met": float(lengths[met].mean()) if met.any() else None,
-        "met_share_at_half": None if fixed else share_for_tokens(lengths, met, **at_half),
+        "met_share_at_half": met_at_half,
         "mse": float(values["mse"].mean()),
         "evaluations_per_block": float(values["evaluations"].mean()),
         "encoder_passes_per_block": float(values["encoder_passes"].mean()),
-        "seconds_per_block": float(values["seconds"].sum() / len(lengths)),
+        "seconds_per_block": float(seconds),
     }
 
 
 def _rate(model: Measured, records: Sequence[Record], share: float) -> dict[str, Any]:
     prefix = f"share/{share:g}"
-    blocks = len(joined(records, f"{prefix}/lengths"))
-    pixels = blocks * model.facts["pixels_per_block"]
+    pixels = joined(records, "pixels").sum()
     bits, coded = (joined(records, f"{prefix}/{name}") for name in ("bits", "coded_bits"))
     mse = float(joined(records, f"{prefix}/mse").mean())
     row: dict[str, Any] = {
         "share": share,
         "tokens": float(joined(records, f"{prefix}/lengths").mean()),
         "bpp16": 16 * float(bits.sum()) / pixels,
-        "bpp16_coded": 16 * float(coded.sum()) / pixels if coded.size else None,
+        "bpp16_coded": 16 * float(coded.sum()) / pixels if len(coded) == len(records) else None,
         "mse": mse,
-        "psnr_of_mse": psnr(mse),
+        "psnr_of_mse": min(psnr(mse), MAX_PSNR),
     }
     for name in FRAME_METRICS:
         values = joined(records, f"{prefix}/{name}")
-        row[name] = float(values[np.isfinite(values)].mean()) if values.size else None
+        row[name] = _mean(np.minimum(values, MAX_PSNR))
     row[FVD_METRIC] = _frechet(records, prefix)
     codes = joined(records, f"{prefix}/codes")
     if codes.size:
@@ -181,8 +186,8 @@ def _context(model: Measured, records: Sequence[Record], plan: Plan) -> list[dic
         if values.size:
             frames = window * model.facts["frames_per_block"]
             error = float(values.mean())
-            row = {"blocks": window, "frames": frames, "mse": error, "psnr_of_mse": psnr(error)}
-            rows.append(row | {"blocks_measured": len(values)})
+            row = {"blocks": window, "frames": frames, "blocks_measured": len(values)}
+            rows.append(row | {"mse": error, "psnr_of_mse": min(psnr(error), MAX_PSNR)})
     return rows
 
 
@@ -215,7 +220,6 @@ def _searches(records: Sequence[Record]) -> list[dict[str, Any]]:
             continue
         met = joined(records, f"search/{name}/met").astype(bool)
         possible = joined(records, "search/full/met").astype(bool)
-        both = met & possible
         rows.append(
             {
                 "search": name,
@@ -224,7 +228,7 @@ def _searches(records: Sequence[Record]) -> list[dict[str, Any]]:
                     joined(records, f"search/{name}/evaluations").mean()
                 ),
                 "missed_share": float((possible & ~met).mean()),
-                "count_error": _mean(np.abs(lengths - exact)[both] / exact[both]),
+                "count_error": _mean(np.abs(lengths - exact)[possible] / exact[possible]),
             }
         )
     return rows
@@ -250,9 +254,11 @@ def comparisons(
                 theirs = [other.records[name] for name in names]
                 share = float(joined(theirs, f"target/{target:g}/met").mean())
                 tokens = other.facts["fixed_tokens"]
-                needed = tokens_for_share(
-                    lengths, met.astype(bool), least=elastic.facts["min_tokens"], share=share
-                )
+                needed = None  # as where the fixed one brings no block there
+                if share > 0:
+                    needed = tokens_for_share(
+                        lengths, met.astype(bool), least=elastic.facts["min_tokens"], share=share
+                    )
                 rows.append(
                     {
                         "clips": kind,

@@ -3,6 +3,7 @@
 A record is a flat dictionary of arrays, so that a clip that has been measured can be put aside and
 need not be measured again. Dimension key: N blocks, T frames, F frames a block.
 
+    pixels []                           of the clip
     energy [N]                          high-frequency energy of the pixels
     cuts [C]                            frames before which the scene changes
     target/X/{lengths,met,mse} [N]      coded to MSE X with all the context that there is
@@ -11,7 +12,7 @@ need not be measured again. Dimension key: N blocks, T frames, F frames a block.
     target/X/seconds []
     search/NAME/...                     the same of the first blocks, by a search of `SEARCHES`
     single/X/lengths [N]                the same, each block as a clip of its own
-    share/S/{mse,lengths} [N]           coded with the share S of all tokens in every block
+    share/S/{mse,lengths} [N]           every block coded with the share S of all tokens
     share/S/NAME [T]                    the judge's metrics of the frames that decodes to
     share/S/frame [H, W, 3]             the first of them
     share/S/{bits,coded_bits} []        nominal and entropy-coded
@@ -57,14 +58,12 @@ class Plan:
 
     Attributes:
       targets: MSE on the [-1, 1] scale, ascending.
-      shares: of a block's tokens, ascending; a fixed tokenizer is measured at its own alone.
       contexts: numbers of blocks that see each other.
       main_target: to which blocks are coded alone as well, and by every search.
       search_blocks: how many blocks of a clip are coded by every search.
     """
 
     targets: tuple[float, ...]
-    shares: tuple[float, ...]
     contexts: tuple[int, ...]
     main_target: float
     search_blocks: int
@@ -90,6 +89,7 @@ def measure_clip(tokenizer: ElasticTokenizer, clip: Clip, plan: Plan, judge: Jud
     """All figures of a clip of the model's resolution, cut into blocks of one tile."""
     grid = Grid(clip.frames.shape[:3], tokenizer.config)
     record: Record = {
+        "pixels": np.asarray(math.prod(clip.frames.shape[:3])),
         "energy": block_energy(clip.frames, frames_per_block=grid.frames_per_block),
         "cuts": scene_cuts(clip.frames),
     }
@@ -107,10 +107,10 @@ def measure_clip(tokenizer: ElasticTokenizer, clip: Clip, plan: Plan, judge: Jud
                 record |= _named(f"search/{search}", found)
     if judge.features is not None and len(clip.frames) > 1:
         record["original/features"] = judge.features(clip.frames)
-    for share in shares_of(tokenizer, plan):
+    for share in shares_of(tokenizer):
         record |= _named(f"share/{share:g}", _at_share(tokenizer, clip, grid, share, judge))
     if grid.blocks > 1 and fixed_tokens(tokenizer) is None:
-        half = max(1, round(CONTEXT_SHARE * tokenizer.tokens_per_block))
+        half = max(tokenizer.min_tokens, round(CONTEXT_SHARE * tokenizer.tokens_per_block))
         for window in plan.contexts:
             seen = _with_window(tokenizer, window)
             coded = seen.code(clip.frames, grid, [Fixed(itertools.repeat(half))], metric="mse")
@@ -119,16 +119,12 @@ def measure_clip(tokenizer: ElasticTokenizer, clip: Clip, plan: Plan, judge: Jud
 
 
 def make_plan(tokenizer: ElasticTokenizer, evaluation: ml_collections.ConfigDict) -> Plan:
-    """What the config's section asks for: `targets` and `search_blocks`; six lengths (paper,
-    Fig. 5) and those of BPP16; contexts that double up to the one trained with."""
+    """What the config's section asks for: `targets` and `search_blocks`; contexts that double up to
+    the one trained with, or to half of `max_blocks`, so that clips have blocks to measure it by."""
     targets = tuple(sorted(evaluation.targets))
-    bits = tokenizer.model.bottleneck.bits_per_token * tokenizer.tokens_per_block
-    most = 16 * bits / pixels_per_block(tokenizer.config)
-    shares = {*SHARES, *(round(bpp16 / most, 4) for bpp16 in BPP16 if bpp16 < most)}
-    window = tokenizer.window_blocks
+    window = max(1, min(tokenizer.window_blocks, evaluation.max_blocks // 2))
     return Plan(
         targets=targets,
-        shares=tuple(sorted(shares)),
         contexts=(*(1 << power for power in range((window - 1).bit_length())), window),
         main_target=targets[len(targets) // 2],
         search_blocks=evaluation.search_blocks,
@@ -139,7 +135,7 @@ def pixels_per_block(config: ml_collections.ConfigDict) -> int:
     return config.video.frames_per_block * config.video.resolution**2
 
 
-def describe_model(tokenizer: ElasticTokenizer, plan: Plan) -> dict[str, Any]:
+def describe_model(tokenizer: ElasticTokenizer) -> dict[str, Any]:
     """What figures and tables need to know of a model, as JSON values."""
     config, levels = tokenizer.config, tokenizer.levels
     return {
@@ -158,7 +154,7 @@ def describe_model(tokenizer: ElasticTokenizer, plan: Plan) -> dict[str, Any]:
         "resolution": config.video.resolution,
         "pixels_per_block": pixels_per_block(config),
         "window_blocks": tokenizer.window_blocks,
-        "shares": list(shares_of(tokenizer, plan)),
+        "shares": list(shares_of(tokenizer)),
     }
 
 
@@ -170,10 +166,17 @@ def fixed_tokens(tokenizer: ElasticTokenizer) -> int | None:
     return max(1, round(masking.fraction * tokenizer.tokens_per_block))
 
 
-def shares_of(tokenizer: ElasticTokenizer, plan: Plan) -> tuple[float, ...]:
-    """The shares of all tokens that a model is measured at."""
-    fixed = fixed_tokens(tokenizer)
-    return plan.shares if fixed is None else (fixed / tokenizer.tokens_per_block,)
+def shares_of(tokenizer: ElasticTokenizer) -> tuple[float, ...]:
+    """The shares of all tokens that a model is measured at, ascending: SHARES and what BPP16 takes
+    for video, as far as it was trained with so few; a fixed tokenizer's own alone."""
+    fixed, every = fixed_tokens(tokenizer), tokenizer.tokens_per_block
+    if fixed is not None:
+        return (fixed / every,)
+    bits = tokenizer.model.bottleneck.bits_per_token * every
+    most = 16 * bits / pixels_per_block(tokenizer.config)
+    wanted = (*SHARES, *(bpp16 / most for bpp16 in BPP16))
+    lengths = {round(share * every) for share in wanted}
+    return tuple(n / every for n in sorted(lengths) if tokenizer.min_tokens <= n <= every)
 
 
 def block_energy(frames_THWC: np.ndarray, *, frames_per_block: int) -> np.ndarray:

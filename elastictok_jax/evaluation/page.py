@@ -1,10 +1,12 @@
 """What people look at: plots, tables and report.html of an evaluation."""
 
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
+import numpy as np
 from matplotlib.figure import Figure
 
 from elastictok_jax.evaluation import plots
@@ -38,8 +40,9 @@ def write_report(
       results: of `figures.summarise`; video: an MP4 to show, if any.
     """
     tables, figures = output / "tables", output / "plots"
-    make_folder(tables)
-    make_folder(figures)
+    for folder in (tables, figures):
+        shutil.rmtree(folder, ignore_errors=True)  # those of an earlier run may have other names
+        make_folder(folder)
     sections = []
     for section in _sections(measured, results, clips, plan, video):
         parts = [part for part in section.parts if not isinstance(part, Table) or part.rows]
@@ -196,7 +199,9 @@ def _strips(model: Measured, clips: Sequence[Clip], plan: Plan) -> Figure | None
 
 
 def _crops(model: Measured, clips: Sequence[Clip]) -> list[tuple[Figure, str]]:
-    shares = [share for share in SHARES if share in model.facts["shares"]]
+    known = model.facts["shares"]
+    nearest = np.abs(np.subtract.outer(SHARES, known)).argmin(axis=1)
+    shares = [known[index] for index in np.unique(nearest)]
     shown = []
     for clip in clips[:: max(1, len(clips) // PICTURES)][:PICTURES]:
         record: Mapping[str, Any] | Record = model.records[clip.name]

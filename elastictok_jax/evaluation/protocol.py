@@ -1,7 +1,7 @@
 """What is evaluated: clips that the model has not seen, and a clip coded to a goal (paper, 4)."""
 
-import collections
 import dataclasses
+import itertools
 import os
 import re
 import sys
@@ -13,7 +13,7 @@ import numpy as np
 
 from elastictok_jax.config import override, resolve, source_config
 from elastictok_jax.data import media
-from elastictok_jax.data.sources import open_feeds
+from elastictok_jax.data.sources import Feed, Source, open_feeds
 from elastictok_jax.errors import UsageError
 from elastictok_jax.evaluation.metrics import mse, psnr
 from elastictok_jax.tokenizer.api import ElasticTokenizer
@@ -85,7 +85,8 @@ class Limits:
 
 def clips_of(config: ml_collections.ConfigDict, *, data: str | None = None) -> list[Clip]:
     """Clips as the model sees them: resized, cropped at the centre, cut to `evaluation.max_blocks`
-    blocks; `evaluation.max_clips` of each source at most, videos first.
+    blocks; `evaluation.max_clips` videos and as many images of each source at most. How many more
+    there are is said on stderr.
 
     Args:
       data: a folder, glob or data set of which everything counts; None for what the config's own
@@ -99,8 +100,9 @@ def clips_of(config: ml_collections.ConfigDict, *, data: str | None = None) -> l
     else:
         config = ml_collections.ConfigDict(config.to_dict())
         config.data.sources = ml_collections.ConfigDict({"main": source_config(path=data)})
+        config.data.eval_fraction = 0.0
         opened = open_feeds(config)
-        feeds = opened.heldout + opened.train
+        feeds = opened.train + opened.heldout  # of the embedded footage there are both
     if not feeds:
         raise UsageError(
             f"the data sources ({', '.join(config.data.sources)}) have nothing held out to "
@@ -109,18 +111,16 @@ def clips_of(config: ml_collections.ConfigDict, *, data: str | None = None) -> l
     side = config.video.resolution
     most = config.evaluation.max_blocks * config.video.frames_per_block
     clips: list[Clip] = []
-    for feed in feeds:
-        items = sorted(feed.items, key=lambda item: not feed.source.is_video[item])
-        for item in items[: config.evaluation.max_clips]:
-            indices = np.arange(min(feed.source.frames[item], most))
-            try:
-                frames = feed.source.read(item, indices, side=side)
-            except media.MediaError as error:
-                print(f"left out: {error}", file=sys.stderr)
-                continue
-            frames = media.center_crop(frames, height=side, width=side)
-            name = re.sub(r"\.\w+(@\d+)?$", r"\1", feed.source.name(item))  # without a suffix
-            clips.append(Clip(name, frames, float(feed.source.fps[item])))
+    for source, item in _chosen(feeds, most=config.evaluation.max_clips):
+        indices = np.arange(min(source.frames[item], most))
+        try:
+            frames = source.read(item, indices, side=side)
+        except media.MediaError as error:
+            print(f"left out: {error}", file=sys.stderr)
+            continue
+        frames = media.center_crop(frames, height=side, width=side)
+        name = re.sub(r"\.\w+(@\d+)?$", r"\1", source.name(item))  # without a suffix
+        clips.append(Clip(name, frames, float(source.fps[item])))
     if not clips:
         raise UsageError("none of the clips to evaluate on can be read: see above")
     folder = os.path.commonpath([os.path.dirname(clip.name) for clip in clips])
@@ -128,14 +128,31 @@ def clips_of(config: ml_collections.ConfigDict, *, data: str | None = None) -> l
     return [dataclasses.replace(c, name=name) for c, name in zip(clips, names, strict=True)]
 
 
+def _chosen(feeds: Sequence[Feed], *, most: int) -> list[tuple[Source, int]]:
+    """Items of each source, `most` videos and then `most` images."""
+    chosen: list[tuple[Source, int]] = []
+    for source in {id(feed.source): feed.source for feed in feeds}.values():
+        items = np.concatenate([feed.items for feed in feeds if feed.source is source])
+        for is_video in (True, False):
+            some = items[source.is_video[items] == is_video]
+            chosen += [(source, int(item)) for item in some[:most]]
+            if len(some) > most:
+                kind = "videos" if is_video else "images"
+                print(
+                    f"note: {most} of {len(some)} {kind} are measured: raise evaluation.max_clips "
+                    "(--max-clips) for more",
+                    file=sys.stderr,
+                )
+    return chosen
+
+
 def _distinct(names: Sequence[str]) -> list[str]:
     """Names, those that come again with a number."""
-    seen: collections.Counter[str] = collections.Counter()
-    distinct = []
+    distinct: dict[str, None] = {}
     for name in names:
-        seen[name] += 1
-        distinct.append(name if seen[name] == 1 else f"{name}#{seen[name]}")
-    return distinct
+        others = (f"{name}#{number}" for number in itertools.count(2))
+        distinct[next(n for n in itertools.chain([name], others) if n not in distinct)] = None
+    return list(distinct)
 
 
 def code_clip(

@@ -9,6 +9,7 @@ import io
 import queue
 import threading
 import zipfile
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import astuple
 from pathlib import Path
@@ -19,6 +20,7 @@ import numpy as np
 from elastictok_jax.evaluation.measure import Judge, Plan, Record, fixed_tokens, measure_clip
 from elastictok_jax.evaluation.output import write_whole
 from elastictok_jax.evaluation.protocol import Clip
+from elastictok_jax.tokenizer import entropy
 from elastictok_jax.tokenizer.api import ElasticTokenizer
 
 FORMAT = 1  # of a record: raised when its keys or their meaning change
@@ -31,9 +33,11 @@ def measure_all(
     judge: Judge,
     *,
     folder: Path,
+    devices: Sequence[jax.Device],
     progress: Callable[[int, int], None],
 ) -> list[dict[str, Record]]:
-    """Records of every clip by each tokenizer, in order; those in `folder` are not made again.
+    """Records of every clip by each tokenizer, in order; those in `folder` are not made again, the
+    others on `devices`.
 
     `progress` is called with (clips done, all clips) over all tokenizers.
     """
@@ -77,7 +81,6 @@ def measure_all(
                 done += 1
                 progress(done, total)
 
-    devices = jax.local_devices()
     if len(devices) == 1:
         work(devices[0])  # in this thread, so that Ctrl-C stops it
     else:
@@ -96,7 +99,7 @@ def _digest(tokenizer: ElasticTokenizer, clip: Clip, plan: Plan, judge: Judge) -
     """16 hex digits of all that a record follows from."""
     router = tokenizer.router is not None and tokenizer.router.digest
     lengths = (fixed_tokens(tokenizer), tokenizer.min_tokens, tokenizer.window_blocks)
-    model = (tokenizer.fingerprint, router, lengths)
+    model = (tokenizer.fingerprint, router, lengths, entropy.is_installed())
     said = (FORMAT, model, astuple(plan), judge.name, clip.name, clip.fps, clip.frames.shape)
     digest = hashlib.sha256(repr(said).encode())
     digest.update(np.ascontiguousarray(clip.frames).tobytes())
@@ -108,5 +111,5 @@ def _load(path: Path) -> Record | None:
     try:
         with np.load(path, allow_pickle=False) as stored:
             return {key: stored[key] for key in stored.files}
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
         return None

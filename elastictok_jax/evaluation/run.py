@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from elastictok_jax.data.footage import PIPE, open_footage
@@ -64,10 +65,13 @@ def evaluate_models(
     plan, judge = make_plan(tokenizers[0], config.evaluation), make_judge(config)
     with Progress("measuring", unit="clip") as progress:
         records = measure_all(
-            tokenizers, clips, plan, judge, folder=output / RECORDS, progress=progress.show
+            *(tokenizers, clips, plan, judge),
+            folder=output / RECORDS,
+            devices=jax.local_devices(),
+            progress=progress.show,
         )
     measured = [
-        Measured(name, describe_model(tokenizer, plan), of_model)
+        Measured(name, describe_model(tokenizer), of_model)
         for name, tokenizer, of_model in zip(short_names(models), tokenizers, records, strict=True)
     ]
     results = summarise(measured, clips, plan)
@@ -89,8 +93,9 @@ def evaluate_models(
     )
     title = f"{config.name}: held-out clips, {sizes['tokens_per_block']} tokens a block at most"
     draw_report(output / "report.png", coded, title=title, curve=curve, **sizes)
-    write_side_by_side(output / "report.mp4", coded, **sizes)
     video = output / "report.mp4"
+    video.unlink(missing_ok=True)
+    write_side_by_side(video, coded, **sizes)
     write_report(
         output,
         title=f"Evaluation of {', '.join(model.name for model in measured)}",

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import ml_collections
 
-from elastictok_jax.config import block_tokens, resolve, sequence_tokens
+from elastictok_jax.config import resolve, sequence_tokens
 from elastictok_jax.data.pipeline import BatchReader, DeviceBatches, local_part, to_device
 from elastictok_jax.data.sources import open_feeds
 from elastictok_jax.errors import RunError
@@ -42,7 +42,7 @@ from elastictok_jax.training.validation import (
     evaluate,
     make_first_frames,
     open_held_out,
-    require_metric,
+    require_best_metric,
 )
 from elastictok_jax.training.votes import Votes
 from elastictok_jax.training.watchdog import Watchdog
@@ -91,6 +91,7 @@ def _train(
     sharding = batch_sharding(mesh)
     rows, blocks = local_part(sharding, config)
     require_sinks(config)
+    require_best_metric(config)
     feeds = open_feeds(config)
     reader = BatchReader(config, feeds, split="train", rows=rows, blocks=blocks)
     held_out = open_held_out(config, feeds, rows=rows, blocks=blocks)
@@ -169,10 +170,8 @@ def _train(
                 place=partial(to_device, reader=reader, sharding=sharding),
                 draw=draw,
                 show=partial(writer.picture, step) if shows_pictures(config) else None,
-                targets=config.evaluation.targets,
-                tokens_per_block=block_tokens(config),
+                config=config,
             )
-            require_metric(config.train.best_metric, eval_metrics)
             log.record_eval(step, eval_metrics)
         if step != start and (step % config.train.checkpoint_every == 0 or last):
             log.flush()  # refuses a non-finite state before it can be saved

@@ -35,8 +35,8 @@ def model(tmp_path_factory):
             **{"model.width": 16, "model.mlp_width": 16, "model.heads": 1},
             **{"model.dtype": "float32", "model.encoder_layers": 1, "model.decoder_layers": 1},
             **{"model.patch": (2, 8, 8), "video.resolution": 16, "masking.min_tokens": 1},
-            **{"data.sequence_blocks": 2, "evaluation.max_blocks": 2},
-            **{"evaluation.targets": (0.5, 1.0)},
+            **{"data.sequence_blocks": 2, "evaluation.max_blocks": 4},
+            **{"evaluation.targets": (0.5, 1.0), "evaluation.search_blocks": 1},
         },
     )
     config = resolve(config)
@@ -77,7 +77,7 @@ def finished(model, fixed_model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("evaluation")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ELASTICTOK_CACHE", str(folder / "cache"))
-        limits = Limits(max_clips=6)
+        limits = Limits(max_clips=2)
         return folder, evaluate_models([model, fixed_model], output=folder, limits=limits)
 
 
@@ -85,25 +85,26 @@ def test_evaluate_measures_all_clips_by_all_models(finished):
     folder, results = finished
     assert json.loads((folder / "metrics.json").read_text()) == results
     held_out = {path.stem for path in (EMBEDDED / "heldout").iterdir()}
-    assert len(results["clips"]) == 6 and set(results["clips"]) < held_out
+    assert len(results["clips"]) == 4 and set(results["clips"]) < held_out
     elastic, fixed = results["models"]
     assert (elastic["fixed_tokens"], fixed["fixed_tokens"]) == (None, 4)
-    for kind, clips in (("videos", 5), ("images", 1)):
+    for kind, clips in (("videos", 2), ("images", 2)):
         assert elastic[kind]["clips"] == fixed[kind]["clips"] == clips
         assert [row["target"] for row in elastic[kind]["thresholds"]] == [0.5, 1.0]
         assert [row["tokens"] for row in fixed[kind]["rates"]] == [4.0]
         assert all(row["tokens_mean"] == 4 for row in fixed[kind]["thresholds"])
         rates = elastic[kind]["rates"]
-        assert [row["share"] for row in rates] == results["plan"]["shares"]
-        for row in rates:  # 16 bits (nominal) a token, 4 x 16 x 16 pixels a block
-            assert row["bpp16"] == pytest.approx(16 * row["tokens"] * np.log2(64000) / 1024)
+        assert [row["share"] for row in rates] == elastic["shares"]
+        pixels = 256 * (4 if kind == "videos" else 1)  # of a block
+        for row in rates:
+            assert row["bpp16"] == pytest.approx(16 * row["tokens"] * np.log2(64000) / pixels)
             assert row["psnr_of_mse"] == pytest.approx(psnr(row["mse"]))
             assert row["ssim"] <= 1 and row["lpips_alex"] > 0 and row["ms_ssim"] is None
             assert row["bpp16_coded"] > 0 and row["fvd_i3d_k400_logits"] is None
     assert [row["blocks"] for row in elastic["videos"]["context"]] == [1, 2]
     searches = {row["search"]: row for row in elastic["videos"]["searches"]}
     assert searches.keys() == {"full", "binned", "binary", "hybrid"}
-    assert searches["full"]["count_error"] in (0, None)
+    assert searches["full"]["evaluations_per_block"] > searches["hybrid"]["evaluations_per_block"]
     assert len(results["comparisons"]) == 2 * 2
 
 
@@ -128,7 +129,7 @@ def test_evaluate_writes_pictures_tables_and_a_page(finished):
     with Image.open(folder / "report.png") as picture:
         assert min(picture.size) > 500
         assert np.asarray(picture.convert("L")).std() > 5  # something is drawn on it
-    assert media.probe(folder / "report.mp4").frames == 5 * 8
+    assert media.probe(folder / "report.mp4").frames == 2 * 16
     for name in ("targets_met_by_tokens_used", "tokens_over_time", "error_by_tokens", "context"):
         assert (folder / "plots" / f"{name}.png").stat().st_size > 5000
         assert (folder / "plots" / f"{name}.svg").read_text().startswith("<?xml")
@@ -138,7 +139,7 @@ def test_evaluate_writes_pictures_tables_and_a_page(finished):
 
 
 def test_interrupted_and_run_again_it_ends_the_same(model, finished, fixed_model, tmp_path):
-    words = [str(model), "--baseline", str(fixed_model), "--max-clips", "6", "-o", str(tmp_path)]
+    words = [str(model), "--baseline", str(fixed_model), "--max-clips", "2", "-o", str(tmp_path)]
     command = [sys.executable, "-m", "elastictok_jax", "evaluate", *words]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     records = tmp_path / "records"
@@ -148,7 +149,7 @@ def test_interrupted_and_run_again_it_ends_the_same(model, finished, fixed_model
     process.kill()
     process.wait()
     made = {path: path.stat().st_mtime_ns for path in records.glob("*.npz")}
-    assert 2 <= len(made) < 12
+    assert 2 <= len(made) < 8
     assert not (tmp_path / "metrics.json").exists()
     min(made).write_bytes(b"cut short")  # as after a full disk: it is measured again
     again = subprocess.run(command, check=False, stderr=subprocess.PIPE, text=True)

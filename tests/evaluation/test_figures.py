@@ -18,7 +18,7 @@ from elastictok_jax.evaluation.figures import (
 from elastictok_jax.evaluation.measure import Plan, block_energy, scene_cuts
 
 blocks = st.lists(st.tuples(st.integers(4, 64), st.booleans()), min_size=1, max_size=30)
-PLAN = Plan(targets=(0.1,), shares=(1.0,), contexts=(1,), main_target=0.1, search_blocks=0)
+PLAN = Plan(targets=(0.1,), contexts=(1,), main_target=0.1, search_blocks=0)
 
 
 def unzip(some):
@@ -75,6 +75,11 @@ def test_ratio_at_an_equal_share():
         elastic, [Measured("fixed", {"fixed_tokens": 32}, every)], {"clip": "videos"}, PLAN
     )
     assert row["ratio"] is None  # it cannot
+    none = {"clip": {"target/0.1/met": np.zeros(4, bool)}}
+    [row] = comparisons(
+        elastic, [Measured("fixed", {"fixed_tokens": 32}, none)], {"clip": "videos"}, PLAN
+    )
+    assert (row["met_share"], row["ratio"]) == (0, None)  # to bring none there takes no skill
 
 
 def test_high_frequency_energy():

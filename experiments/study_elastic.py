@@ -1,0 +1,30 @@
+"""The study's elastic tokenizer: mask-conditioned, any number of tokens (docs/study.md).
+
+Paper: ElasticTok, arXiv 2410.08368, sections 3 and 4; the quick start's model, 64 px and 128 tokens
+    a block, on images and video of `benchmarks/fetch_data.sh`.
+Command: elastictok train study_elastic --workdir runs/study/elastic-0 --config.seed=0
+    (all of the study: python -m benchmarks.study)
+Hardware: 2 CPU cores.
+Time: see docs/study.md.
+Result: see docs/study.md.
+"""
+
+from elastictok_jax.config import source_config
+from elastictok_jax.registry import get_experiment
+
+DATA = "data/study/train"
+
+
+def get_config():
+    """The quick start's model and schedule on the study's training split; an eighth of the blocks
+    are still images."""
+    config = get_experiment("quickstart")
+    config.evaluation.report = False
+    config.evaluation.max_blocks = 16
+    config.evaluation.targets = (0.02, 0.03, 0.045, 0.07)
+    config.data.sources = dict(
+        images=source_config(path=DATA, kind="image", weight=0.125, resolution=96),
+        video=source_config(path=DATA, kind="video", weight=0.875, resolution=72),
+    )
+    config.data.eval_fraction = 0.05  # for the curves of training; the study has its own split
+    return config

@@ -1,0 +1,17 @@
+"""The study's elastic tokenizer whose encoder does not know how many tokens are kept.
+
+Paper: ElasticTok, arXiv 2410.08368, Table 5: encoded once, whatever the length.
+Command: elastictok train study_unconditioned --workdir runs/study/unconditioned-0 --config.seed=0
+Hardware: 2 CPU cores.
+Time: see docs/study.md.
+Result: see docs/study.md.
+"""
+
+from elastictok_jax.registry import get_experiment
+
+
+def get_config():
+    """`study_elastic` but for the encoder."""
+    config = get_experiment("study_elastic")
+    config.model.conditioned = False
+    return config

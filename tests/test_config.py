@@ -53,7 +53,7 @@ def test_override_leaves_the_rest_alone():
 
 
 @given(st.integers(-(10**9), 10**9), st.floats(allow_nan=False, allow_infinity=False))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_numbers_survive_their_text(integer, real):
     config = changed(seed=str(integer), loss__kl_weight=str(real))
     assert config.seed == integer and config.loss.kl_weight == real
@@ -182,7 +182,7 @@ def test_derived_sizes_are_those_of_the_paper():
     rate=st.floats(1e-8, 1.0),
     source=st.text(min_size=1, max_size=20),
 )
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_json_round_trip(tmp_path_factory, width, levels, rate, source):
     config = config_lib.default_config()
     values = {"model.width": width, "model.fsq_levels": levels}

@@ -28,7 +28,7 @@ def draw(kind, *, low, high, count=MANY, key=KEY, **kwargs):
     extra=st.integers(0, 4096),
     seed=st.integers(0, 2**31 - 1),
 )
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_lengths_are_in_range(kind, low, extra, seed):
     high = low + max(extra, low)  # so that a power of two lies between
     lengths = draw(kind, low=low, high=high, count=64, key=jax.random.key(seed))
@@ -119,7 +119,7 @@ def test_unknown_kind_names_the_choices():
 @given(
     lengths=st.lists(st.lists(st.integers(0, 5), min_size=3, max_size=3), min_size=1, max_size=3)
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_keep_mask_keeps_the_first_n_of_each_block(lengths):
     keep = np.asarray(masking.keep_mask(jnp.array(lengths, jnp.int32), tokens_per_block=5))
     assert keep.shape == (len(lengths), 15) and keep.dtype == bool

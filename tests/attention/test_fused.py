@@ -65,7 +65,7 @@ def test_scores_far_beyond_float32_exp_stay_finite():
     query_tile=st.sampled_from([16, 32, 64]),
     key_tile=st.sampled_from([16, 32, 64]),
 )
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_what_is_visible_lies_in_the_tiles_that_pass(ids, length, first, query_tile, key_tile):
     ids_BS = jnp.asarray([ids], jnp.int32)
     seen = Visibility(

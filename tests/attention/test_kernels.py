@@ -127,7 +127,7 @@ def test_bfloat16_is_off_by_its_rounding(kernel):
     queries=st.integers(64, 256),
     keys=st.integers(1, 256),
 )
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_tiles_cover_what_is_visible_once(tokens, length, queries, keys):
     ids = jnp.zeros((1, tokens), jnp.int32)
     seen = Visibility(ids, ids, length)

@@ -4,7 +4,7 @@ import pickle
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from elastictok_jax.config import block_tokens, override, resolve, source_config
@@ -128,7 +128,6 @@ def test_short_videos_and_images_repeat_their_last_frame():
         assert block.frames[:, 0, 0, 1].tolist() == expected and not block.fault
 
 
-@settings(deadline=None)
 @given(
     frames=st.integers(1, 80),
     fps=st.sampled_from([0.0, 5.0, 10.0, 24.0, 60.0]),

@@ -22,9 +22,7 @@ YUV_FORMATS = (
     *("yuv420p", "yuvj420p", "yuv422p", "yuv444p", "yuv411p", "yuva420p", "nv12", "p010le"),
     *("yuyv422", "yuv420p10le", "yuv444p12le"),
 )
-READS = settings(
-    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+READS = settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def decode_in_order(path):
@@ -439,7 +437,7 @@ def test_pictures_in_memory_are_as_pillow_has_them(mode, options):
     np.testing.assert_array_equal(pixels, np.asarray(expected))
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(st.integers(0, 10**6), st.integers(0, 255), st.booleans())
 def test_a_damaged_picture_in_memory_is_an_error_or_as_pillow_has_it(place, value, cut):
     data = bytearray(encoded(PHOTO.resize((40, 30))))

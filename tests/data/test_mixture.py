@@ -51,7 +51,7 @@ def blocks_of(rows):
     )
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(
     frames=st.lists(st.integers(1, 200), min_size=1, max_size=12),
     sequences=st.integers(1, 3),
@@ -72,7 +72,7 @@ def test_every_block_comes_exactly_once_an_epoch(frames, sequences, blocks, seed
         assert whole <= seen.keys()
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(
     weights=st.lists(st.floats(0.05, 1.0), min_size=1, max_size=4),
     packing=st.sampled_from(["mixed", "by_source"]),

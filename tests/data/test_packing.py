@@ -3,7 +3,7 @@
 from collections import Counter, defaultdict
 
 import numpy as np
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from elastictok_jax.data.packing import Clip, pack
@@ -31,7 +31,6 @@ def pieces_by_item(packed):
     return pieces
 
 
-@settings(deadline=None)
 @given(problems(), SEEDS)
 def test_every_block_is_placed_once_and_rows_are_full(problem, seed):
     clips, rows, row_blocks = problem
@@ -47,7 +46,6 @@ def test_every_block_is_placed_once_and_rows_are_full(problem, seed):
     assert blocks == Counter((c.item, b) for c in clips for b in range(3, 3 + c.blocks))
 
 
-@settings(deadline=None)
 @given(problems(), SEEDS)
 def test_pieces_come_in_order_and_long_clips_fill_whole_rows(problem, seed):
     clips, rows, row_blocks = problem

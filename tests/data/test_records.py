@@ -158,9 +158,7 @@ def test_frames_of_further_real_clips_are_exact(tmp_path):
     assert check_frames_are_exact(folder) > 3
 
 
-@settings(
-    deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(indices=st.sets(st.integers(0, 47), min_size=1))
 def test_any_ascending_frames_of_a_stored_video(indices):
     data = stored_clip()

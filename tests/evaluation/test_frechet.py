@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 import scipy.linalg
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
@@ -88,7 +88,6 @@ def test_is_symmetric_and_not_negative(a, b):
     assert distance(a, a) <= scale
 
 
-@settings(deadline=None)
 @given(cuts=st.lists(st.integers(0, 60), max_size=6).map(sorted))
 def test_sums_do_not_depend_on_the_batches(cuts):
     # A mean far from 0 is what plain sums of squares would drown in.

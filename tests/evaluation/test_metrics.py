@@ -64,7 +64,7 @@ def test_bytes_and_floats_of_the_same_pixels_agree():
         np.testing.assert_allclose(as_bytes, mixed, atol=1e-6)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(
     frames=arrays.arrays(np.uint8, (2, 2, 13, 12, 3), elements=st.integers(0, 255)),
 )

@@ -233,7 +233,7 @@ def test_a_model_without_a_published_counterpart_is_refused(fsq_abstract):
 # Damage and hostility.
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(cut=st.integers(0, FSQ.stat().st_size - 1))
 def test_truncation_anywhere_is_a_usage_error(tmp_path_factory, fsq_abstract, cut):
     path = tmp_path_factory.mktemp("cut") / "m"
@@ -250,7 +250,7 @@ def test_truncation_inside_the_first_header_is_named(tmp_path, cut):
         list(read_published(path))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(data=st.data())
 def test_changed_bytes_never_crash(tmp_path_factory, fsq_abstract, data):
     damaged = bytearray(FSQ.read_bytes())
@@ -266,7 +266,7 @@ def test_changed_bytes_never_crash(tmp_path_factory, fsq_abstract, data):
         assert str(path) in str(error)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(garbage=st.binary(min_size=1, max_size=300))
 def test_garbage_is_a_usage_error(tmp_path_factory, garbage):
     path = tmp_path_factory.mktemp("garbage") / "m"

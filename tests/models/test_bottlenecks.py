@@ -20,7 +20,7 @@ floats = st.floats(-1e4, 1e4, width=32)
 
 
 @given(levels=level_lists, data=st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_codes_are_in_the_codebook_and_give_the_latents_back_exactly(levels, data):
     fsq = FSQ(levels)
     x = data.draw(hnp.arrays(np.float32, (1, 4, len(levels)), elements=floats))
@@ -60,7 +60,7 @@ def test_zero_is_the_published_bound():
 
 
 @given(x=hnp.arrays(np.float32, (1, 3, 6), elements=st.floats(-3, 3, width=32)))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_gradient_is_that_of_the_bounded_value(x):
     """Straight through: the derivative of tanh(x + shift) * half / (levels // 2)."""
     got = jax.grad(lambda x: jnp.sum(PUBLISHED(x, None).latents))(jnp.asarray(x))
@@ -98,7 +98,7 @@ def kl_by_integration(mean, log_variance):
     means=st.lists(st.floats(-4, 4), min_size=2, max_size=2),
     log_variances=st.lists(st.floats(-6, 3), min_size=2, max_size=2),
 )
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_kl_is_the_integral_summed_over_dims(means, log_variances):
     out = VAE(2)(jnp.asarray([[[*means, *log_variances]]], jnp.float32), None)
     want = sum(kl_by_integration(m, v) for m, v in zip(means, log_variances, strict=True))
@@ -150,7 +150,7 @@ def test_vae_is_finite_for_absurd_log_variances():
     codes=hnp.arrays(np.int32, (2, 6), elements=st.integers(0, 9)),
     weights=hnp.arrays(np.bool_, (2, 6)),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_codebook_statistics_equal_numpy(codes, weights):
     counts = np.bincount(codes[weights], minlength=10)
     counted = codebook_counts(jnp.asarray(codes), jnp.asarray(weights), codebook_size=10)

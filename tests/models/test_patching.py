@@ -29,7 +29,7 @@ def video_of(patch, grid, *, blocks, lead=()):
 
 
 @given(layout=layouts, blocks=sizes, lead=st.sampled_from([(), (2,), (2, 1)]))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_round_trip(layout, blocks, lead):
     patch, grid = layout["patch"], layout["grid"]
     video, frames = video_of(patch, grid, blocks=blocks, lead=lead)
@@ -44,7 +44,7 @@ def test_round_trip(layout, blocks, lead):
 
 
 @given(layout=layouts, blocks=sizes)
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_order_is_raster_t_h_w_of_pt_ph_pw_rgb(layout, blocks):
     patch, grid = layout["patch"], layout["grid"]
     (pt, ph, pw), (t, h, w) = patch, grid
@@ -85,7 +85,7 @@ def test_all_256_pixel_values_survive_and_span_minus_one_to_one():
 
 
 @given(value=st.floats(-4, 4, width=32))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_to_uint8_clips_and_rounds_to_nearest(value):
     exact = (min(max(value, -1.0), 1.0) + 1.0) * 127.5
     assert abs(int(to_uint8(jnp.float32(value))) - exact) <= 0.5 + 1e-5

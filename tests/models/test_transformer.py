@@ -73,7 +73,7 @@ def rotate_pairs_float64(vectors, positions):
     distance=st.integers(0, 2**20),
     seed=st.integers(0, 1000),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_scores_depend_on_distance_alone(position, distance, seed):
     query, key = unit_vectors(seed)
     near = score(query, key, 0, distance)

@@ -28,7 +28,7 @@ def config_with(sizes):
 
 
 @given(sizes=st.tuples(small, small, small, small))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_sizes_that_make_up_the_devices_are_kept(sizes):
     wanted = dict(zip(AXES, sizes, strict=True))
     assert mesh_sizes(config_with(wanted), devices=math.prod(sizes)) == wanted
@@ -39,7 +39,7 @@ def test_sizes_that_make_up_the_devices_are_kept(sizes):
     free=st.sampled_from(AXES),
     devices=st.integers(1, 4096),
 )
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_one_free_axis_takes_the_rest_or_says_why_not(sizes, free, devices):
     wanted = dict(zip(AXES, sizes, strict=True)) | {free: -1}
     others = math.prod(size for size in wanted.values() if size > 0)
@@ -55,7 +55,7 @@ def test_one_free_axis_takes_the_rest_or_says_why_not(sizes, free, devices):
 
 
 @given(sizes=st.tuples(small, small, small, small), devices=st.integers(1, 64))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_fixed_sizes_that_do_not_make_up_the_devices(sizes, devices):
     product = math.prod(sizes)
     config = config_with(dict(zip(AXES, sizes, strict=True)))
@@ -81,7 +81,7 @@ def test_sizes_that_mean_nothing(sizes):
 
 
 @given(batch=st.integers(1, 200), pieces=st.integers(1, 4), shards=st.sampled_from([2, 4, 8]))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_batch_that_is_not_divided_names_the_nearest_that_is(batch, pieces, shards):
     batch *= pieces
     config = config_of(

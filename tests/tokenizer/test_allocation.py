@@ -65,7 +65,7 @@ def check_lengths(result, curves, total):
     assert result.lengths.min() >= LOW and result.lengths.max() < LOW + curves.shape[1]
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(problems(WHOLE))
 @example((np.array([[3.0, 0.0, 2.0]] * 5), 5 * LOW + 5))  # two moves at once or none
 def test_whole_numbers_are_allocated_exactly(problem):
@@ -76,7 +76,7 @@ def test_whole_numbers_are_allocated_exactly(problem):
     assert result.is_optimal and result.distortion == summed(curves, result.lengths)
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(problems(NUMBERS))
 def test_any_curves_are_allocated_to_rounding(problem):
     curves, total = problem
@@ -87,7 +87,7 @@ def test_any_curves_are_allocated_to_rounding(problem):
     assert result.is_optimal
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(problems(WHOLE))
 def test_where_the_gap_stays_open_the_bound_says_so(problem):
     curves, total = problem
@@ -197,7 +197,7 @@ def test_interpolation_with_errors_of_zero():
     np.testing.assert_allclose(curve[63:], np.log2(at[63:] / 64) / 2, atol=1e-12)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     st.dictionaries(st.integers(1, 40), st.sampled_from([0.0, 1e-300, 0.1, 7.0, 1e300]), min_size=1)
 )
@@ -235,7 +235,7 @@ def streams(draw):
     return curves, budget
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(streams())
 def test_a_stream_never_passes_its_account(stream):
     curves, budget = stream
@@ -254,7 +254,7 @@ def test_a_stream_never_passes_its_account(stream):
             budget.next_length(curves[0])
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(blocks=st.integers(1, 40), share=st.floats(0, 1), seed=st.integers(0, 99))
 def test_a_known_stream_meets_its_total_exactly(blocks, share, seed):
     low, high = 4, 50

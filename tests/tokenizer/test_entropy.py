@@ -4,7 +4,7 @@ import sys
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from elastictok_jax.errors import UsageError
@@ -33,7 +33,6 @@ def walk(*, blocks, tiles, length, seed=0, change=0.1):
     return codes
 
 
-@settings(deadline=None)
 @given(
     lengths=st.lists(st.integers(1, 70), min_size=1, max_size=9),
     levels=st.lists(st.integers(2, 20), min_size=1, max_size=6).map(tuple),
@@ -96,7 +95,6 @@ def test_more_tokens_than_words_can_hold_are_refused():
         entropy.decode_codes(words, lengths=[30_000_000], levels=LEVELS)
 
 
-@settings(deadline=None)
 @given(place=st.integers(0, 10**6), bit=st.integers(0, 31))
 def test_a_changed_word_is_refused_or_changes_nothing(place, bit):
     """Bits beyond the end of the message may change nothing; all else is noticed."""

@@ -122,7 +122,7 @@ def test_hybrid_is_quick_along_a_straight_line(level, slope, wrong, share):
     length, measured = run("hybrid", line, target=target, low=low, guess=np.log(wrong * line))
     least, _ = run("full", line, target=target, low=low)
     assert least <= length <= 1 + least * 1.03
-    assert len(measured) <= 4
+    assert len(measured) <= 6  # 3 in the mean; 5 at most in 20,000 draws
 
 
 @pytest.mark.parametrize("name", ["hybrid", "binary", "verified_regression"])

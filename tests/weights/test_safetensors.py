@@ -88,7 +88,7 @@ def test_missing_file_and_folder_are_usage_errors(tmp_path):
             load_params(path)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(fraction=st.floats(0, 1, exclude_max=True))
 def test_truncation_anywhere_is_a_usage_error(saved, tmp_path_factory, fraction):
     data = saved.read_bytes()

@@ -11,7 +11,7 @@ need not be measured again. Dimension key: N blocks, T frames, F frames a block.
     target/X/codes                      of all blocks, one after the other
     target/X/seconds []
     search/NAME/...                     the same of the first blocks, by a search of `SEARCHES`
-    single/X/lengths [N]                the same, each block as a clip of its own
+    single/lengths [N]                  to the main target, each block as a clip of its own
     share/S/{mse,lengths} [N]           every block coded with the share S of all tokens
     share/S/NAME [T]                    the judge's metrics of the frames that decodes to
     share/S/frame [H, W, 3]             the first of them

@@ -42,8 +42,8 @@ def evaluate_models(
     data: str | None = None,
     limits: Limits = NO_LIMITS,
 ) -> dict[str, Any]:
-    """Measures `models` on clips that none of them was trained on, and writes metrics.json, tables
-    as CSV, plots, report.html, report.png and report.mp4 below `output`.
+    """Measures `models` on the same clips, and writes metrics.json, tables as CSV, plots,
+    report.html, report.png and report.mp4 below `output`.
 
     Run again after an interruption, it goes on with the clips that are left, to the same
     metrics.json but for times. The first model's config says what is measured (`evaluation.*`).

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from elastictok_jax.tokenizer.search import (
     BINS,
+    CLOSE,
     LIKELY,
     SEARCHES,
     Problem,
@@ -87,7 +88,13 @@ def test_on_a_falling_curve_the_minimum_is_found(name, curve, target, seed):
     guess = np.log(np.random.default_rng(seed).uniform(1e-6, 1, len(curve)))
     length, measured = run(name, curve, target=target, guess=guess)
     least, _ = run("full", curve, target=target)
-    assert least <= length <= least / (1 - LIKELY)
+    if length > least / (1 - CLOSE):  # only where a straight line promised no saving
+        assert name == "hybrid" and least <= length <= least / (1 - LIKELY)
+        missed = max(n for n in measured if n < length)
+        log_errors = np.log([curve[length - 1], curve[missed - 1]])
+        line = np.exp(np.interp(np.log(target), log_errors, np.log([length, missed])))
+        assert line >= (length - 1) * (1 - 1e-9)
+    assert length >= least
     if name == "binary":
         assert length == least and len(measured) <= 1 + len(curve).bit_length()
 
@@ -121,8 +128,8 @@ def test_hybrid_is_quick_along_a_straight_line(level, slope, wrong, share):
     target = line[int(share * (high - low))]
     length, measured = run("hybrid", line, target=target, low=low, guess=np.log(wrong * line))
     least, _ = run("full", line, target=target, low=low)
-    assert least <= length <= 1 + least * 1.03
-    assert len(measured) <= 6  # 3 in the mean; 5 at most in 20,000 draws
+    assert least <= length <= 1 + least
+    assert len(measured) <= 5
 
 
 @pytest.mark.parametrize("name", ["hybrid", "binary", "verified_regression"])

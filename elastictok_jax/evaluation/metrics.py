@@ -15,6 +15,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from elastictok_jax.errors import UsageError
+from elastictok_jax.models import bottlenecks
 
 PEAK = 2.0  # of the [-1, 1] pixel scale
 
@@ -118,14 +119,13 @@ def codebook_statistics(
     tokens = int(counts.sum())
     if not tokens:
         raise UsageError("there are no codes to count")
-    frequencies = counts[counts > 0] / tokens
-    entropy = float(-np.sum(frequencies * np.log2(frequencies))) + 0.0  # no -0.0
+    use = bottlenecks.codebook_statistics(counts)
     return {
         "tokens": tokens,
-        "codes_used": len(frequencies),
-        "codebook_usage": len(frequencies) / size,
-        "code_entropy_bits": entropy,
-        "codebook_perplexity": 2.0**entropy,
+        "codes_used": int(np.count_nonzero(counts)),
+        "codebook_usage": use["usage"],
+        "code_entropy_bits": float(np.log2(use["perplexity"])),
+        "codebook_perplexity": use["perplexity"],
     }
 
 

@@ -3,8 +3,9 @@
     benchmarks/fetch_data.sh data/study
     python -m benchmarks.study [--seeds 0,1,2] [--runs runs/study] [-o docs]
 
-Trains elastic, elastic-unconditioned and fixed tokenizers (experiments/study_*.py) with each seed,
-evaluates each seed's five on held-out scenes, and writes study.md, its plots and report.html.
+For each seed trains a tokenizer that drops nothing and, from its weights, elastic, unconditioned
+and fixed ones (experiments/study_*.py); evaluates these five on held-out scenes; and writes
+study.md, its plots and report.html.
 """
 
 import argparse
@@ -27,6 +28,7 @@ MODELS = {
     "fixed50": "study_fixed:share=0.5",
     "fixed100": "study_fixed:share=1.0",
 }
+BASE_STEPS = 500  # of the tokenizer that the others start from
 PAPER_R = {"single_block": 0.77, "multi_block": 0.67}
 
 
@@ -41,9 +43,14 @@ def workdir(runs: Path, name: str, seed: int) -> Path:
 
 def train_and_evaluate(runs: Path, seed: int, *, data: str, overrides: Sequence[str]) -> Path:
     """Trains the five models of a seed and evaluates them together; returns the results' folder."""
-    for name, experiment in MODELS.items():
+
+    def train(name: str, experiment: str, *settings: str) -> None:
         words = ["train", experiment, "--workdir", str(workdir(runs, name, seed))]
-        run(*words, f"--config.seed={seed}", *overrides)
+        run(*words, f"--config.seed={seed}", *settings, *overrides)
+
+    train("base", MODELS["fixed100"], f"--config.train.steps={BASE_STEPS}")
+    for name, experiment in MODELS.items():
+        train(name, experiment, f"--config.train.init_from={workdir(runs, 'base', seed)}")
     first, *others = (str(workdir(runs, name, seed)) for name in MODELS)
     output = runs / f"evaluation-{seed}"
     baselines = [word for other in others for word in ("--baseline", other)]

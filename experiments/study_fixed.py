@@ -2,6 +2,7 @@
 
 Paper: ElasticTok, arXiv 2410.08368, section 4: each is trained for one share of all tokens.
 Command: elastictok train study_fixed:share=0.5 --workdir runs/study/fixed50-0 --config.seed=0
+    --config.train.init_from=runs/study/base-0 (itself study_fixed:share=1.0 of 500 steps)
 Hardware: 2 CPU cores.
 Time: see docs/study.md.
 Result: see docs/study.md.

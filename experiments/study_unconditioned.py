@@ -2,6 +2,7 @@
 
 Paper: ElasticTok, arXiv 2410.08368, Table 5: encoded once, whatever the length.
 Command: elastictok train study_unconditioned --workdir runs/study/unconditioned-0 --config.seed=0
+    --config.train.init_from=runs/study/base-0 (a study_fixed:share=1.0 of 500 steps)
 Hardware: 2 CPU cores.
 Time: see docs/study.md.
 Result: see docs/study.md.
@@ -14,4 +15,5 @@ def get_config():
     """`study_elastic` but for the encoder."""
     config = get_experiment("study_elastic")
     config.model.conditioned = False
+    config.train.init_from_mismatch = "reinitialise"  # what the base is conditioned by falls away
     return config

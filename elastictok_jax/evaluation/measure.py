@@ -26,7 +26,7 @@ import dataclasses
 import itertools
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +39,7 @@ from elastictok_jax.evaluation.protocol import Clip
 from elastictok_jax.tokenizer import entropy
 from elastictok_jax.tokenizer.api import ElasticTokenizer
 from elastictok_jax.tokenizer.choosers import Chooser, Fixed
+from elastictok_jax.tokenizer.coder import CodedBlock
 from elastictok_jax.tokenizer.goal import Goal
 from elastictok_jax.tokenizer.grid import Grid
 from elastictok_jax.tokenizer.search import SEARCHES
@@ -93,11 +94,17 @@ def measure_clip(tokenizer: ElasticTokenizer, clip: Clip, plan: Plan, judge: Jud
         "energy": block_energy(clip.frames, frames_per_block=grid.frames_per_block),
         "cuts": scene_cuts(clip.frames),
     }
-    for target in plan.targets:
-        record |= _named(f"target/{target:g}", _to_target(tokenizer, clip, target))
-    alone = _with_window(tokenizer, 1)
-    record["single/lengths"] = _to_target(alone, clip, plan.main_target)["lengths"]
-    if fixed_tokens(tokenizer) is None and plan.search_blocks:
+    fixed = fixed_tokens(tokenizer)
+    if fixed is not None:  # the same tokens for every target
+        coded, seconds = _timed_code(tokenizer, clip, Fixed(itertools.repeat(fixed)))
+        for target in plan.targets:
+            record |= _named(f"target/{target:g}", _as_coded(coded, seconds, target=target))
+    else:
+        for target in plan.targets:
+            record |= _named(f"target/{target:g}", _to_target(tokenizer, clip, target))
+        alone = _with_window(tokenizer, 1)
+        record["single/lengths"] = _to_target(alone, clip, plan.main_target)["lengths"]
+    if fixed is None and plan.search_blocks:
         first = dataclasses.replace(
             clip, frames=clip.frames[: plan.search_blocks * grid.frames_per_block]
         )
@@ -109,7 +116,7 @@ def measure_clip(tokenizer: ElasticTokenizer, clip: Clip, plan: Plan, judge: Jud
         record["original/features"] = judge.features(clip.frames)
     for share in shares_of(tokenizer):
         record |= _named(f"share/{share:g}", _at_share(tokenizer, clip, grid, share, judge))
-    if grid.blocks > 1 and fixed_tokens(tokenizer) is None:
+    if grid.blocks > 1 and fixed is None:
         half = max(tokenizer.min_tokens, round(CONTEXT_SHARE * tokenizer.tokens_per_block))
         for window in plan.contexts:
             seen = _with_window(tokenizer, window)
@@ -215,13 +222,21 @@ def _named(prefix: str, values: Record) -> Record:
 def _to_target(
     tokenizer: ElasticTokenizer, clip: Clip, target: float, *, search: str = "hybrid"
 ) -> Record:
-    grid, fixed = Grid(clip.frames.shape[:3], tokenizer.config), fixed_tokens(tokenizer)
-    chooser: Chooser = tokenizer.threshold(Goal(max_mse=target, search=search))
-    if fixed is not None:
-        chooser = Fixed(itertools.repeat(fixed))
+    chooser = tokenizer.threshold(Goal(max_mse=target, search=search))
+    return _as_coded(*_timed_code(tokenizer, clip, chooser), target=target)
+
+
+def _timed_code(
+    tokenizer: ElasticTokenizer, clip: Clip, chooser: Chooser
+) -> tuple[list[CodedBlock], float]:
+    """The clip's blocks, and the seconds that they took."""
+    grid = Grid(clip.frames.shape[:3], tokenizer.config)
     start = time.perf_counter()
     coded = tokenizer.code(clip.frames, grid, [chooser], metric="mse")
-    seconds = time.perf_counter() - start
+    return coded, time.perf_counter() - start
+
+
+def _as_coded(coded: Sequence[CodedBlock], seconds: float, *, target: float) -> Record:
     mse = np.asarray([block.mse for block in coded])
     return {
         "lengths": np.asarray([len(block.codes) for block in coded], np.int32),

@@ -18,7 +18,6 @@ from elastictok_jax.evaluation.output import make_folder, write_csv, write_whole
 from elastictok_jax.evaluation.protocol import Clip
 
 PICTURES = 3  # clips whose crops are shown at several lengths
-STRIPS = 4  # videos with tokens over time
 
 PAPER_RATIOS = "the paper's are 3.5 (loose) and 1.3 (strict) on images, 5 and 2.4 on video"
 
@@ -31,20 +30,25 @@ def write_report(
     measured: Sequence[Measured],
     results: dict[str, Any],
     clips: Sequence[Clip],
+    shown: Sequence[Clip],
     plan: Plan,
     video: Path | None,
 ) -> None:
     """Writes report.html, tables/*.csv and plots/*.png and .svg below `output`.
 
     Args:
-      results: of `figures.summarise`; video: an MP4 to show, if any.
+      results: of `figures.summarise`; clips: all that were measured; shown: those of them in
+        pictures; video: an MP4 to show, if any.
     """
     tables, figures = output / "tables", output / "plots"
     for folder in (tables, figures):
         shutil.rmtree(folder, ignore_errors=True)  # those of an earlier run may have other names
         make_folder(folder)
     sections = []
-    for section in _sections(measured, results, clips, plan, video):
+    kind_of = clip_kinds(clips)
+    for section in _sections(
+        measured, results, kind_of=kind_of, shown=shown, plan=plan, video=video
+    ):
         parts = [part for part in section.parts if not isinstance(part, Table) or part.rows]
         for number, part in enumerate(parts):
             name = "_".join([*_slug(section.title), *([str(number)] if number else [])])
@@ -76,12 +80,13 @@ def _slug(title: str) -> list[str]:
 def _sections(
     measured: Sequence[Measured],
     results: dict[str, Any],
-    clips: Sequence[Clip],
+    *,
+    kind_of: Mapping[str, str],
+    shown: Sequence[Clip],
     plan: Plan,
     video: Path | None,
 ) -> list[Section]:
-    models, kind_of = results["models"], clip_kinds(clips)
-    first = measured[0]
+    models, first = results["models"], measured[0]
     return [
         Section("Models", "", [Table([_facts(model) for model in models], "the models measured")]),
         Section(
@@ -99,7 +104,7 @@ def _sections(
             "Tokens that each block used, under the frames. Paper: Fig. 1.",
             [
                 *_pictures(
-                    [(_strips(first, clips, plan), "tokens of each block over time")], wide=True
+                    [(_strips(first, shown, plan), "tokens of each block over time")], wide=True
                 ),
                 *([Video(video.read_bytes(), "original and reconstructions")] if video else []),
             ],
@@ -109,7 +114,7 @@ def _sections(
             "All blocks with the same number of tokens. Paper: Fig. 5.",
             [
                 *_pictures([(plots.loss_by_tokens(models), "MSE against tokens a block")]),
-                *_pictures(_crops(first, clips), wide=True),
+                *_pictures(_crops(first, shown), wide=True),
             ],
         ),
         Section(
@@ -192,23 +197,22 @@ def _energy_rows(models: plots.Models) -> list[dict[str, Any]]:
     ]
 
 
-def _strips(model: Measured, clips: Sequence[Clip], plan: Plan) -> Figure | None:
-    videos = [clip for clip in clips if len(clip.frames) > 1][:STRIPS]
+def _strips(model: Measured, shown: Sequence[Clip], plan: Plan) -> Figure | None:
     sizes = {key: model.facts[key] for key in ("frames_per_block", "tokens_per_block")}
-    return plots.tokens_over_time(videos, model.records, plan, **sizes)
+    return plots.tokens_over_time(shown, model.records, plan, **sizes)
 
 
-def _crops(model: Measured, clips: Sequence[Clip]) -> list[tuple[Figure, str]]:
+def _crops(model: Measured, shown: Sequence[Clip]) -> list[tuple[Figure, str]]:
     known = model.facts["shares"]
     nearest = np.abs(np.subtract.outer(SHARES, known)).argmin(axis=1)
     shares = [known[index] for index in np.unique(nearest)]
-    shown = []
-    for clip in clips[:: max(1, len(clips) // PICTURES)][:PICTURES]:
+    drawn = []
+    for clip in shown[:: max(1, len(shown) // PICTURES)][:PICTURES]:
         record: Mapping[str, Any] | Record = model.records[clip.name]
         tokens = model.facts["tokens_per_block"]
         pictures = [
             (f"{max(1, round(share * tokens))} tokens", record[f"share/{share:g}/frame"])
             for share in shares
         ]
-        shown.append((plots.crops(clip, pictures), f"{clip.name} at several lengths"))
-    return shown
+        drawn.append((plots.crops(clip, pictures), f"{clip.name} at several lengths"))
+    return drawn

@@ -171,7 +171,7 @@ def side_by_side(
         pen = ImageDraw.Draw(canvas)
         for place, (label, frames, coded) in enumerate(panes):
             left = place * width
-            frame = Image.fromarray(frames[index]).resize((width, height), Image.Resampling.NEAREST)
+            frame = Image.fromarray(frames[index]).resize((width, height), Image.Resampling.BICUBIC)
             canvas.paste(frame, (left, LABEL_HEIGHT))
             pen.text((left + 3, 1), label, fill="black")
             if coded is not None:

@@ -32,6 +32,7 @@ from elastictok_jax.tokenizer.goal import Goal
 from elastictok_jax.training.metrics import read_metrics
 
 RECORDS = "records"  # the folder of clips that are measured
+VIDEOS_SHOWN, IMAGES_SHOWN = 4, 10  # in report.html, report.png and report.mp4
 NO_LIMITS = Limits()
 
 
@@ -91,6 +92,8 @@ def evaluate_models(
         frames_per_block=config.video.frames_per_block,
         tokens_per_block=tokenizers[0].tokens_per_block,
     )
+    shown = pictured(clips)
+    coded = [(clip, some) for clip, some in coded if any(clip is each for each in shown)]
     title = f"{config.name}: held-out clips, {sizes['tokens_per_block']} tokens a block at most"
     draw_report(output / "report.png", coded, title=title, curve=curve, **sizes)
     video = output / "report.mp4"
@@ -103,11 +106,22 @@ def evaluate_models(
         measured=measured,
         results=results,
         clips=clips,
+        shown=shown,
         plan=plan,
         video=video if video.is_file() else None,
     )
     print(f"report in {output}", file=sys.stderr)
     return results
+
+
+def pictured(clips: Sequence[Clip]) -> list[Clip]:
+    """A few videos and images out of all of them, evenly spread, for people to look at."""
+    chosen: list[Clip] = []
+    for is_video, most in ((True, VIDEOS_SHOWN), (False, IMAGES_SHOWN)):
+        some = [clip for clip in clips if (len(clip.frames) > 1) == is_video]
+        places = np.linspace(0, len(some) - 1, min(most, len(some))).round().astype(int)
+        chosen += [some[place] for place in places]
+    return chosen
 
 
 def decode_record(

@@ -17,7 +17,7 @@ DATA = "data/study/train"
 
 
 def get_config():
-    """The quick start's model with continuous latents, which learn in fewer steps than FSQ's, on the
+    """The quick start's model with continuous latents, which need fewer steps than FSQ's, on the
     study's training split; an eighth of the blocks are still images."""
     config = get_experiment("quickstart")
     config.model.bottleneck = "vae"

@@ -8,7 +8,9 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from elastictok_jax.evaluation.figures import KINDS, Measured, joined, share_met_by_tokens
 from elastictok_jax.evaluation.measure import Plan, Record
@@ -25,6 +27,15 @@ def _figure(columns: int, *, height: float = 3.4) -> tuple[Figure, list[Any]]:
     for one in axes[0]:
         one.grid(alpha=0.3)
     return figure, list(axes[0])
+
+
+def _log_ticks(*axes: Axis) -> None:
+    """Labels of logarithmic axes that do not run into each other."""
+    for axis in axes:
+        low, high = axis.get_view_interval()
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 50 * low else (1,)))
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.set_minor_formatter(NullFormatter())
 
 
 def kinds_of(models: Models) -> list[str]:
@@ -81,6 +92,7 @@ def rate_plot(key: str, label: str) -> Callable[[Models], Figure | None]:
                 if coded:
                     one.plot(*zip(*coded, strict=True), ".:", color=colour, alpha=0.7)
             one.set(xscale="log", xlabel="bits per pixel x 16 (dotted: entropy-coded)", title=kind)
+            _log_ticks(one.xaxis)
         axes[0].set_ylabel(label)
         axes[0].legend(fontsize=7)
         return figure
@@ -97,6 +109,7 @@ def loss_by_tokens(models: Models) -> Figure | None:
             points = [(row["tokens"], row["mse"]) for row in model[kind]["rates"]]
             one.plot(*zip(*points, strict=True), "o-", color=colour, label=model["name"])
         one.set(xscale="log", yscale="log", xlabel="tokens a block", title=kind)
+        _log_ticks(one.xaxis, one.yaxis)
     axes[0].set_ylabel("MSE")
     axes[0].legend(fontsize=7)
     return figure
@@ -133,6 +146,7 @@ def energy(measured: Measured, kind_of: Mapping[str, str], plan: Plan) -> Figure
             xlabel="high-frequency energy of the block",
             title=f"{title}, MSE {plan.main_target:g}",
         )
+        _log_ticks(one.xaxis)
     axes[0].set_ylabel("tokens used")
     axes[0].legend(fontsize=7)
     return figure

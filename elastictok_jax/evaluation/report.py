@@ -221,4 +221,5 @@ def write_side_by_side(
         )
         for item in videos
     ]
-    media.write_video(path, np.concatenate(pictures), fps=videos[0][0].fps or 24.0)
+    # 64-pixel frames drawn large are smooth: a finer quality only makes report.html larger.
+    media.write_video(path, np.concatenate(pictures), fps=videos[0][0].fps or 24.0, crf=24)

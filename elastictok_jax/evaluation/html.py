@@ -30,9 +30,9 @@ code { font-size: 0.85rem; } pre { overflow-x: auto; padding: 0.5rem; border: 1p
 
 @dataclass(frozen=True)
 class Picture:
-    """A plot, or a PNG's bytes; `wide` ones are scrolled on a narrow screen."""
+    """A plot; `wide` ones are scrolled on a narrow screen."""
 
-    image: Figure | bytes
+    image: Figure
     alt: str
     wide: bool = False
 
@@ -63,7 +63,7 @@ class Section:
 
 
 def write_page(path: Path, *, title: str, summary: str, command: str, sections: Sequence[Section]):
-    """Writes the page whole or not at all. Plots are drawn as PNG and closed by the caller."""
+    """Writes the page whole or not at all. Plots are closed by the caller."""
     index = "".join(
         f'<li><a href="#s{number}">{escape(section.title)}</a></li>'
         for number, section in enumerate(sections)
@@ -97,19 +97,17 @@ def _part(part: Picture | Video | Table) -> str:
             f'aria-label="{escape(part.label)}" src="data:video/mp4;base64,{data}"></video>'
             f"<figcaption>{escape(part.label)}</figcaption></figure>"
         )
-    data = base64.b64encode(png(part.image)).decode()
-    image = f'<img alt="{escape(part.alt)}" src="data:image/png;base64,{data}">'
+    data = base64.b64encode(webp(part.image)).decode()
+    image = f'<img alt="{escape(part.alt)}" src="data:image/webp;base64,{data}">'
     if part.wide:
         image = f'<div class="wide" tabindex="0" role="group">{image}</div>'
     return f"<figure>{image}<figcaption>{escape(part.alt)}</figcaption></figure>"
 
 
-def png(image: Figure | bytes) -> bytes:
-    """A figure as PNG; bytes as they are."""
-    if isinstance(image, bytes):
-        return image
+def webp(figure: Figure) -> bytes:
+    """A figure as WebP, a fifth of what it takes as PNG."""
     buffer = io.BytesIO()
-    image.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
+    figure.savefig(buffer, format="webp", dpi=110, pil_kwargs={"quality": 90})
     return buffer.getvalue()
 
 

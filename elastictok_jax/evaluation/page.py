@@ -12,9 +12,9 @@ from matplotlib.figure import Figure
 from elastictok_jax.evaluation import plots
 from elastictok_jax.evaluation.figures import KINDS, Measured, clip_kinds
 from elastictok_jax.evaluation.frechet import FVD_METRIC
-from elastictok_jax.evaluation.html import Picture, Section, Table, Video, png, write_page
+from elastictok_jax.evaluation.html import Picture, Section, Table, Video, write_page
 from elastictok_jax.evaluation.measure import SHARES, Plan, Record
-from elastictok_jax.evaluation.output import make_folder, write_csv, write_whole
+from elastictok_jax.evaluation.output import make_folder, write_csv
 from elastictok_jax.evaluation.protocol import Clip
 
 PICTURES = 3  # clips whose crops are shown at several lengths
@@ -55,9 +55,8 @@ def write_report(
             if isinstance(part, Table):
                 write_csv(tables / f"{name}.csv", part.rows)
             elif isinstance(part, Picture):
-                write_whole(figures / f"{name}.png", png(part.image))
-                if isinstance(part.image, Figure):
-                    part.image.savefig(figures / f"{name}.svg", metadata={"Date": None})
+                part.image.savefig(figures / f"{name}.png", dpi=110, metadata={"Software": None})
+                part.image.savefig(figures / f"{name}.svg", metadata={"Date": None})
         if parts:
             sections.append(Section(section.title, section.text, parts))
     first = results["models"][0]

@@ -10,6 +10,8 @@ study.md, its plots and report.html.
 
 import argparse
 import json
+import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -20,6 +22,7 @@ import numpy as np
 
 from benchmarks.machine import describe_machine
 from benchmarks.table import table
+from elastictok_jax.evaluation.figures import KINDS
 
 MODELS = {
     "elastic": "study_elastic",
@@ -76,11 +79,16 @@ def over_seeds(values: Sequence[float | None]) -> str:
     return f"{np.mean(found):.3g} ({min(found):.3g} to {max(found):.3g}{lacking})"
 
 
+def kinds_of(results: Sequence[dict[str, Any]]) -> list[str]:
+    """The kinds of clips that there are."""
+    return [kind for kind in KINDS if kind in results[0]["models"][0]]
+
+
 def ratio_rows(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """How many times fewer tokens elastic takes than each fixed tokenizer at equal share met."""
     rows = []
-    for kind in ("images", "videos"):
-        targets = sorted({row["target"] for row in results[0]["comparisons"]})
+    targets = sorted({row["target"] for row in results[0]["comparisons"]})
+    for kind in kinds_of(results):
         for target in reversed(targets):
             row: dict[str, Any] = {"clips": kind, "MSE": target}
             for fixed in ("fixed100", "fixed50", "fixed25"):
@@ -106,17 +114,17 @@ def threshold_rows(results: Sequence[dict[str, Any]], keys: Sequence[str]) -> li
         {"model": name, "clips": kind, "MSE": rows[0]["target"]}
         | {key.replace("_", " "): over_seeds([row[key] for row in rows]) for key in keys}
         for name in MODELS
-        for kind in ("images", "videos")
+        for kind in kinds_of(results)
         for rows in _thresholds(results, name, kind)
     ]
 
 
 def conditioning_rows(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The conditioned encoder beside the one that is not (Table 5)."""
-    keys = ("met_share_at_half", "met_share", "encoder_passes_per_block", "seconds_per_block")
+    keys = ("met_share", "tokens_mean", "encoder_passes_per_block", "seconds_per_block")
     names = {"elastic": "conditioned", "unconditioned": "not"}
     rows = []
-    for kind in ("images", "videos"):
+    for kind in kinds_of(results):
         pairs = [_thresholds(results, name, kind) for name in names]
         for of_target in zip(*pairs, strict=True):
             row: dict[str, Any] = {"clips": kind, "MSE": of_target[0][0]["target"]}
@@ -142,12 +150,12 @@ def energy_rows(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     keys = ("pearson_r", "pearson_r_of_log_energy", "spearman_r")
     rows = []
     for index, name in enumerate(MODELS):
-        for kind in ("images", "videos"):
+        for kind in kinds_of(results):
             by_seed = [result["models"][index][kind]["energy"] for result in results]
-            for way, paper in PAPER_R.items() if by_seed[0] else ():
+            for way in by_seed[0] or ():
                 row: dict[str, Any] = {"model": name, "clips": kind, "blocks": way}
                 row |= {k.replace("_", " "): over_seeds([r[way][k] for r in by_seed]) for k in keys}
-                rows.append(row | {"paper's r": paper})
+                rows.append(row | {"paper's r": PAPER_R[way]})
     return rows
 
 
@@ -158,28 +166,32 @@ def write_study(
     first seed's plots and report.html."""
     notes = output / "study_notes.md"
     folder = output / "study"
-    folder.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
     for path in [page / "report.html", *sorted((page / "plots").glob("*.png"))]:
         (folder / path.name).write_bytes(path.read_bytes())
     first = results[0]["models"][0]
-    size = {
-        kind: f"{first[kind]['clips']} clips, {first[kind]['blocks']} blocks"
-        for kind in ("images", "videos")
-    }
+    size = "; ".join(
+        f"{kind} {first[kind]['clips']} clips, {first[kind]['blocks']} blocks"
+        for kind in kinds_of(results)
+    )
     keys = ("met_share", "met_share_at_half", "tokens_mean", "tokens_p95", "tokens_max")
     parts = [
         "<!-- Written by benchmarks.study: its numbers change there. -->",
         "# A study at the size of a laptop",
         *([notes.read_text().strip()] if notes.is_file() else []),
         f"Made by `{command}` on {describe_machine()}. {len(results)} seeds: mean (lowest to "
-        f"highest). Held out: images {size['images']}; videos {size['videos']}.",
+        f"highest). Held out: {size}.",
         "## Tokens at an equal share of blocks (Fig. 4)",
         "How many times fewer tokens the elastic tokenizer needs to bring to a target the share of "
-        "blocks that a fixed one brings there; a dash where it does not bring so many there. The "
-        f"loose target is {LOOSE:g}, the strict one {STRICT:g}.",
+        "blocks that a fixed one brings there; a dash where it cannot bring so many there with any "
+        "number of tokens, or the fixed one brings none. The loose target is "
+        f"{LOOSE:g}, the strict one {STRICT:g}.",
         table(ratio_rows(results)),
         "![](study/targets_met_by_tokens_used.png)",
         "## Thresholds (Tables 3 and 4)",
+        "Met share at half: if the elastic tokenizer may spend 64 tokens a block in the mean, and "
+        "by hindsight spends the least on blocks that it cannot bring to the target.",
         table(threshold_rows(results, keys)),
         "## Conditioned and unconditioned encoder (Table 5)",
         "The paper: 79.6% of blocks under MSE 0.003 against 75.3%, and encoding twice as fast "
@@ -205,7 +217,7 @@ def main() -> None:
         train_and_evaluate(args.runs, seed, data=args.data, overrides=overrides) for seed in seeds
     ]
     results = [json.loads((folder / "metrics.json").read_text()) for folder in folders]
-    command = " ".join(["python -m benchmarks.study", *sys.argv[1:]])
+    command = shlex.join(["python", "-m", "benchmarks.study", *sys.argv[1:]])
     write_study(results, output=args.output, command=command, page=folders[0])
 
 

@@ -85,7 +85,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="MODEL",
         help="another model to compare with, such as a fixed tokenizer; may be given several times",
     )
-    evaluate.add_argument("--data", help="a folder, glob or data set, all of which is measured")
+    evaluate.add_argument("--data", help="a folder, glob or data set to measure on")
     evaluate.add_argument(
         "--targets", metavar="X,...", help="MSE on the [-1, 1] scale, e.g. 0.003,0.015"
     )

@@ -1,6 +1,7 @@
 """`elastictok compare`: runs side by side, from their config.json and metrics.jsonl alone."""
 
 import os
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -106,7 +107,7 @@ def _write(
         one.grid(alpha=0.3)
     axes[0, 0].legend(fontsize=7)
     figure.savefig(output / "compare.png", dpi=110)
-    command = " ".join(["elastictok", "compare", *map(str, runs), "-o", "DIR"])
+    command = shlex.join(["elastictok", "compare", *map(str, runs), "-o", "DIR"])
     parts = (
         Picture(figure, "metrics by step", wide=True),
         Table(rows, "settings that differ, and last metrics"),

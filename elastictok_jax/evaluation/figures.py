@@ -123,10 +123,9 @@ def _threshold(model: Measured, records: Sequence[Record], target: float) -> dic
     met_at_half = None
     if model.facts["fixed_tokens"] is None and least <= half:
         met_at_half = share_for_tokens(lengths, met, least=least, tokens=half)
-    # The median, since the first clips wait for the compiler.
-    seconds = np.median(
-        [r[f"target/{target:g}/seconds"] / len(r[f"target/{target:g}/mse"]) for r in records]
-    )
+    prefix = f"target/{target:g}"
+    seconds = np.asarray([r[f"{prefix}/seconds"] / len(r[f"{prefix}/mse"]) for r in records])
+    seconds = seconds[~np.isnan(seconds)]
     return {
         "target": target,
         "met_share": float(met.mean()),
@@ -138,7 +137,7 @@ def _threshold(model: Measured, records: Sequence[Record], target: float) -> dic
         "mse": float(values["mse"].mean()),
         "evaluations_per_block": float(values["evaluations"].mean()),
         "encoder_passes_per_block": float(values["encoder_passes"].mean()),
-        "seconds_per_block": float(seconds),
+        "seconds_per_block": float(np.median(seconds)) if seconds.size else None,
     }
 
 
@@ -207,6 +206,7 @@ def _energy(model: Measured, records: Sequence[Record], plan: Plan) -> dict[str,
             "spearman_r": correlation(ranks(energy), ranks(lengths)),
         }
         for name, lengths in (("single_block", single), ("multi_block", multi))
+        if name == "single_block" or len(lengths) > len(records)  # images have but one block
     }
 
 

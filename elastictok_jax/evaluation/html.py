@@ -47,7 +47,7 @@ class Video:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of equal keys."""
+    """Rows, whose keys may differ."""
 
     rows: Sequence[dict[str, Any]]
     caption: str
@@ -55,7 +55,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Section:
-    """A heading, what it shows, how to make it, and its parts in order."""
+    """A heading, what it shows, and its parts in order."""
 
     title: str
     text: str

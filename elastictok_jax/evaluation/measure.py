@@ -9,16 +9,18 @@ need not be measured again. Dimension key: N blocks, T frames, F frames a block.
     target/X/{lengths,met,mse} [N]      coded to MSE X with all the context that there is
     target/X/{evaluations,encoder_passes} [N]
     target/X/codes                      of all blocks, one after the other
-    target/X/seconds []
-    search/NAME/...                     the same of the first blocks, by a search of `SEARCHES`
-    single/lengths [N]                  to the main target, each block as a clip of its own
+    target/X/seconds []                 nan where it waited for the compiler
+    search/NAME/...                     the same of the first blocks, by a search of `SEARCHES` *
+    single/lengths [N]                  to the main target, each block as a clip of its own *
     share/S/{mse,lengths} [N]           every block coded with the share S of all tokens
     share/S/NAME [T]                    the judge's metrics of the frames that decodes to
     share/S/frame [H, W, 3]             the first of them
     share/S/{bits,coded_bits} []        nominal and entropy-coded
     share/S/features [K, 400]           for a Frechet distance to original/features
     share/S/codes [tokens]              FSQ codes
-    context/W/mse [N]                   coded with half of all tokens, W blocks seeing each other
+    context/W/mse [N]                   coded with half of all tokens, W blocks seeing each other *
+
+* not of a fixed tokenizer.
 """
 
 import copy
@@ -102,8 +104,11 @@ def measure_clip(tokenizer: ElasticTokenizer, clip: Clip, plan: Plan, judge: Jud
     else:
         for target in plan.targets:
             record |= _named(f"target/{target:g}", _to_target(tokenizer, clip, target))
-        alone = _with_window(tokenizer, 1)
-        record["single/lengths"] = _to_target(alone, clip, plan.main_target)["lengths"]
+        lengths = record[f"target/{plan.main_target:g}/lengths"]
+        if grid.blocks > 1:
+            alone = _with_window(tokenizer, 1)
+            lengths = _to_target(alone, clip, plan.main_target)["lengths"]
+        record["single/lengths"] = lengths
     if fixed is None and plan.search_blocks:
         first = dataclasses.replace(
             clip, frames=clip.frames[: plan.search_blocks * grid.frames_per_block]

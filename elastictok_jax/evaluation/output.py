@@ -1,4 +1,4 @@
-"""Files that an evaluation writes: each whole or not at all."""
+"""Tables and figures that an evaluation writes: each file whole or not at all."""
 
 import csv
 import io

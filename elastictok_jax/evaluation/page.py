@@ -50,7 +50,10 @@ def write_report(
         measured, results, kind_of=kind_of, shown=shown, plan=plan, video=video
     ):
         parts = [part for part in section.parts if not isinstance(part, Table) or part.rows]
-        for number, part in enumerate(parts):
+        counts = {Table: 0, Picture: 0, Video: 0}  # a table's name says nothing of plots before it
+        for part in parts:
+            number = counts[type(part)]
+            counts[type(part)] += 1
             name = "_".join([*_slug(section.title), *([str(number)] if number else [])])
             if isinstance(part, Table):
                 write_csv(tables / f"{name}.csv", part.rows)
@@ -59,11 +62,12 @@ def write_report(
                 part.image.savefig(figures / f"{name}.svg", metadata={"Date": None})
         if parts:
             sections.append(Section(section.title, section.text, parts))
-    first = results["models"][0]
-    counts = ", ".join(f"{first[kind]['clips']} {kind}" for kind in KINDS if kind in first)
+    first, limits = results["models"][0], results["plan"]
+    numbers = ", ".join(f"{first[kind]['clips']} {kind}" for kind in KINDS if kind in first)
     blocks = sum(first[kind]["blocks"] for kind in KINDS if kind in first)
     summary = (
-        f"{counts}, {blocks} blocks of {first['frames_per_block']} frames at "
+        f"{numbers} ({limits['max_clips']} of each source and {limits['max_blocks']} blocks of "
+        f"each clip at most), {blocks} blocks of {first['frames_per_block']} frames at "
         f"{first['resolution']} pixels; MSE is on the [-1, 1] scale."
     )
     write_page(
@@ -86,6 +90,7 @@ def _sections(
     video: Path | None,
 ) -> list[Section]:
     models, first = results["models"], measured[0]
+    elastic = next((m for m in measured if m.facts["fixed_tokens"] is None), first)
     return [
         Section("Models", "", [Table([_facts(model) for model in models], "the models measured")]),
         Section(
@@ -145,7 +150,7 @@ def _sections(
             "Tokens and high-frequency energy",
             "The paper's r is 0.77 for blocks alone and 0.67 in context (Fig. 9).",
             [
-                *_pictures([(plots.energy(first, kind_of, plan), "tokens used against energy")]),
+                *_pictures([(plots.energy(elastic, kind_of, plan), "tokens used against energy")]),
                 Table(_energy_rows(models), "correlation of tokens used with energy"),
             ],
         ),

@@ -89,8 +89,8 @@ def clips_of(config: ml_collections.ConfigDict, *, data: str | None = None) -> l
     there are is said on stderr.
 
     Args:
-      data: a folder, glob or data set of which everything counts; None for what the config's own
-        sources hold out.
+      data: a folder, glob or data set, none of it left out as if trained on; None for what the
+        config's own sources hold out.
 
     Raises:
       UsageError: if there are none.

@@ -93,7 +93,7 @@ def _draw_video(figure, item: CodedClip, frames_per_block: int, most: int) -> No
     strip.set_ylim(0, most * 1.08)
     strip.set_ylabel("tokens", fontsize=8)
     strip.set_xlabel(
-        f"{clip.name}: tokens used in each block, by frame (x: all tokens miss the target)",
+        f"{clip.name}: tokens used in each block, by frame (x: the target is missed)",
         fontsize=8,
     )
     strip.tick_params(labelsize=7)
@@ -126,8 +126,8 @@ def _draw_images(figure, images: Sequence[CodedClip], most: int) -> None:
 def _draw_curves(figure, curve: Sequence[dict[str, float]], coded: Sequence[CodedClip]) -> None:
     left, right = figure.subplots(1, 2)
     for name, label in (
-        ("mse", "training, random lengths"),
-        ("eval/mse", "held out, all tokens"),
+        ("mse", "training"),
+        ("eval/mse", "held out, most tokens"),
         ("eval/mse_at_0.25", "held out, a quarter"),
     ):
         points = [(line["step"], line[name]) for line in curve if name in line]
@@ -221,5 +221,6 @@ def write_side_by_side(
         )
         for item in videos
     ]
-    # 64-pixel frames drawn large are smooth: a finer quality only makes report.html larger.
-    media.write_video(path, np.concatenate(pictures), fps=videos[0][0].fps or 24.0, crf=24)
+    # Small frames drawn large are smooth: a finer quality only makes report.html larger.
+    crf = 24 if scale > 1 else 18
+    media.write_video(path, np.concatenate(pictures), fps=videos[0][0].fps or 24.0, crf=crf)

@@ -43,15 +43,15 @@ def evaluate_models(
     data: str | None = None,
     limits: Limits = NO_LIMITS,
 ) -> dict[str, Any]:
-    """Measures `models` on the same clips, and writes metrics.json, tables as CSV, plots,
-    report.html, report.png and report.mp4 below `output`.
+    """Measures `models` on the same clips and each elastic one against each fixed one; writes
+    metrics.json, tables as CSV, plots, report.html, report.png and report.mp4 below `output`.
 
     Run again after an interruption, it goes on with the clips that are left, to the same
     metrics.json but for times. The first model's config says what is measured (`evaluation.*`).
 
     Args:
-      models: training workdirs or exported folders; the first is compared with the others.
-      data: a source of clips, all of which are measured; None for what the first held out.
+      models: training workdirs or exported folders; clips are pictured as the first has them.
+      data: a source of clips; None for what the first held out.
       limits: of the config, replaced.
 
     Raises:
@@ -76,24 +76,23 @@ def evaluate_models(
         for name, tokenizer, of_model in zip(short_names(models), tokenizers, records, strict=True)
     ]
     results = summarise(measured, clips, plan)
+    results["plan"] |= {key: config.evaluation[key] for key in ("max_clips", "max_blocks")}
     curve = read_metrics(Path(models[0]) / "metrics.jsonl")
     held_out = [line["eval/mse"] for line in curve if "eval/mse" in line]
     if held_out:
         results["held_out_mse"] = {"first": held_out[0], "last": held_out[-1]}
-    coded = [
-        (clip, decode_record(tokenizers[0], clip, measured[0].records[clip.name], plan))
-        for clip in clips
-    ]
-    results["clips"] = {
-        clip.name: [each.summary(clip.frames) for each in some] for clip, some in coded
-    }
+    shown = pictured(clips)
+    coded, results["clips"] = [], {}
+    for clip in clips:
+        of_clip = decode_record(tokenizers[0], clip, measured[0].records[clip.name], plan)
+        results["clips"][clip.name] = [each.summary(clip.frames) for each in of_clip]
+        if any(clip is each for each in shown):
+            coded.append((clip, of_clip))
     write_json(output / "metrics.json", results)
     sizes = dict(
         frames_per_block=config.video.frames_per_block,
         tokens_per_block=tokenizers[0].tokens_per_block,
     )
-    shown = pictured(clips)
-    coded = [(clip, some) for clip, some in coded if any(clip is each for each in shown)]
     title = f"{config.name}: held-out clips, {sizes['tokens_per_block']} tokens a block at most"
     draw_report(output / "report.png", coded, title=title, curve=curve, **sizes)
     video = output / "report.mp4"

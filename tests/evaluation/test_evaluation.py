@@ -17,8 +17,8 @@ from elastictok_jax.data import media
 from elastictok_jax.data.sources import EMBEDDED
 from elastictok_jax.errors import UsageError
 from elastictok_jax.evaluation.metrics import mse, psnr
-from elastictok_jax.evaluation.protocol import Limits
-from elastictok_jax.evaluation.run import evaluate_models, reconstruct_file
+from elastictok_jax.evaluation.protocol import Clip, Limits
+from elastictok_jax.evaluation.run import evaluate_models, pictured, reconstruct_file
 from elastictok_jax.tokenizer.goal import Goal
 from elastictok_jax.training.state import init_state
 from elastictok_jax.weights.safetensors import save_params
@@ -93,6 +93,9 @@ def test_evaluate_measures_all_clips_by_all_models(finished):
         assert [row["target"] for row in elastic[kind]["thresholds"]] == [0.5, 1.0]
         assert [row["tokens"] for row in fixed[kind]["rates"]] == [4.0]
         assert all(row["tokens_mean"] == 4 for row in fixed[kind]["thresholds"])
+        assert elastic[kind]["energy"].keys() == (
+            {"single_block", "multi_block"} if kind == "videos" else {"single_block"}
+        )
         rates = elastic[kind]["rates"]
         assert [row["share"] for row in rates] == elastic["shares"]
         pixels = 256 * (4 if kind == "videos" else 1)  # of a block
@@ -106,6 +109,18 @@ def test_evaluate_measures_all_clips_by_all_models(finished):
     assert searches.keys() == {"full", "binned", "binary", "hybrid"}
     assert searches["full"]["evaluations_per_block"] > searches["hybrid"]["evaluations_per_block"]
     assert len(results["comparisons"]) == 2 * 2
+
+
+def test_a_fixed_model_alone(fixed_model, tmp_path):
+    limits = Limits(targets="0.01,1.0", max_clips=1, max_blocks=1)
+    results = evaluate_models([fixed_model], output=tmp_path, limits=limits)
+    assert results["comparisons"] == []
+    for clip in results["clips"].values():
+        strict, loose = clip
+        assert strict["lengths"] == loose["lengths"] == [4]
+        assert (strict["blocks_met"], loose["blocks_met"]) == (0, 1)
+    assert (tmp_path / "plots" / "targets_met_by_tokens_used.png").is_file()
+    assert not (tmp_path / "plots" / "tokens_and_high_frequency_energy.png").exists()
 
 
 def test_clips_of_the_first_model_are_told_one_by_one(finished):
@@ -134,7 +149,13 @@ def test_evaluate_writes_pictures_tables_and_a_page(finished):
         assert (folder / "plots" / f"{name}.png").stat().st_size > 5000
         assert (folder / "plots" / f"{name}.svg").read_text().startswith("<?xml")
     tables = {path.stem for path in (folder / "tables").glob("*.csv")}
-    assert {"models", "thresholds", "searches", "targets_met_by_tokens_used_1"} <= tables
+    assert {
+        "models",
+        "thresholds",
+        "searches",
+        "targets_met_by_tokens_used",
+        "rate_and_distortion",
+    } <= tables
     require_sound(folder / "report.html", size=PHONE, plots=8, videos=1)
 
 
@@ -183,7 +204,7 @@ def test_models_that_cannot_be_compared_are_refused(model, tmp_path, change, mes
         evaluate_models([model, tmp_path], output=tmp_path / "out")
 
 
-def test_data_of_ones_own_is_measured_whole(model, tmp_path):
+def test_nothing_of_data_of_ones_own_is_held_out(model, tmp_path):
     folder = tmp_path / "data"
     folder.mkdir()
     for name in ("bbb_kite.mp4", "photo_rocket.jpg", "photo_peaks.jpg"):
@@ -193,6 +214,35 @@ def test_data_of_ones_own_is_measured_whole(model, tmp_path):
     assert set(results["clips"]) == {"bbb_kite", "photo_rocket", "photo_peaks"}
     assert results["plan"]["targets"] == [0.7]
     assert results["models"][0]["videos"]["searches"] == []
+
+
+def test_a_model_of_continuous_latents(model, tmp_path):
+    config = read_config(model / "config.json")
+    override(config, {"model.bottleneck": "vae"})
+    folder = tmp_path / "vae"
+    folder.mkdir()
+    (folder / "config.json").write_text(to_json(config))
+    params = jax.device_get(init_state(resolve(config)).params)
+    save_params(folder / "model.safetensors", params, metadata={})
+    limits = Limits(targets="0.7", max_clips=1, max_blocks=1, search_blocks=0)
+    results = evaluate_models([folder], output=tmp_path / "out", limits=limits)
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text()) == results
+    for row in results["models"][0]["images"]["rates"]:
+        assert row["bpp16"] == pytest.approx(16 * row["tokens"] * 8 * 32 / 256)  # 8 float32 a token
+        assert row["bpp16_coded"] is None and "perplexity" not in row
+
+
+@pytest.mark.parametrize(("videos", "images"), [(9, 30), (4, 10), (3, 1), (0, 2), (1, 0)])
+def test_the_pictured_clips_are_a_few_of_each_kind(videos, images):
+    clips = [Clip(f"v{n}", np.zeros((2, 1, 1, 3), np.uint8), 24.0) for n in range(videos)]
+    clips += [Clip(f"i{n}", np.zeros((1, 1, 1, 3), np.uint8), 0.0) for n in range(images)]
+    names = [clip.name for clip in pictured(clips)]
+    assert len(set(names)) == len(names) == min(videos, 4) + min(images, 10)
+    for kind, count in (("v", videos), ("i", images)):
+        if count:
+            assert f"{kind}0" in names
+        if count > 1:
+            assert f"{kind}{count - 1}" in names  # from the first to the last
 
 
 def test_reconstruct_verb_on_a_real_clip_and_photo(model, tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 import re
 import shutil
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 from elastictok_jax.data import media
 from elastictok_jax.evaluation.html import Picture, Section, Table, Video, write_page
 
+STUDY = Path(__file__).parents[2] / "docs/study/report.html"
 PHONE, DESK = (360, 740), (1280, 800)
 
 
@@ -105,6 +107,15 @@ def require_sound(page_file, *, size, plots, videos):
         page.keyboard.press("Escape")
         browser.close()
         assert not said
+
+
+def test_the_page_of_the_study_is_small_enough_to_keep():
+    assert 100_000 < STUDY.stat().st_size < 3_000_000
+
+
+@pytest.mark.parametrize("size", [PHONE, DESK])
+def test_the_page_of_the_study_in_a_browser(size):
+    require_sound(STUDY, size=size, plots=9, videos=1)
 
 
 @pytest.mark.parametrize("size", [PHONE, DESK])

@@ -109,7 +109,7 @@ def _write(
     figure.savefig(output / "compare.png", dpi=110)
     command = shlex.join(["elastictok", "compare", *map(str, runs), "-o", "DIR"])
     parts = (
-        Picture(figure, "metrics by step", wide=True),
+        Picture(figure, "metrics by step"),
         Table(rows, "settings that differ, and last metrics"),
     )
     write_page(

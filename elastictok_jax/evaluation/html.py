@@ -20,21 +20,23 @@ nav ol { columns: 2 16rem; } a:focus-visible, summary:focus-visible, video:focus
 .wide:focus-visible { outline: 3px solid #0072b2; outline-offset: 2px; }
 figure { margin: 1rem 0; } figcaption { font-size: 0.9rem; }
 img, video { max-width: 100%; height: auto; background: #fff; border-radius: 4px; }
-.wide { overflow-x: auto; } .wide img { max-width: none; width: max(100%, 40rem); }
+.wide { overflow-x: auto; } .wide img { max-width: none; width: 100%; }
 table { border-collapse: collapse; font-size: 0.85rem; font-variant-numeric: tabular-nums; }
 th, td { padding: 0.25rem 0.6rem; border-bottom: 1px solid #8886; text-align: right; }
 th:first-child, td:first-child { text-align: left; }
 code { font-size: 0.85rem; } pre { overflow-x: auto; padding: 0.5rem; border: 1px solid #8886; }
 """
 
+DPI = 110  # of plots
+LEGIBLE = 0.7  # of its own size, a plot's smallest at which its text is read
+
 
 @dataclass(frozen=True)
 class Picture:
-    """A plot; `wide` ones are scrolled on a narrow screen."""
+    """A plot, scrolled where the screen is too narrow for its text to be read."""
 
     image: Figure
     alt: str
-    wide: bool = False
 
 
 @dataclass(frozen=True)
@@ -98,16 +100,19 @@ def _part(part: Picture | Video | Table) -> str:
             f"<figcaption>{escape(part.label)}</figcaption></figure>"
         )
     data = base64.b64encode(webp(part.image)).decode()
-    image = f'<img alt="{escape(part.alt)}" src="data:image/webp;base64,{data}">'
-    if part.wide:
-        image = f'<div class="wide" tabindex="0" role="group">{image}</div>'
-    return f"<figure>{image}<figcaption>{escape(part.alt)}</figcaption></figure>"
+    least = round(LEGIBLE * DPI * part.image.get_figwidth())
+    return (
+        f'<figure><div class="wide" tabindex="0" role="group" aria-label="{escape(part.alt)}">'
+        f'<img alt="{escape(part.alt)}" style="min-width: {least}px" '
+        f'src="data:image/webp;base64,{data}"></div>'
+        f"<figcaption>{escape(part.alt)}</figcaption></figure>"
+    )
 
 
 def webp(figure: Figure) -> bytes:
     """A figure as WebP, a fifth of what it takes as PNG."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="webp", dpi=110, pil_kwargs={"quality": 90})
+    figure.savefig(buffer, format="webp", dpi=DPI, pil_kwargs={"quality": 90})
     return buffer.getvalue()
 
 

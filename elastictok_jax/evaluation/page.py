@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from elastictok_jax.evaluation import plots
 from elastictok_jax.evaluation.figures import KINDS, Measured, clip_kinds
 from elastictok_jax.evaluation.frechet import FVD_METRIC
-from elastictok_jax.evaluation.html import Picture, Section, Table, Video, write_page
+from elastictok_jax.evaluation.html import DPI, Picture, Section, Table, Video, write_page
 from elastictok_jax.evaluation.measure import SHARES, Plan, Record
 from elastictok_jax.evaluation.output import make_folder, write_csv
 from elastictok_jax.evaluation.protocol import Clip
@@ -58,7 +58,7 @@ def write_report(
             if isinstance(part, Table):
                 write_csv(tables / f"{name}.csv", part.rows)
             elif isinstance(part, Picture):
-                part.image.savefig(figures / f"{name}.png", dpi=110, metadata={"Software": None})
+                part.image.savefig(figures / f"{name}.png", dpi=DPI, metadata={"Software": None})
                 part.image.savefig(figures / f"{name}.svg", metadata={"Date": None})
         if parts:
             sections.append(Section(section.title, section.text, parts))
@@ -107,9 +107,7 @@ def _sections(
             "Tokens over time",
             "Tokens that each block used, under the frames. Paper: Fig. 1.",
             [
-                *_pictures(
-                    [(_strips(first, shown, plan), "tokens of each block over time")], wide=True
-                ),
+                *_pictures([(_strips(first, shown, plan), "tokens of each block over time")]),
                 *([Video(video.read_bytes(), "original and reconstructions")] if video else []),
             ],
         ),
@@ -118,7 +116,7 @@ def _sections(
             "All blocks with the same number of tokens. Paper: Fig. 5.",
             [
                 *_pictures([(plots.loss_by_tokens(models), "MSE against tokens a block")]),
-                *_pictures(_crops(first, shown), wide=True),
+                *_pictures(_crops(first, shown)),
             ],
         ),
         Section(
@@ -173,8 +171,8 @@ RATE_PLOTS: tuple[tuple[Callable[[plots.Models], Figure | None], str], ...] = tu
 )
 
 
-def _pictures(drawn: Sequence[tuple[Figure | None, str]], *, wide: bool = False) -> list[Any]:
-    return [Picture(figure, label, wide) for figure, label in drawn if figure is not None]
+def _pictures(drawn: Sequence[tuple[Figure | None, str]]) -> list[Any]:
+    return [Picture(figure, label) for figure, label in drawn if figure is not None]
 
 
 def _facts(model: dict[str, Any]) -> dict[str, Any]:

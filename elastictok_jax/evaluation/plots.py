@@ -68,7 +68,7 @@ def share_met(
         one.set(xlabel="share of tokens used", title=kind, xlim=(0, 1.02), ylim=(-0.02, 1.02))
     axes[0].set_ylabel("share of blocks that meet the target")
     if axes[0].get_legend_handles_labels()[0]:
-        axes[0].legend(fontsize=6, title="dots: fixed tokenizers", title_fontsize=6)
+        axes[0].legend(fontsize=7, title="dots: fixed tokenizers", title_fontsize=7)
     return figure
 
 

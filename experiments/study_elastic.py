@@ -6,8 +6,8 @@ Command: elastictok train study_elastic --workdir runs/study/elastic-0 --config.
     --config.train.init_from=runs/study/base-0 (a study_fixed:share=1.0 of 500 steps)
     (all of the study: python -m benchmarks.study)
 Hardware: 2 CPU cores.
-Time: see docs/study.md.
-Result: see docs/study.md.
+Time: 4 min of training on 2 cores of an AMD EPYC.
+Result: as fixed50 at 1.5 to 1.9 times fewer tokens; held-out figures in docs/study.md.
 """
 
 from elastictok_jax.config import source_config

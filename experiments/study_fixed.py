@@ -4,8 +4,8 @@ Paper: ElasticTok, arXiv 2410.08368, section 4: each is trained for one share of
 Command: elastictok train study_fixed:share=0.5 --workdir runs/study/fixed50-0 --config.seed=0
     --config.train.init_from=runs/study/base-0 (itself study_fixed:share=1.0 of 500 steps)
 Hardware: 2 CPU cores.
-Time: see docs/study.md.
-Result: see docs/study.md.
+Time: 4 min of training on 2 cores of an AMD EPYC.
+Result: share=0.5 brings 0.525 of video blocks under MSE 0.03; all figures in docs/study.md.
 """
 
 import re

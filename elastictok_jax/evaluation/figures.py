@@ -241,7 +241,11 @@ def _mean(values: np.ndarray) -> float | None:
 def comparisons(
     elastic: Measured, fixed: Sequence[Measured], kind_of: Mapping[str, str], plan: Plan
 ) -> list[dict[str, Any]]:
-    """Tokens of an elastic tokenizer at the share of blocks that a fixed one brings to a target."""
+    """Tokens of an elastic tokenizer at the share of blocks that a fixed one brings to a target.
+
+    `ratio` is of the fixed one's tokens to those, if the blocks that are given up are known before
+    and take the fewest; `ratio_missed_alike`, if each takes what the fixed one spends on it.
+    """
     rows = []
     for kind in KINDS:
         names = [name for name in elastic.records if kind_of[name] == kind]
@@ -254,10 +258,11 @@ def comparisons(
                 theirs = [other.records[name] for name in names]
                 share = float(joined(theirs, f"target/{target:g}/met").mean())
                 tokens = other.facts["fixed_tokens"]
-                needed = None  # as where the fixed one brings no block there
+                needed = alike = None  # as where the fixed one brings no block there
                 if share > 0:
-                    needed = tokens_for_share(
-                        lengths, met.astype(bool), least=elastic.facts["min_tokens"], share=share
+                    needed, alike = (
+                        tokens_for_share(lengths, met.astype(bool), least=least, share=share)
+                        for least in (elastic.facts["min_tokens"], tokens)
                     )
                 rows.append(
                     {
@@ -269,6 +274,7 @@ def comparisons(
                         "met_share": share,
                         "elastic_tokens": needed,
                         "ratio": None if needed is None else tokens / needed,
+                        "ratio_missed_alike": None if alike is None else tokens / alike,
                     }
                 )
     return rows

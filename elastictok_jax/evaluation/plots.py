@@ -206,5 +206,7 @@ def tokens_over_time(
         strip.tick_params(labelsize=6)
         strip.set_ylabel("tokens", fontsize=7)
     axes[1, 0].legend(fontsize=6, ncols=4)
-    axes[-1, 0].set_xlabel("frame (x: the target is missed; dotted: scene cut)", fontsize=7)
+    axes[-1, 0].set_xlabel(
+        "frame (x: the target is missed, the least error kept; dotted: scene cut)", fontsize=7
+    )
     return figure

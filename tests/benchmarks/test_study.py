@@ -36,6 +36,7 @@ def result(seed, *, ratio):
             "ratio": None
             if ratio is None or elastic == "unconditioned"
             else ratio + share + target,
+            "ratio_missed_alike": ratio if elastic == "elastic" else None,
         }
         for kind in ("images", "videos")
         for target in TARGETS
@@ -65,6 +66,7 @@ def test_ratios_stand_beside_the_papers():
     assert paper == study.PAPER_RATIOS
     assert rows[0]["MSE"] == study.LOOSE
     assert rows[0]["ratio to fixed100"] == "2.54 (2.04 to 3.04, 2 of 3 seeds)"
+    assert rows[0]["missed alike, fixed100"] == "1.5 (1 to 2, 2 of 3 seeds)"
     assert rows[0]["ratio to fixed25"] == "1.79 (1.29 to 2.29, 2 of 3 seeds)"
     shares = [row["share met by fixed50"] for row in rows]
     assert shares == 2 * ["0.25 (0.25 to 0.25)"] + 2 * ["0.5 (0.5 to 0.5)"]  # images, then videos

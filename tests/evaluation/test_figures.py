@@ -70,11 +70,12 @@ def test_ratio_at_an_equal_share():
     assert row["met_share"] == 0.5
     assert row["elastic_tokens"] == pytest.approx((8 + 12 + 4 + 4) / 4)
     assert row["ratio"] == pytest.approx(32 / 7)
+    assert row["ratio_missed_alike"] == pytest.approx(32 / ((8 + 12 + 32 + 32) / 4))
     every = {"clip": {"target/0.1/met": np.ones(4, bool)}}
     [row] = comparisons(
         elastic, [Measured("fixed", {"fixed_tokens": 32}, every)], {"clip": "videos"}, PLAN
     )
-    assert row["ratio"] is None  # it cannot
+    assert row["ratio"] is row["ratio_missed_alike"] is None  # it cannot
     none = {"clip": {"target/0.1/met": np.zeros(4, bool)}}
     [row] = comparisons(
         elastic, [Measured("fixed", {"fixed_tokens": 32}, none)], {"clip": "videos"}, PLAN

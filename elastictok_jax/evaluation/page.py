@@ -98,7 +98,8 @@ def _sections(
             "Tokens go first to the blocks that need fewest for the target; a fixed tokenizer is a "
             "dot. The ratio is how many times fewer tokens the elastic tokenizer needs for the "
             f"same share of blocks; {PAPER_RATIOS}. Blocks that are given up take the fewest "
-            "tokens or, in the last column, what the fixed tokenizer spends on them. Paper: Fig. 4.",
+            "tokens or, in the last column, what the fixed tokenizer spends on them. "
+            "Paper: Fig. 4.",
             [
                 *_pictures([(plots.share_met(measured, kind_of, plan), "blocks under a target")]),
                 Table(results["comparisons"], "tokens at an equal share of blocks met"),

@@ -13,7 +13,7 @@ import matplotlib.pyplot as plt
 
 from elastictok_jax.config import flatten, read_config
 from elastictok_jax.errors import UsageError
-from elastictok_jax.evaluation.html import Picture, Section, Table, text, write_page
+from elastictok_jax.evaluation.html import DPI, Picture, Section, Table, text, write_page
 from elastictok_jax.evaluation.output import make_folder, write_csv, write_json
 from elastictok_jax.training.metrics import read_metrics
 
@@ -106,7 +106,7 @@ def _write(
         one.set(title=key, xlabel="step", yscale="log")
         one.grid(alpha=0.3)
     axes[0, 0].legend(fontsize=7)
-    figure.savefig(output / "compare.png", dpi=110)
+    figure.savefig(output / "compare.png", dpi=DPI)
     command = shlex.join(["elastictok", "compare", *map(str, runs), "-o", "DIR"])
     parts = (
         Picture(figure, "metrics by step"),

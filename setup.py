@@ -49,7 +49,7 @@ setup(
     install_requires=[
         "absl-py",
         "array-record>=0.8",
-        "av>=14",
+        "av>=18",
         "einops>=0.8",
         "flax>=0.12",
         "fsspec",

@@ -27,7 +27,7 @@ from PIL import Image
 from benchmarks.machine import describe_machine
 from benchmarks.table import table
 from elastictok_jax.config import block_tokens, override, resolve, source_config
-from elastictok_jax.data import media
+from elastictok_jax.data import color, media
 from elastictok_jax.data.mixture import Mixture
 from elastictok_jax.data.pipeline import BatchReader, read_ahead
 from elastictok_jax.data.prepare import prepare
@@ -105,7 +105,7 @@ def compare_with_raw(
     default_rates: list[float] = []
     for turn in range(repeats):
         for rates, run in (
-            (raw_rates, lambda: raw(interpolation=media._EXACT_COLORS)),
+            (raw_rates, lambda: raw(interpolation=color.EXACT_COLORS)),
             (our_rates, lambda turn=turn: ours(turn)),  # type: ignore[misc]
             (default_rates, raw),
         ):

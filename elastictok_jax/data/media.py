@@ -1,7 +1,7 @@
 """Images and videos as uint8 RGB arrays, and back.
 
-Dimensions: T frames, H height, W width, C = 3 (red, green, blue). This is the only file that
-imports av. Reading a video at random gives exactly what decoding it in order gives: frames are
+Dimensions: T frames, H height, W width, C = 3 (red, green, blue). Only this file and `color`
+import av. Reading a video at random gives exactly what decoding it in order gives: frames are
 found by presentation timestamp, never by frame rate, and each frame that a seek returns is
 checked against the timestamps of the whole file. Pixels are taken as they are stored: no
 resampling for a pixel aspect ratio other than 1.
@@ -21,10 +21,11 @@ from typing import Any
 import av
 import numpy as np
 from av.bitstream import BitStreamFilterContext
-from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
+from av.video.reformatter import ColorRange, Colorspace
 from PIL import Image, ImageOps
 from simplejpeg import decode_jpeg, decode_jpeg_header
 
+from elastictok_jax.data import color
 from elastictok_jax.errors import RunError, UsageError
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp"})
@@ -38,16 +39,7 @@ _SEEKABLE_CODECS = frozenset(
 _WRITE_FORMATS = {"libx264": "yuv420p", "libx264rgb": "rgb24", "ffv1": "bgr0"}
 _CHROMA = {"4:2:0": "yuv420p", "4:4:4": "yuv444p"}
 _WRITE_SUFFIXES = frozenset({".mp4", ".mkv", ".mov", ".m4v"})
-# Rounded, not cut off: swscale's default darkens every frame by more than one level of 255.
-_EXACT_COLORS = (
-    Interpolation.BICUBIC
-    | Interpolation.FULL_CHR_H_INT
-    | Interpolation.FULL_CHR_H_INP
-    | Interpolation.ACCURATE_RND
-    | Interpolation.BITEXACT
-)
 _XMP = b"http://ns.adobe.com/xap/"
-_COLORSPACE_UNTAGGED = (0, 2)
 _KEYFRAMES_TO_TRY = 4
 _WORTH_A_SEEK = 32  # frames not asked for between two that are
 
@@ -434,8 +426,9 @@ def _start_decoding(path, *, threads: int, seek_to: int | None = None) -> _Decod
     container, stream = _open_video(path, threads=threads)
     if seek_to is not None:
         container.seek(seek_to, stream=stream, backward=True)
+    to_rgb = _ToRgb(color.complete_siting(stream))
     frames = _without_damaged_head(container.decode(stream))
-    return _Decoding(container, frames, position=0, anchored=seek_to is None, to_rgb=_ToRgb())
+    return _Decoding(container, frames, position=0, anchored=seek_to is None, to_rgb=to_rgb)
 
 
 def _without_damaged_head(frames: Iterator[av.VideoFrame]) -> Iterator[av.VideoFrame]:
@@ -450,24 +443,14 @@ def _without_damaged_head(frames: Iterator[av.VideoFrame]) -> Iterator[av.VideoF
 class _ToRgb:
     """Frames as they are shown. Not for use from several threads at once."""
 
-    def __init__(self) -> None:
-        self._reformatter = VideoReformatter()  # keeps its tables from frame to frame
+    def __init__(self, siting: str = "") -> None:
+        self._planes = color.ToRgbPlanes(siting)
 
     def __call__(self, frame: av.VideoFrame, out_HWC: np.ndarray, *, path) -> None:
         """Writes uint8 [H, W, 3] into `out_HWC`; MediaError where the frame has another size."""
-        untagged = int(frame.colorspace) in _COLORSPACE_UNTAGGED
-        guess = Colorspace.ITU709 if frame.height >= 720 else Colorspace.ITU601
-        # The same values as rgb24, in a third of the time.
-        planar = self._reformatter.reformat(
-            frame,
-            format="gbrp",
-            src_colorspace=guess if untagged else None,
-            interpolation=_EXACT_COLORS,
-        )
         turns = round(frame.rotation / 90)  # counter-clockwise, as rot90 has it
-        for plane, channel in zip(planar.planes, (1, 2, 0), strict=True):
-            lines = np.frombuffer(memoryview(plane), np.uint8).reshape(-1, plane.line_size)
-            shown = np.rot90(lines[: plane.height, : plane.width], turns)
+        for channel, plane in enumerate(self._planes(frame)):
+            shown = np.rot90(plane, turns)
             if shown.shape != out_HWC.shape[:2]:
                 height, width = out_HWC.shape[:2]
                 raise MediaError(
@@ -545,10 +528,11 @@ class StoredVideo:
 
 
 def yuv_to_rgb(
-    data: bytes, *, pixel_format: str, height: int, width: int, full_range: bool
+    data: bytes, *, pixel_format: str, height: int, width: int, full_range: bool, siting: str
 ) -> np.ndarray:
     """uint8 [H, W, 3] of a planar frame's bytes, 8 bits a sample: yuv420p, yuv422p, yuv444p or
-    gray. The matrix is BT.709 from 720 lines, else BT.601, as for files that name none."""
+    gray. The matrix is BT.709 from 720 lines, else BT.601, as for files that name none; `siting`
+    is as in `color`."""
     frame = av.VideoFrame(width, height, pixel_format)
     if full_range:
         frame.color_range = ColorRange.JPEG
@@ -561,7 +545,7 @@ def yuv_to_rgb(
         plane.update(lines.tobytes())
         at += size
     out = np.empty((height, width, 3), np.uint8)
-    _ToRgb()(frame, out, path="a frame")
+    _ToRgb(siting)(frame, out, path="a frame")
     return out
 
 
@@ -883,13 +867,17 @@ def _encode(
     rate = Fraction(fps).limit_denominator(1001)  # 23.976 is 24000 / 1001
     # With mbtree, x264's bytes hang on where its memory happens to lie.
     options = {} if codec == "ffv1" else {"crf": str(crf), "mbtree": "0"}
+    is_yuv = codec == "libx264"
+    if is_yuv:
+        options |= color.WRITTEN_OPTIONS
     stream = container.add_stream(codec, rate=rate, options=options)
     stream.pix_fmt = _CHROMA[chroma] if codec == "libx264" else _WRITE_FORMATS[codec]
     stream.codec_context.gop_size = gop
     stream.codec_context.max_b_frames = b_frames
     stream.codec_context.thread_count = threads
-    if codec == "libx264":
+    if is_yuv:
         stream.codec_context.colorspace = Colorspace.ITU709
+        to_yuv = color.FromRgb(stream.pix_fmt)
     for number, pixels in enumerate(frames):
         height, width, _ = pixels.shape
         if stream.pix_fmt == "yuv420p":
@@ -898,13 +886,11 @@ def _encode(
         if number == 0:
             stream.height, stream.width = height, width
         even = pixels if pixels.shape[:2] == (height, width) else np.pad(pixels, pad, mode="edge")
-        frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(even), format="rgb24")
-        if codec == "libx264":
-            frame = frame.reformat(
-                format=stream.pix_fmt,
-                dst_colorspace=Colorspace.ITU709,
-                interpolation=_EXACT_COLORS,
-            )
+        if is_yuv:
+            frame = to_yuv(even)
+        else:
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(even), format="rgb24")
+        frame.pts, frame.time_base = number, 1 / rate
         container.mux(stream.encode(frame))
     container.mux(stream.encode(None))
 
@@ -960,18 +946,17 @@ def recompress(frames_THWC, *, fps: float, codec: str, crf: int) -> Recompressed
 
 def _encode_for_size(container, frames_THWC: np.ndarray, *, fps, codec, crf) -> None:
     rate = Fraction(fps).limit_denominator(1001)
-    options = {"crf": str(crf)} | _CODEC_OPTIONS[codec]
+    options = {"crf": str(crf)} | _CODEC_OPTIONS[codec] | color.WRITTEN_OPTIONS
     stream = container.add_stream(codec, rate=rate, options=options)
     stream.height, stream.width = frames_THWC.shape[1:3]
     stream.pix_fmt = "yuv420p"
     stream.codec_context.gop_size = len(frames_THWC)
     stream.codec_context.colorspace = Colorspace.ITU709
-    for pixels in frames_THWC:
-        frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
-        planar = frame.reformat(
-            format="yuv420p", dst_colorspace=Colorspace.ITU709, interpolation=_EXACT_COLORS
-        )
-        container.mux(stream.encode(planar))
+    to_yuv = color.FromRgb(stream.pix_fmt)
+    for number, pixels in enumerate(frames_THWC):
+        frame = to_yuv(pixels)
+        frame.pts, frame.time_base = number, 1 / rate
+        container.mux(stream.encode(frame))
     container.mux(stream.encode(None))
 
 

@@ -16,7 +16,7 @@ from elastictok_jax.data.transcode import Settings, open_file_system
 from elastictok_jax.errors import UsageError
 
 ITEMS_AT_ONCE = 256  # of another data set, in one entry
-PLAN_VERSION = 1
+PLAN_VERSION = 2  # 1: color of stored video half a pixel too far right
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,15 +9,22 @@ from typing import BinaryIO
 
 import numpy as np
 
-from elastictok_jax.data import media
+from elastictok_jax.data import color, media
 from elastictok_jax.errors import UsageError
 
 Y4M = b"YUV4MPEG2"
 _LINE = 1024  # bytes that a line of a y4m header may have
-_PIXEL_FORMATS = {
-    **dict.fromkeys(("420", "420jpeg", "420mpeg2", "420paldv"), "yuv420p"),
-    **{"422": "yuv422p", "444": "yuv444p", "mono": "gray"},
+# By the name of a layout: pixel format, and where its chroma samples lie ("" for the usual place).
+_LAYOUTS = {
+    "420": ("yuv420p", "center"),
+    "420jpeg": ("yuv420p", "center"),
+    "420mpeg2": ("yuv420p", "left"),
+    "420paldv": ("yuv420p", "topleft"),
+    "422": ("yuv422p", ""),
+    "444": ("yuv444p", ""),
+    "mono": ("gray", ""),
 }
+_OLD_LAYOUT = b"XYSCSS="  # how old senders, which have no C, name it
 
 
 class CutOff(Exception):
@@ -26,13 +33,15 @@ class CutOff(Exception):
 
 @dataclass(frozen=True)
 class Y4mHeader:
-    """What the first line of a y4m stream says; fps is 0 where it leaves that open."""
+    """What the first line of a y4m stream says; fps is 0 where it leaves that open, and siting is
+    where its chroma samples lie, as in `color`."""
 
     height: int
     width: int
     fps: float
     pixel_format: str
     full_range: bool
+    siting: str
 
     @property
     def frame_bytes(self) -> int:
@@ -79,16 +88,20 @@ def read_y4m_header(stream: BinaryIO) -> Y4mHeader:
             f"standard input: damaged y4m header {line[:80]!r}: send it again"
         ) from None
     require_size(height, width)
-    colours = fields.get(b"C", "420")
-    if colours not in _PIXEL_FORMATS:
-        known = ", ".join(f"C{name}" for name in _PIXEL_FORMATS)
+    old = [word.removeprefix(_OLD_LAYOUT) for word in words if word.startswith(_OLD_LAYOUT)]
+    colours = fields.get(b"C") or b"".join(old[:1]).decode("ascii", "replace").lower() or "420"
+    if colours not in _LAYOUTS:
+        known = ", ".join(f"C{name}" for name in _LAYOUTS)
         raise UsageError(f"standard input: y4m of C{colours[:20]}: send one of {known}")
+    pixel_format, siting = _LAYOUTS[colours]
+    full_range = b"XCOLORRANGE=FULL" in words
     return Y4mHeader(
         height=height,
         width=width,
         fps=rate,
-        pixel_format=_PIXEL_FORMATS[colours],
-        full_range=b"XCOLORRANGE=FULL" in words,
+        pixel_format=pixel_format,
+        full_range=full_range,
+        siting=siting or color.usual_siting(full_range=full_range),
     )
 
 
@@ -111,6 +124,7 @@ def read_y4m(stream: BinaryIO, header: Y4mHeader) -> Iterator[np.ndarray]:
             height=header.height,
             width=header.width,
             full_range=header.full_range,
+            siting=header.siting,
         )
         number += 1
 

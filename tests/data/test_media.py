@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 import elastictok_jax
-from elastictok_jax.data import media
+from elastictok_jax.data import color, media
 from elastictok_jax.errors import UsageError
 
 EMBEDDED = Path(elastictok_jax.__file__).parent / "data" / "embedded"
@@ -142,13 +142,34 @@ def test_threads_do_not_change_pixels(files):
     [*YUV_FORMATS, "gray", "gray10le", "rgb24", "bgr0", "rgba", "gbrp"],
 )
 def test_planes_give_the_pixels_of_swscales_exact_rgb(pixel_format):
-    picture = np.ascontiguousarray(media.read_frames(CLIPS[0], count=1)[0, :-1, :-1])  # odd
+    picture = np.ascontiguousarray(media.read_frames(CLIPS[0], count=1)[0, :-4, :-4])
     frame = av.VideoFrame.from_ndarray(picture, format="rgb24").reformat(format=pixel_format)
-    options = dict(src_colorspace=Colorspace.ITU601, interpolation=media._EXACT_COLORS)
+    options = dict(src_colorspace=Colorspace.ITU601, interpolation=color.EXACT_COLORS)
     expected = frame.to_ndarray(format="rgb24", **options)
     pixels = np.empty_like(expected)
     media._ToRgb()(frame, pixels, path="")
     np.testing.assert_array_equal(pixels, expected)
+
+
+@pytest.mark.parametrize("pixel_format", [name for name in YUV_FORMATS if name != "yuyv422"])
+@pytest.mark.parametrize(("height", "width"), [(75, 93), (74, 95), (73, 96)])
+def test_an_odd_size_moves_no_pixel(pixel_format, height, width):
+    picture = np.ascontiguousarray(media.read_frames(CLIPS[0], count=1)[0, :76, :96])
+    frame = av.VideoFrame.from_ndarray(picture, format="rgb24").reformat(format=pixel_format)
+
+    def corner(height, width):
+        graph = av.filter.Graph()
+        source = graph.add_buffer(width=96, height=76, format=pixel_format, time_base="1/10")
+        crop = graph.add("crop", f"{width}:{height}:0:0:exact=1")
+        graph.link_nodes(source, crop, graph.add("buffersink")).configure()
+        graph.push(frame)
+        pixels = np.empty((height, width, 3), np.uint8)
+        media._ToRgb()(graph.pull(), pixels, path="")
+        return pixels
+
+    across = 4 if pixel_format == "yuv411p" else 2
+    full = corner(-(-height // 2) * 2, -(-width // across) * across)  # of the same chroma samples
+    np.testing.assert_array_equal(corner(height, width), full[:height, :width])
 
 
 @pytest.mark.parametrize(("start", "count"), [(-1, 1), (47, 2), (49, 0), (0, -1)])

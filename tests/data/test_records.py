@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from elastictok_jax.config import override, resolve
-from elastictok_jax.data import media, records
+from elastictok_jax.data import color, media, records
 from elastictok_jax.data.media import MediaError
 from elastictok_jax.data.pipeline import BatchReader
 from elastictok_jax.data.prepare import prepare
@@ -34,7 +34,7 @@ def decode_in_order(data: bytes) -> np.ndarray:
     with av.open(io.BytesIO(data)) as container:
         return np.stack(
             [
-                frame.to_ndarray(format="rgb24", interpolation=media._EXACT_COLORS)
+                frame.to_ndarray(format="rgb24", interpolation=color.EXACT_COLORS)
                 for frame in container.decode(video=0)
             ]
         )

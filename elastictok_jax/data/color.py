@@ -1,0 +1,200 @@
+"""Color of video frames: YUV to RGB and back, with chroma samples where they belong.
+
+The chroma samples of 4:2:0 and 4:2:2 lie on the left column of the luma samples that they serve
+("left": H.264, MPEG-2 and what is written here), in the middle of them ("center": JPEG, MPEG-1) or
+on the corner ("topleft"). A file says which, or else a convention does. To take one for another
+moves all color by half a pixel.
+"""
+
+import io
+
+import av
+import numpy as np
+from av.video.reformatter import (
+    ColorPrimaries,
+    ColorRange,
+    Colorspace,
+    ColorTrc,
+    Interpolation,
+    VideoReformatter,
+)
+
+# Rounded, not cut off: swscale's default darkens every frame by more than one level of 255.
+EXACT_COLORS = (
+    Interpolation.BICUBIC
+    | Interpolation.FULL_CHR_H_INT
+    | Interpolation.FULL_CHR_H_INP
+    | Interpolation.ACCURATE_RND
+    | Interpolation.BITEXACT
+)
+WRITTEN = "left"  # what H.264 means where a file says nothing
+# For a stream that is encoded from frames of `FromRgb`: the file then says what they are.
+WRITTEN_OPTIONS = {"chroma_sample_location": WRITTEN}
+_UNTAGGED = (0, 2)
+_COLOUR, _SITING_HORZ = b"\x55\xb0", b"\x55\xb7"  # elements of Matroska
+_CODED_BRIGHTER = {ColorTrc.SMPTE2084: "PQ", ColorTrc.ARIB_STD_B67: "HLG"}
+
+
+class ToRgbPlanes:
+    """Decoded frames as red, green and blue: uint8 [H, W] each, views of one frame.
+
+    `siting` is where the chroma samples of frames lie that do not say so; "" trusts them.
+    """
+
+    def __init__(self, siting: str = "") -> None:
+        self._sited = _Sited(siting) if siting else None
+        self._even = _Even()
+        self._reformatter = VideoReformatter()  # keeps its tables from frame to frame
+
+    def __call__(self, frame: av.VideoFrame) -> tuple[np.ndarray, ...]:
+        untagged = int(frame.colorspace) in _UNTAGGED
+        guess = Colorspace.ITU709 if frame.height >= 720 else Colorspace.ITU601
+        sited = frame if self._sited is None else self._sited(frame)
+        # The same values as rgb24, in a third of the time.
+        planar = self._reformatter.reformat(
+            self._even(sited),
+            format="gbrp",
+            src_colorspace=guess if untagged else None,
+            interpolation=EXACT_COLORS,
+        )
+        green, blue, red = (_lines(plane)[: frame.height, : frame.width] for plane in planar.planes)
+        return red, green, blue
+
+
+class FromRgb:
+    """Pixels uint8 [H, W, 3] as frames of a YUV format for an encoder: BT.709, chroma WRITTEN."""
+
+    def __init__(self, pixel_format: str) -> None:
+        self._format = pixel_format
+        self._sited = _Sited(WRITTEN)
+        self._reformatter = VideoReformatter()
+
+    def __call__(self, pixels_HWC: np.ndarray) -> av.VideoFrame:
+        frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels_HWC), format="rgb24")
+        return self._reformatter.reformat(
+            self._sited(frame),  # what it is made into lies where it says
+            format=self._format,
+            dst_colorspace=Colorspace.ITU709,
+            dst_color_range=ColorRange.MPEG,  # the filter has marked it as RGB's full range
+            interpolation=EXACT_COLORS,
+        )
+
+
+class _Sited:
+    """Frames that say where their chroma samples lie: PyAV can set that only by a filter."""
+
+    def __init__(self, siting: str) -> None:
+        self._siting = siting
+        self._layout: tuple = ()
+        self._graph = av.filter.Graph()
+
+    def __call__(self, frame: av.VideoFrame) -> av.VideoFrame:
+        layout = (frame.width, frame.height, frame.format.name)
+        if layout != self._layout:
+            self._layout, self._graph = layout, av.filter.Graph()
+            source = self._graph.add_buffer(
+                width=frame.width,
+                height=frame.height,
+                format=frame.format.name,
+                time_base="1/1000",
+            )
+            sited = self._graph.add("setparams", f"chroma_location={self._siting}")
+            self._graph.link_nodes(source, sited, self._graph.add("buffersink")).configure()
+        self._graph.push(frame)
+        result = self._graph.pull()
+        assert isinstance(result, av.VideoFrame)
+        return result
+
+
+class _Even:
+    """Frames of full chroma samples: swscale stretches those of odd sizes to the edge.
+
+    What is added at the right and the bottom has any brightness.
+    """
+
+    def __init__(self) -> None:
+        self._reformatter = VideoReformatter()
+
+    def __call__(self, frame: av.VideoFrame) -> av.VideoFrame:
+        across, down = _samples_served(frame.format)
+        if frame.width % across == 0 and frame.height % down == 0:
+            return frame
+        even = self._reformatter.reformat(  # for all that the frame says of itself
+            frame,
+            width=-(-frame.width // across) * across,
+            height=-(-frame.height // down) * down,
+            interpolation=Interpolation.POINT,
+        )
+        for old, new in zip(frame.planes, even.planes, strict=True):
+            lines, target = _lines(old), _lines(new).copy()
+            rows, size = min(len(lines), len(target)), min(old.line_size, new.line_size)
+            target[:rows, :size] = lines[:rows, :size]
+            new.update(target)
+        return even
+
+
+def _lines(plane) -> np.ndarray:
+    return np.frombuffer(memoryview(plane), np.uint8).reshape(-1, plane.line_size)
+
+
+def _samples_served(layout: av.VideoFormat) -> tuple[int, int]:
+    """How many luma samples, across and down, have one chroma sample."""
+    return 64 // layout.chroma_width(64), 64 // layout.chroma_height(64)
+
+
+def usual_siting(*, full_range: bool) -> str:
+    """Where chroma samples lie if nothing says so: full range comes from JPEG."""
+    return "center" if full_range else WRITTEN
+
+
+def complete_siting(stream: av.VideoStream) -> str:
+    """Sees to it that the frames of a stream say where their chroma samples lie.
+
+    To be called before the first frame is decoded. Returns what `ToRgbPlanes` is to be given.
+    """
+    context = stream.codec_context
+    if context.pix_fmt is None or _samples_served(context.format) == (1, 1):
+        return ""
+    if _declares_siting(stream):
+        return ""
+    is_full = context.color_range == ColorRange.JPEG or context.pix_fmt.startswith("yuvj")
+    siting = usual_siting(full_range=is_full)
+    if context.name == "hevc":
+        return siting  # its decoder forgets what it was told
+    context.options = context.options | {"chroma_sample_location": siting}
+    return ""
+
+
+def _declares_siting(stream: av.VideoStream) -> bool:
+    """Whether the file or the stream in it says where its chroma samples lie.
+
+    PyAV does not tell, but libav writes it into the head of a Matroska file.
+    """
+    file = io.BytesIO()
+    options = {"allow_raw_vfw": "1"}  # uncompressed streams too
+    try:
+        with av.open(file, "w", format="matroska", options=options) as container:
+            container.add_stream_from_template(stream, opaque=True)
+            container.start_encoding()
+    except (av.FFmpegError, ValueError):
+        return False  # of codecs that Matroska does not take, none says it
+    head = file.getvalue()
+    at = head.find(_COLOUR)
+    return at >= 0 and head.find(_SITING_HORZ, at) >= 0
+
+
+def brightness_note(stream: av.VideoStream) -> str:
+    """What is lost of a stream whose brightness or colors are beyond those of a usual screen."""
+    context = stream.codec_context
+    transfer = _CODED_BRIGHTER.get(context.color_trc)
+    if transfer:
+        return (
+            f"is HDR ({transfer}), which is read without tone mapping, so it looks flat; convert "
+            "it to BT.709 first for true colors"
+        )
+    if context.color_primaries == ColorPrimaries.BT2020:
+        return (
+            "has the wide colors of BT.2020, which are read as BT.709, so they look dull; convert "
+            "it to BT.709 first for true colors"
+        )
+    return ""

@@ -7,6 +7,7 @@ moves all color by half a pixel.
 """
 
 import io
+from fractions import Fraction
 
 import av
 import numpy as np
@@ -32,7 +33,7 @@ WRITTEN = "left"  # what H.264 means where a file says nothing
 WRITTEN_OPTIONS = {"chroma_sample_location": WRITTEN}
 _UNTAGGED = (0, 2)
 _COLOUR, _SITING_HORZ = b"\x55\xb0", b"\x55\xb7"  # elements of Matroska
-_CODED_BRIGHTER = {ColorTrc.SMPTE2084: "PQ", ColorTrc.ARIB_STD_B67: "HLG"}
+_BRIGHTER: dict[int, str] = {ColorTrc.SMPTE2084: "PQ", ColorTrc.ARIB_STD_B67: "HLG"}
 
 
 class ToRgbPlanes:
@@ -95,8 +96,8 @@ class _Sited:
             source = self._graph.add_buffer(
                 width=frame.width,
                 height=frame.height,
-                format=frame.format.name,
-                time_base="1/1000",
+                format=frame.format,
+                time_base=Fraction(1, 1000),  # any
             )
             sited = self._graph.add("setparams", f"chroma_location={self._siting}")
             self._graph.link_nodes(source, sited, self._graph.add("buffersink")).configure()
@@ -129,7 +130,7 @@ class _Even:
             lines, target = _lines(old), _lines(new).copy()
             rows, size = min(len(lines), len(target)), min(old.line_size, new.line_size)
             target[:rows, :size] = lines[:rows, :size]
-            new.update(target)
+            new.update(target.tobytes())
         return even
 
 
@@ -153,9 +154,9 @@ def complete_siting(stream: av.VideoStream) -> str:
     To be called before the first frame is decoded. Returns what `ToRgbPlanes` is to be given.
     """
     context = stream.codec_context
-    if context.pix_fmt is None or _samples_served(context.format) == (1, 1):
-        return ""
-    if _declares_siting(stream):
+    if context.format is None or context.pix_fmt is None:
+        return ""  # not known before decoding
+    if _samples_served(context.format) == (1, 1) or _declares_siting(stream):
         return ""
     is_full = context.color_range == ColorRange.JPEG or context.pix_fmt.startswith("yuvj")
     siting = usual_siting(full_range=is_full)
@@ -186,7 +187,7 @@ def _declares_siting(stream: av.VideoStream) -> bool:
 def brightness_note(stream: av.VideoStream) -> str:
     """What is lost of a stream whose brightness or colors are beyond those of a usual screen."""
     context = stream.codec_context
-    transfer = _CODED_BRIGHTER.get(context.color_trc)
+    transfer = _BRIGHTER.get(context.color_trc)
     if transfer:
         return (
             f"is HDR ({transfer}), which is read without tone mapping, so it looks flat; convert "

@@ -67,18 +67,22 @@ def open_footage(
         footage = _open_pipe(size=size, fps=fps)
     elif size is not None or fps is not None:
         raise UsageError(f"--size and --fps are for raw frames from a pipe: {source} has its own")
-    elif media.media_kind(source) == "image":
+    elif media.file_kind(source) == "image":
         image = media.read_image(source)
         height, width, _ = image.shape
         footage = Footage(source, [image], height, width, fps=0.0, frames=1)
     else:
         footage = _open_video(source)
+    if source != PIPE and (loss := media.loss_on_reading(source)):
+        footage.notes.append(f"{source} {loss}")
     if max_frames is not None:
         footage.stream = islice(footage.stream, max_frames)
         footage.frames = min(max_frames, footage.frames or max_frames)
     if side is not None:
         footage.stream = _resized(footage.stream, side=side)
-        footage.height, footage.width = media.scaled_size(footage.height, footage.width, side=side)
+        footage.height, footage.width = media.scaled_size(
+            footage.height, footage.width, side=side, name=footage.name
+        )
     return footage
 
 

@@ -9,7 +9,9 @@ resampling for a pixel aspect ratio other than 1.
 
 import io
 import os
+import threading
 import uuid
+import warnings
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -22,7 +24,7 @@ import av
 import numpy as np
 from av.bitstream import BitStreamFilterContext
 from av.video.reformatter import ColorRange, Colorspace
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, PngImagePlugin
 from simplejpeg import decode_jpeg, decode_jpeg_header
 
 from elastictok_jax.data import color
@@ -39,9 +41,27 @@ _SEEKABLE_CODECS = frozenset(
 _WRITE_FORMATS = {"libx264": "yuv420p", "libx264rgb": "rgb24", "ffv1": "bgr0"}
 _CHROMA = {"4:2:0": "yuv420p", "4:4:4": "yuv444p"}
 _WRITE_SUFFIXES = frozenset({".mp4", ".mkv", ".mov", ".m4v"})
+_IMAGE_MAGIC: dict[str, bytes | tuple[bytes, ...]] = {
+    "JPEG": b"\xff\xd8\xff",
+    "PNG": b"\x89PNG\r\n\x1a\n",
+    "BMP": b"BM",
+    "TIFF": (b"II*\0", b"MM\0*"),
+}
+_IMAGE_BRANDS = {
+    **dict.fromkeys((b"avif", b"avis"), "AVIF"),
+    **dict.fromkeys((b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1"), "HEIC"),
+}
+_VIDEO_MAGIC = (
+    *(b"\x1a\x45\xdf\xa3", b"FLV", b"OggS", b"\x30\x26\xb2\x75\x8e\x66\xcf\x11"),
+    *(b"\0\0\1\xba", b"\0\0\1\xb3", b"YUV4MPEG2 "),  # MPEG, y4m
+)
 _XMP = b"http://ns.adobe.com/xap/"
 _KEYFRAMES_TO_TRY = 4
 _WORTH_A_SEEK = 32  # frames not asked for between two that are
+
+
+# What Pillow has to say of a file is said by MediaError, or is nothing to worry about.
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 
 
 class MediaError(UsageError):
@@ -66,7 +86,7 @@ class Limits:
     """What is more than this is taken for a decompression bomb, and refused before it is decoded.
 
     Attributes:
-      pixels: of one frame; frames, seconds: of one video.
+      pixels: of one frame, as stored and as scaled; frames, seconds: of one video.
     """
 
     pixels: int = 2**26
@@ -75,6 +95,7 @@ class Limits:
 
 
 LIMITS = Limits()
+LONGEST = 16  # times the short side: what lies beyond the middle of a longer strip is not scaled up
 
 
 def media_kind(path) -> str:
@@ -88,6 +109,62 @@ def media_kind(path) -> str:
     raise MediaError(f"{path}: unknown suffix {suffix!r}; use one of {known}")
 
 
+def file_kind(path) -> str:
+    """'image' or 'video' by what is in the file, or by its suffix where that is neither.
+
+    A GIF is a video, also one of a single frame.
+    """
+    head = _head(path)
+    if head.startswith(b"GIF8") or _video_format(head):
+        return "video"
+    return "image" if _image_format(head) else media_kind(path)
+
+
+def _head(path) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            return file.read(400)
+    except OSError:
+        return b""  # what is wrong is said when it is opened
+
+
+def _image_format(head: bytes) -> str:
+    """The name of the image format that a file begins as, else ''."""
+    if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
+        return "WebP"
+    if head[4:8] == b"ftyp":
+        return _IMAGE_BRANDS.get(head[8:12], "")
+    return next((name for name, magic in _IMAGE_MAGIC.items() if head.startswith(magic)), "")
+
+
+def _video_format(head: bytes) -> bool:
+    """Whether a file begins as a video container does."""
+    if head[4:8] == b"ftyp":
+        return head[8:12] not in _IMAGE_BRANDS
+    if head[:4] == b"RIFF":
+        return head[8:12] == b"AVI "
+    is_transport_stream = head[:1] == b"G" and head[188:189] == b"G" and head[376:377] == b"G"
+    return is_transport_stream or head.startswith(_VIDEO_MAGIC)
+
+
+def loss_on_reading(path) -> str:
+    """What of a sound file is lost when it is read, in words that follow its name; "" for nothing.
+
+    That is color beyond that of a usual screen, and all but the first frame of a picture that
+    moves. Raises MediaError for a file that cannot be opened.
+    """
+    if file_kind(path) == "image":
+        with opened_image(path, name=path) as image:
+            frames = getattr(image, "n_frames", 1)
+            moves = frames > 1 and image.format in ("PNG", "WEBP", "AVIF")
+            return (
+                f"is an animation: only the first of its {frames} frames is read" if moves else ""
+            )
+    container, stream = _open_video(str(path), threads=1)
+    with container:
+        return color.brightness_note(stream)
+
+
 def probe(path, *, limits: Limits = LIMITS) -> MediaInfo:
     """Says what the file at `path` holds, and checks it without decoding a video whole.
 
@@ -95,7 +172,7 @@ def probe(path, *, limits: Limits = LIMITS) -> MediaInfo:
     and last frames are decoded. Raises MediaError for a file that is missing, empty, not media,
     truncated, without frames or beyond `limits`.
     """
-    if media_kind(path) == "image":
+    if file_kind(path) == "image":
         height, width, _ = read_image(path, limits=limits).shape
         return MediaInfo(str(path), "image", 1, 0.0, height, width)
     with VideoReader(path, limits=limits) as reader:
@@ -113,11 +190,11 @@ def read_frames(
     `count` None reads to the end; `side` resizes as `resize_shortest` does. Raises MediaError as
     `probe` does, and for frames out of range.
     """
-    if media_kind(path) == "image":
+    if file_kind(path) == "image":
         if start != 0 or count not in (None, 1):
             raise MediaError(f"{path}: an image has one frame; ask for start 0 and count 1")
         image = read_image(path)[None]
-        return image if side is None else resize_shortest(image, side=side)
+        return image if side is None else resize_shortest(image, side=side, name=path)
     with VideoReader(path) as reader:
         count = reader.frame_count - start if count is None else count
         return reader.read(start, count, side=side)
@@ -137,19 +214,19 @@ def read_image(path, *, limits: Limits = LIMITS) -> np.ndarray:
     return _decode_image(path, name=path, limits=limits)
 
 
-def decode_image(data: bytes, *, name: str) -> np.ndarray:
+def decode_image(data: bytes, *, name: str, limits: Limits = LIMITS) -> np.ndarray:
     """`read_image` of an encoded picture in memory; `name` is what errors call it."""
-    pixels = _decode_plain_jpeg(data)
-    return _decode_image(io.BytesIO(data), name=name, limits=LIMITS) if pixels is None else pixels
+    pixels = _decode_plain_jpeg(data, limits=limits)
+    return _decode_image(io.BytesIO(data), name=name, limits=limits) if pixels is None else pixels
 
 
-def _decode_plain_jpeg(data: bytes) -> np.ndarray | None:
+def _decode_plain_jpeg(data: bytes, *, limits: Limits) -> np.ndarray | None:
     """A sound JPEG that nothing has to be done to, in two thirds of Pillow's time; else None."""
     if not data.startswith(b"\xff\xd8") or b"Exif\0" in data or _XMP in data:
         return None  # EXIF and XMP may say that it is turned
     try:
         height, width, colors, _ = decode_jpeg_header(data)
-        if colors not in ("YCbCr", "Gray") or height * width > LIMITS.pixels:
+        if colors not in ("YCbCr", "Gray") or height * width > limits.pixels:
             return None
         return decode_jpeg(data, strict=True)
     except ValueError:
@@ -157,20 +234,77 @@ def _decode_plain_jpeg(data: bytes) -> np.ndarray | None:
 
 
 def _decode_image(file, *, name, limits: Limits) -> np.ndarray:
-    path = name
     try:
-        with Image.open(file) as image:
+        with opened_image(file, name=name) as image:
             # Before any pixel is decoded.
-            _require_sane_size(path, image.height, image.width, limits=limits)
+            _require_sane_size(name, image.height, image.width, limits=limits)
+            if image.mode == "F":
+                raise MediaError(f"{name}: of real numbers in an unknown range; save it in 8 bits")
             return np.asarray(_to_rgb(ImageOps.exif_transpose(image)))
     except UsageError:
         raise
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise MediaError(f"{path}: {error}; scale it down or delete it") from error
-    except Image.UnidentifiedImageError as error:
-        raise MediaError(f"{path}: not an image, whatever its suffix; delete it") from error
     except (OSError, SyntaxError, ValueError, EOFError) as error:
-        raise MediaError(f"{path}: damaged image ({error}); save it again or delete it") from error
+        raise MediaError(f"{name}: damaged image ({error}); save it again or delete it") from error
+
+
+@contextmanager
+def opened_image(file, *, name) -> Iterator[Image.Image]:
+    """Pillow's image of a path or file, within which its own limits do not hold.
+
+    Raises MediaError, calling it `name`, where it is not an image that can be read.
+    """
+    with _PILLOW_LIMITS.lifted():
+        try:
+            image = Image.open(file)
+        except Image.UnidentifiedImageError as error:
+            head = file.getvalue()[:400] if isinstance(file, io.BytesIO) else _head(file)
+            form = _image_format(head)
+            if form in _IMAGE_BRANDS.values():
+                raise MediaError(f"{name}: {form} is not read here; make it PNG or JPEG") from error
+            if _video_format(head):
+                raise MediaError(f"{name}: a video; an image is needed here") from error
+            damaged = f"a damaged {form}" if form else "not an image, whatever its suffix"
+            raise MediaError(f"{name}: {damaged}; delete it") from error
+        with image:
+            yield image
+
+
+class _PillowLimits:
+    """Pillow's own bounds, which `Limits` replaces while one of our images is open: fixed numbers
+    for the whole process, at which it prints a warning, refuses a picture that we are to read, or
+    calls one damaged for the text that it carries."""
+
+    TEXT_BYTES = 2**26
+
+    def __init__(self) -> None:
+        self._lock, self._open = threading.Lock(), 0
+        self._before: tuple = ()
+
+    @contextmanager
+    def lifted(self) -> Iterator[None]:
+        with self._lock:
+            if self._open == 0:
+                self._before = (
+                    Image.MAX_IMAGE_PIXELS,
+                    PngImagePlugin.MAX_TEXT_CHUNK,
+                    PngImagePlugin.MAX_TEXT_MEMORY,
+                )
+                self._set(None, self.TEXT_BYTES, self.TEXT_BYTES)
+            self._open += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._open -= 1
+                if self._open == 0:
+                    self._set(*self._before)
+
+    def _set(self, pixels: int | None, chunk: int, memory: int) -> None:
+        Image.MAX_IMAGE_PIXELS = pixels
+        PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY = chunk, memory
+
+
+_PILLOW_LIMITS = _PillowLimits()
 
 
 def write_image(path, image_HWC, *, quality: int = 95) -> None:
@@ -198,17 +332,18 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 # ---- geometry
 
 
-def resize_shortest(frames_THWC, *, side: int) -> np.ndarray:
+def resize_shortest(frames_THWC, *, side: int, name="frames") -> np.ndarray:
     """Frames uint8 [T, H, W, 3] scaled so that the shorter of H and W is `side` pixels.
 
     Antialiased (Lanczos), the aspect kept to the nearest pixel; the same array where nothing
-    changes. Raises UsageError for another shape or type, or for side < 1.
+    changes. Raises UsageError for another shape or type, for side < 1 and, calling them `name`,
+    where they would be larger than LIMITS.
     """
     frames_THWC = _require_rgb(frames_THWC, dims=4)
     if side < 1:
         raise UsageError(f"side is {side}; it must be at least 1 pixel")
     count, height, width, _ = frames_THWC.shape
-    new_height, new_width = scaled_size(height, width, side=side)
+    new_height, new_width = scaled_size(height, width, side=side, name=name)
     if (new_height, new_width) == (height, width):
         return frames_THWC
     resized = np.empty((count, new_height, new_width, 3), np.uint8)
@@ -217,12 +352,33 @@ def resize_shortest(frames_THWC, *, side: int) -> np.ndarray:
     return resized
 
 
-def scaled_size(height: int, width: int, *, side: int) -> tuple[int, int]:
-    """Height and width in pixels after `resize_shortest`."""
+def scaled_size(height: int, width: int, *, side: int, name="frames") -> tuple[int, int]:
+    """Height and width in pixels after `resize_shortest`.
+
+    Raises MediaError, calling it `name`, where that is more than LIMITS.
+    """
     short = min(height, width)
     if short == side:
         return height, width
-    return max(side, round(height * side / short)), max(side, round(width * side / short))
+    high, wide = max(side, round(height * side / short)), max(side, round(width * side / short))
+    if side > short and high * wide > LIMITS.pixels:
+        raise MediaError(
+            f"{name}: {width}x{height} scaled to {side} pixels on its shortest side is "
+            f"{wide}x{high}, more than {LIMITS.pixels} pixels; choose a smaller resolution or crop "
+            "it"
+        )
+    return high, wide
+
+
+def middle(frames_THWC, *, longest: int = LONGEST) -> np.ndarray:
+    """Frames uint8 [T, H, W, 3] without the ends that make one side more than `longest` times as
+    long as the other, as a view: to be scaled up at a bounded cost and then cropped."""
+    height, width = _middle_size(*frames_THWC.shape[1:3], longest=longest)
+    return center_crop(frames_THWC, height=height, width=width)
+
+
+def _middle_size(height: int, width: int, *, longest: int) -> tuple[int, int]:
+    return min(height, longest * width), min(width, longest * height)
 
 
 def _resize(frame_HWC: np.ndarray, *, height: int, width: int) -> np.ndarray:
@@ -295,16 +451,22 @@ class VideoReader:
             )
         return self.read_at(range(start, start + count), side=side)
 
-    def read_at(self, indices: Iterable[int], *, side: int | None = None) -> np.ndarray:
-        """Frames at ascending `indices`: uint8 [T, H, W, 3]; `side` resizes as `resize_shortest`.
+    def read_at(
+        self, indices: Iterable[int], *, side: int | None = None, longest: int | None = None
+    ) -> np.ndarray:
+        """Frames at ascending `indices`: uint8 [T, H, W, 3]; `longest` crops as `middle`, and then
+        `side` resizes as `resize_shortest`.
 
-        One frame at a time is held at full size. Raises MediaError for frames out of range and
-        for frames that cannot be decoded.
+        One frame at a time is held at full size. Raises MediaError for frames out of range, for
+        frames that cannot be decoded and for those that `side` makes larger than LIMITS.
         """
         wanted = [int(index) for index in indices]
         height, width = self.height, self.width
+        if longest is not None:
+            height, width = _middle_size(height, width, longest=longest)
+        crop = (height, width)
         if side is not None:
-            height, width = scaled_size(height, width, side=side)
+            height, width = scaled_size(height, width, side=side, name=self.path)
         out = np.empty((len(wanted), height, width, 3), np.uint8)
         if wanted and (wanted[0] < 0 or wanted[-1] >= self.frame_count):
             raise MediaError(
@@ -314,16 +476,18 @@ class VideoReader:
         first = 0
         for last in range(1, len(wanted) + 1):
             if last == len(wanted) or wanted[last] - wanted[last - 1] > _WORTH_A_SEEK:
-                self._read_run(wanted[first:last], out=out[first:last])
+                self._read_run(wanted[first:last], crop=crop, out=out[first:last])
                 first = last
         return out
 
-    def _read_run(self, wanted: list[int], *, out: np.ndarray) -> None:
+    def _read_run(self, wanted: list[int], *, crop: tuple[int, int], out: np.ndarray) -> None:
         """Fills `out` with the frames at `wanted`, which are close together."""
         for decoding in self._ways_to(wanted[0]):
             self._decoding = decoding
             try:
-                done = _take(decoding, self._index, path=self.path, wanted=wanted, out=out)
+                done = _take(
+                    decoding, self._index, path=self.path, wanted=wanted, crop=crop, out=out
+                )
             except BaseException:
                 self.close()  # how many frames it has given is unknown now
                 raise
@@ -379,7 +543,9 @@ class _Decoding:
     to_rgb: "_ToRgb"
 
 
-def _take(decoding, index, *, path, wanted: list[int], out: np.ndarray) -> bool:
+def _take(
+    decoding, index, *, path, wanted: list[int], crop: tuple[int, int], out: np.ndarray
+) -> bool:
     """Fills `out` with the frames at `wanted`; False where the decoder does not deliver them."""
     filled, number = 0, None  # number: of the frame that comes next, once that is sure
     shape = (index.height, index.width, 3)
@@ -404,6 +570,7 @@ def _take(decoding, index, *, path, wanted: list[int], out: np.ndarray) -> bool:
                 pixels = out[filled] if same_size else np.empty(shape, np.uint8)
                 decoding.to_rgb(frame, pixels, path=path)
                 if not same_size:
+                    pixels = center_crop(pixels[None], height=crop[0], width=crop[1])[0]
                     out[filled] = _resize(pixels, height=out.shape[1], width=out.shape[2])
                 filled += 1
             elif frame.is_corrupt and filled:
@@ -553,7 +720,7 @@ def yuv_to_rgb(
 
 
 def _index_video(path: str, *, threads: int, limits: Limits) -> _VideoIndex:
-    if media_kind(path) != "video":
+    if file_kind(path) != "video":
         raise MediaError(f"{path}: an image; a video is needed here")
     container, stream = _open_video(path, threads=threads, limits=limits)
     with container:
@@ -632,8 +799,11 @@ def _is_orderly(packets: list[_PacketFacts]) -> bool:
     )
 
 
-def _open_video(path: str, *, threads: int, limits: Limits = LIMITS):
-    """The opened container and its video stream; the caller closes the container."""
+def _open_video(path: str, *, threads: int, limits: Limits | None = None):
+    """The opened container and its video stream; the caller closes the container.
+
+    `limits` are looked at when a file is first opened, None afterwards.
+    """
     _require_file(path)
     try:
         container = av.open(path)
@@ -646,7 +816,8 @@ def _open_video(path: str, *, threads: int, limits: Limits = LIMITS):
     stream.codec_context.thread_count = threads
     stream.codec_context.thread_type = "NONE" if threads == 1 else "AUTO"
     try:
-        _require_sane_size(path, stream.height, stream.width, limits=limits)
+        if limits is not None:
+            _require_sane_size(path, stream.height, stream.width, limits=limits)
     except MediaError:
         container.close()
         raise

@@ -271,7 +271,10 @@ def _finish(output: Path, plan: Plan) -> dict[str, Any]:
     }
     lengths = [len(sidecar["columns"]["part"]) for sidecar in sidecars]
     num_bytes = sum(sidecar["bytes"] for sidecar in sidecars)
-    skipped = sorted((s for c in sidecars for s in c["skipped"]), key=lambda s: s["file"])
+    skipped, lossy = (
+        sorted((s for c in sidecars for s in c[key]), key=lambda s: s["file"])
+        for key in ("skipped", "lossy")
+    )
     if not sum(lengths):
         reasons = "; ".join(f"{s['file']}: {s['reason']}" for s in skipped[:3])
         raise UsageError(f"nothing of the inputs can be used: {reasons}")
@@ -293,6 +296,7 @@ def _finish(output: Path, plan: Plan) -> dict[str, Any]:
         "bytes_out": num_bytes,
         "duplicates": sorted(sorted(names) for names in by_hash.values() if len(names) > 1),
         "skipped": skipped,
+        "lossy": lossy,
     }
     with tempfile.TemporaryDirectory(prefix="tmp-end-", dir=output / WORK) as temporary:
         made = Path(temporary)
@@ -316,6 +320,7 @@ def summary(report: dict[str, Any]) -> str:
         *(f"duplicates: {', '.join(names)}" for names in report["duplicates"]),
         f"skipped: {len(report['skipped'])} files",
         *(f"  {entry['file']}: {entry['reason']}" for entry in report["skipped"]),
+        *(f"note: {entry['file']} {entry['loss']}" for entry in report["lossy"]),
     ]
     return "\n".join(lines)
 

@@ -77,6 +77,7 @@ def make_shard(
     """
     work = directory / WORK
     skipped: list[dict[str, str]] = []
+    lossy: list[dict[str, str]] = []
     hashes: list[list[str]] = []
     with tempfile.TemporaryDirectory(prefix=f"tmp-{shard:05}-", dir=work) as temporary:
         path = Path(temporary) / "shard"
@@ -89,13 +90,15 @@ def make_shard(
                 try:
                     if name in hopeless:
                         raise MediaError(hopeless[name])
-                    records = make()
+                    records, loss = make()
                 except MediaError as error:
                     skipped.append({"file": name, "reason": _without_path(error, entry, name)})
                     continue
                 for record in records:
                     writer.write(record, place=name_place(record["source"]))
                 hashes.append([name, records[0]["content_hash"]])
+                if loss:
+                    lossy.append({"file": name, "loss": loss})
             bytes_in += entry.size
         tell("writing", None)
         writer.close()
@@ -104,6 +107,7 @@ def make_shard(
             "bytes": writer.bytes,
             "bytes_in": bytes_in,
             "skipped": skipped,
+            "lossy": lossy,
             "hashes": hashes,
         }
         text = Path(temporary) / "sidecar"
@@ -133,7 +137,9 @@ def _originals(entry: Entry, settings: Settings, temporary: Path):
             )
 
 
-def _remote_records(entry: Entry, settings: Settings, temporary: Path) -> list[dict[str, Any]]:
+def _remote_records(
+    entry: Entry, settings: Settings, temporary: Path
+) -> tuple[list[dict[str, Any]], str]:
     digest = hashlib.sha256(entry.name.encode()).hexdigest()[:16]
     local = temporary / (digest + Path(entry.name).suffix)
     try:

@@ -22,7 +22,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 from tensorflow_datasets.proto import tf_example_pb2
 
-from elastictok_jax.data.media import MediaError, StoredVideo, decode_image, resize_shortest
+from elastictok_jax.data.media import (
+    MediaError,
+    StoredVideo,
+    decode_image,
+    middle,
+    resize_shortest,
+)
 from elastictok_jax.data.open_videos import OpenVideos
 from elastictok_jax.errors import UsageError
 
@@ -261,7 +267,8 @@ class RecordSource:
         return self._stored_file(int(self._first[item]))
 
     def read(self, item: int, indices: np.ndarray, *, side: int) -> np.ndarray:
-        return resize_shortest(self._read_stored(item, indices), side=side)
+        frames = middle(self._read_stored(item, indices))
+        return resize_shortest(frames, side=side, name=self._where(int(self._first[item])))
 
     def read_at_most(self, item: int, indices: np.ndarray, *, side: int) -> np.ndarray:
         """`read`, but never enlarged; 0 for the stored size."""

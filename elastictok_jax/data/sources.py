@@ -41,7 +41,8 @@ class Source(Protocol):
         ...
 
     def read(self, item: int, indices: np.ndarray, *, side: int) -> np.ndarray:
-        """Frames at ascending `indices`: uint8 [T, H, W, 3], min(H, W) = side.
+        """Frames at ascending `indices`: uint8 [T, H, W, 3], min(H, W) = side; of a strip, what
+        `media.middle` leaves of it.
 
         Raises:
           MediaError: naming the item and what is wrong with it.
@@ -56,6 +57,7 @@ class FileSource:
 
     Attributes:
       damaged: what is wrong with each file that was left out.
+      losses: what of the others is lost on reading, with the files of which it is.
 
     Raises:
       UsageError: if the folder is missing, or nothing is there.
@@ -64,14 +66,18 @@ class FileSource:
     def __init__(self, path: str | Path):
         root, files = list_media(path)
         self.damaged: list[str] = []
+        self.losses: dict[str, list[str]] = {}
         self._infos, self._names = [], []
         for file in files:
             try:
                 self._infos.append(media.probe(file))
+                loss = media.loss_on_reading(file)
             except media.MediaError as error:
                 self.damaged.append(str(error))
             else:
                 self._names.append(file.relative_to(root).as_posix())
+                if loss:
+                    self.losses.setdefault(loss, []).append(str(file))
         self.is_video = np.array([info.kind == "video" for info in self._infos], bool)
         self.frames = np.array([info.frames for info in self._infos], np.int64)
         self.fps = np.array([info.fps for info in self._infos], np.float64)
@@ -86,8 +92,9 @@ class FileSource:
     def read(self, item: int, indices: np.ndarray, *, side: int) -> np.ndarray:
         info = self._infos[item]
         if info.kind == "image":
-            return media.read_frames(info.path, side=side)
-        return self._open(info.path).read_at(indices, side=side)
+            image = media.middle(media.read_frames(info.path))
+            return media.resize_shortest(image, side=side, name=info.path)
+        return self._open(info.path).read_at(indices, side=side, longest=media.LONGEST)
 
     def _open(self, path: str) -> media.VideoReader:
         return self._videos.open(path, lambda: media.VideoReader(path))
@@ -174,11 +181,13 @@ class Feeds:
 
     Attributes:
       damaged: one message a file that cannot be used.
+      notes: what is lost of files that are used, one a kind of loss.
     """
 
     train: tuple[Feed, ...]
     heldout: tuple[Feed, ...]
     damaged: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
     def split(self, name: str) -> tuple[Feed, ...]:
         return {"train": self.train, "heldout": self.heldout}[name]
@@ -207,9 +216,11 @@ def open_feeds(config: ml_collections.ConfigDict) -> Feeds:
     train: list[Feed] = []
     heldout: list[Feed] = []
     damaged: list[str] = []
+    notes: list[str] = []
     for name, settings in sorted(config.data.sources.items()):
         if not settings.weight:
             continue
+        _require_sane_size(name, settings, side=config.video.resolution)
         source, apart = _open(settings, fraction=config.data.eval_fraction)
         bad = list(getattr(source, "damaged", ()))
         total = len(bad) + len(source.frames)
@@ -220,6 +231,7 @@ def open_feeds(config: ml_collections.ConfigDict) -> Feeds:
                 + "; ".join(bad[:3])
             )
         damaged += bad
+        notes += [_loss_note(*loss) for loss in getattr(source, "losses", {}).items()]
         if isinstance(apart, np.ndarray):
             parts = [(train, source, ~apart), (heldout, source, apart)]
         else:
@@ -237,7 +249,22 @@ def open_feeds(config: ml_collections.ConfigDict) -> Feeds:
             items = np.flatnonzero(mask & _of_kind(part, settings.kind))
             if len(items):
                 feeds.append(Feed(name, name_place(name), part, settings, items))
-    return Feeds(tuple(train), tuple(heldout), tuple(damaged))
+    return Feeds(tuple(train), tuple(heldout), tuple(damaged), tuple(notes))
+
+
+def _require_sane_size(name: str, settings: ml_collections.ConfigDict, *, side: int) -> None:
+    key = f"data.sources.{name}.resolution" if settings.resolution else "video.resolution"
+    side = settings.resolution or side
+    if side * side > media.LIMITS.pixels:
+        raise UsageError(
+            f"{key} = {side}: frames of {side}x{side} are more than {media.LIMITS.pixels} pixels: "
+            "choose a smaller one"
+        )
+
+
+def _loss_note(loss: str, files: list[str]) -> str:
+    more = f" and {len(files) - 1} other files" if len(files) > 1 else ""
+    return f"{files[0]}{more}: {loss}" if more else f"{files[0]} {loss}"
 
 
 def _of_kind(source: Source, kind: str) -> np.ndarray:

@@ -39,8 +39,9 @@ class Settings:
     limits: media.Limits
 
 
-def file_records(path: Path, *, name: str, settings: Settings) -> list[dict[str, Any]]:
-    """The records of an image or video file, as `records.features` has them.
+def file_records(path: Path, *, name: str, settings: Settings) -> tuple[list[dict[str, Any]], str]:
+    """The records of an image or video file, as `records.features` has them, and what is lost of
+    it beside its size, "" for nothing.
 
     Raises:
       MediaError: saying what is wrong with the file.
@@ -51,25 +52,28 @@ def file_records(path: Path, *, name: str, settings: Settings) -> list[dict[str,
     except OSError as error:
         raise media.MediaError(f"{path}: cannot be read ({error.strerror or error})") from error
     origin = {"source": name, "content_hash": digest}
-    if media.media_kind(path) == "image":
+    if media.file_kind(path) == "image":
         pixels = media.read_image(path, limits=settings.limits)
-        return [origin | image_record(path.read_bytes(), pixels, settings=settings)]
+        record = origin | image_record(path.read_bytes(), pixels, settings=settings)
+        return [record], media.loss_on_reading(path)
     with media.VideoReader(path, limits=settings.limits) as reader:
         if reader.frame_count == 1:  # a GIF that does not move
-            return [origin | image_record(None, reader.read(0, 1)[0], settings=settings)]
-        fps = reader.fps or FRAME_RATE
-        frames = _video_frames(reader, resolution=settings.resolution)
-        return [origin | record for record in video_records(frames, fps=fps, settings=settings)]
+            made = [image_record(None, reader.read(0, 1)[0], settings=settings)]
+        else:
+            fps = reader.fps or FRAME_RATE
+            frames = _video_frames(reader, resolution=settings.resolution)
+            made = list(video_records(frames, fps=fps, settings=settings))
+    return [origin | record for record in made], media.loss_on_reading(path)
 
 
 def item_records(source: RecordSource, item: int, *, name: str, settings: Settings):
-    """The records of an item of another data set: list of dicts; see `file_records`."""
+    """The records of an item of another data set, and ""; see `file_records`."""
     origin = {"source": name, "content_hash": ""}
     if not source.is_video[item]:
         data = source.encoded_image(item)
-        pixels = media.decode_image(data, name=name)
+        pixels = media.decode_image(data, name=name, limits=settings.limits)
         origin["content_hash"] = hashlib.sha256(data).hexdigest()
-        return [origin | image_record(data, pixels, settings=settings)]
+        return [origin | image_record(data, pixels, settings=settings)], ""
     seen = hashlib.sha256()
     total = int(source.frames[item])
 
@@ -82,7 +86,7 @@ def item_records(source: RecordSource, item: int, *, name: str, settings: Settin
 
     made = list(video_records(frames(), fps=float(source.fps[item]), settings=settings))
     origin["content_hash"] = seen.hexdigest()
-    return [origin | record for record in made]
+    return [origin | record for record in made], ""
 
 
 def image_record(data: bytes | None, pixels: np.ndarray, *, settings: Settings) -> dict[str, Any]:
@@ -107,7 +111,7 @@ def _plain_form(data: bytes | None) -> tuple[bool, str]:
     """Whether a file is stored as it is (RGB JPEG or PNG, not turned), and its format."""
     if data is None:
         return False, "GIF"
-    with Image.open(io.BytesIO(data)) as image:
+    with media.opened_image(io.BytesIO(data), name="an original") as image:
         upright = image.getexif().get(ORIENTATION, 1) == 1
         plain = upright and image.mode == "RGB" and not image.has_transparency_data
         return plain and image.format in ("JPEG", "PNG"), image.format or ""

@@ -96,13 +96,16 @@ def clips_of(config: ml_collections.ConfigDict, *, data: str | None = None) -> l
       UsageError: if there are none.
     """
     if data is None:
-        feeds = open_feeds(config).heldout
+        opened = open_feeds(config)
+        feeds = opened.heldout
     else:
         config = ml_collections.ConfigDict(config.to_dict())
         config.data.sources = ml_collections.ConfigDict({"main": source_config(path=data)})
         config.data.eval_fraction = 0.0
         opened = open_feeds(config)
         feeds = opened.train + opened.heldout  # of the embedded footage there are both
+    for note in opened.notes:
+        print(f"note: {note}", file=sys.stderr)
     if not feeds:
         raise UsageError(
             f"the data sources ({', '.join(config.data.sources)}) have nothing held out to "

@@ -144,6 +144,8 @@ def _train(
         console.line(note)
     for damaged in feeds.damaged:
         console.line(f"left out: {damaged}")
+    for note in feeds.notes:
+        console.line(f"note: {note}")
     if position["files"] != files:
         console.line("note: the data files have changed since this run was saved: it goes on,")
         console.line("      but not as it would have with the old ones")

@@ -1,6 +1,8 @@
 """Reading and writing media on real files: exactness, damage, and what a picture may be."""
 
 import io
+import subprocess
+import sys
 from pathlib import Path
 
 import av
@@ -9,7 +11,7 @@ import pytest
 from av.video.reformatter import Colorspace, Interpolation
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, PngImagePlugin
 
 import elastictok_jax
 from elastictok_jax.data import color, media
@@ -404,7 +406,164 @@ def test_decompression_bomb(tmp_path, size):
         media.read_image(path)
 
 
+def test_the_limit_on_pixels_is_ours_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)  # an error above twice as many
+    image = media.read_image(STILLS[0])[:40, :60]
+    media.write_image(tmp_path / "a.png", image)
+    np.testing.assert_array_equal(media.read_image(tmp_path / "a.png"), image)
+    data = (tmp_path / "a.png").read_bytes()
+    np.testing.assert_array_equal(media.decode_image(data, name="a"), image)
+    with pytest.raises(media.MediaError, match="60x40 is more than 2399 pixels"):
+        media.read_image(tmp_path / "a.png", limits=media.Limits(pixels=2399))
+    with pytest.raises(media.MediaError, match="a: 60x40 is more than 2399 pixels"):
+        media.decode_image(data, name="a", limits=media.Limits(pixels=2399))
+    assert Image.MAX_IMAGE_PIXELS == 500
+
+
+def test_a_video_above_the_usual_limit_is_read_with_another(tmp_path, monkeypatch):
+    frames = real_frames(count=2)
+    media.write_video(tmp_path / "a.mp4", frames, fps=24)
+    usual = media.Limits(pixels=100)
+    monkeypatch.setattr(media, "LIMITS", usual)
+    with media.VideoReader(tmp_path / "a.mp4", limits=media.Limits(pixels=10**6)) as reader:
+        assert reader.read(0, 2).shape == frames.shape
+    with pytest.raises(media.MediaError, match="more than 100 pixels"):
+        media.VideoReader(tmp_path / "a.mp4", limits=usual)
+
+
+def test_a_png_with_much_text_is_read(tmp_path):
+    image, text = media.read_image(STILLS[0])[:40, :60], PngImagePlugin.PngInfo()
+    text.add_text("workflow", "node " * 500_000, zip=True)  # 2.5 MB, as image generators leave
+    Image.fromarray(image).save(tmp_path / "a.png", pnginfo=text)
+    before = PngImagePlugin.MAX_TEXT_CHUNK
+    np.testing.assert_array_equal(media.read_image(tmp_path / "a.png"), image)
+    assert before == PngImagePlugin.MAX_TEXT_CHUNK
+
+
+def test_pillow_prints_no_warning_of_its_own(tmp_path):
+    exif = b"Exif\0\0II*\0\x08\0\0\0\x01\0\x1a\x01\x05\0\x01\0\0\0\xff\xff\0\0"
+    Image.open(STILLS[0]).save(tmp_path / "a.jpg", exif=exif)  # it points to behind its end
+    code = "import sys; from elastictok_jax.data import media; media.read_image(sys.argv[1])"
+    ours = subprocess.run(
+        [sys.executable, "-W", "default", "-c", code, str(tmp_path / "a.jpg")],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert ours.stderr == ""
+    with pytest.warns(UserWarning, match="Truncated"), Image.open(tmp_path / "a.jpg"):
+        pass
+
+
+# ---- contents under another suffix
+
+
+@pytest.fixture(scope="module")
+def contents(files, tmp_path_factory):
+    """A file of each kind of content, and what is read of it under its own suffix."""
+    folder, photo = tmp_path_factory.mktemp("contents"), Image.open(STILLS[0]).crop((0, 0, 60, 40))
+    for suffix in (".jpg", ".png", ".webp", ".bmp"):
+        photo.save(folder / f"a{suffix}")
+    paths = [*folder.iterdir(), *(files[n] for n in ("short_gop.mp4", "b_frames.mkv", "clip.gif"))]
+    return {path: media.read_frames(path, count=1) for path in paths}
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp", ".bmp", ".gif", ".mp4", ".webm"])
+def test_what_is_in_a_file_decides_how_it_is_read(contents, tmp_path, suffix):
+    for path, expected in contents.items():
+        renamed = tmp_path / f"{path.stem}-{path.suffix[1:]}{suffix}"
+        renamed.write_bytes(path.read_bytes())
+        info = media.probe(renamed)
+        assert info.kind == media.probe(path).kind == media.file_kind(renamed)
+        np.testing.assert_array_equal(media.read_frames(renamed, count=1), expected)
+
+
+def test_what_cannot_be_read_is_called_what_it_is(files, tmp_path):
+    (tmp_path / "a.jpg").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(200))
+    with pytest.raises(media.MediaError, match=r"a\.jpg: HEIC is not read here; make it PNG or"):
+        media.read_image(tmp_path / "a.jpg")
+    with pytest.raises(media.MediaError, match=r"short_gop\.mp4: a video; an image is needed"):
+        media.read_image(files["short_gop.mp4"])
+    (tmp_path / "b.gif").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(200))
+    with pytest.raises(media.MediaError, match=r"b\.gif: a damaged PNG"):
+        media.read_image(tmp_path / "b.gif")
+    with pytest.raises(media.MediaError, match="an image; a video is needed"):
+        media.VideoReader(tmp_path / "b.gif")
+    Image.new("F", (8, 8), 0.5).save(tmp_path / "c.jpg", "TIFF")
+    with pytest.raises(media.MediaError, match=r"c\.jpg: of real numbers .* 8 bits"):
+        media.read_image(tmp_path / "c.jpg")
+
+
+# ---- what is lost
+
+
+def tagged(path, *, transfer, primaries):
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=10)
+        stream.height, stream.width, stream.pix_fmt = 64, 64, "yuv420p10le"
+        stream.codec_context.color_trc = transfer
+        stream.codec_context.color_primaries = primaries
+        stream.codec_context.colorspace = 9  # BT.2020, non-constant luminance
+        frame = av.VideoFrame.from_ndarray(np.full((64, 64, 3), 99, np.uint8), format="rgb24")
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+
+
+@pytest.mark.parametrize(
+    ("transfer", "primaries", "said"),
+    [(16, 9, "HDR (PQ)"), (18, 9, "HDR (HLG)"), (14, 9, "BT.2020"), (1, 1, "")],
+)
+def test_color_beyond_a_usual_screen_is_said_to_be_lost(tmp_path, transfer, primaries, said):
+    tagged(tmp_path / "a.mp4", transfer=transfer, primaries=primaries)
+    assert media.read_frames(tmp_path / "a.mp4").shape == (1, 64, 64, 3)
+    loss = media.loss_on_reading(tmp_path / "a.mp4")
+    assert said in loss and bool(said) == bool(loss)
+
+
+@pytest.mark.parametrize(("suffix", "lost"), [(".webp", True), (".png", True), (".gif", False)])
+def test_of_a_picture_that_moves_the_first_frame_is_read_and_the_rest_is_said_to_be_lost(
+    tmp_path, suffix, lost
+):
+    path, pictures = tmp_path / f"a{suffix}", [Image.fromarray(f) for f in real_frames(count=3)]
+    pictures[0].save(path)
+    assert media.loss_on_reading(path) == ""
+    pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=40)
+    assert media.loss_on_reading(path) == (
+        "is an animation: only the first of its 3 frames is read" if lost else ""
+    )
+    assert len(media.read_frames(path)) == (1 if lost else 3)
+
+
 # ---- geometry
+
+
+def test_what_would_be_scaled_beyond_the_limit_is_refused_before_it_is_made(files):
+    strip = np.zeros((1, 1, 65500, 3), np.uint8)
+    with pytest.raises(media.MediaError, match=r"a\.png: 65500x1 scaled .* more than 67108864 pix"):
+        media.resize_shortest(strip, side=256, name="a.png")
+    path = files["short_gop.mp4"]
+    with (
+        media.VideoReader(path) as reader,
+        pytest.raises(media.MediaError, match=rf"{path}: 114x64 scaled to 10000 .* 17812x10000"),
+    ):
+        reader.read(0, 1, side=10000)
+    assert media.resize_shortest(strip[:, :, :2000], side=100).shape == (1, 100, 200_000, 3)
+
+
+def test_the_ends_of_a_strip_are_not_scaled_up(tmp_path):
+    strip = real_frames(count=3)[:, :8]  # 114 x 8, longer than four times its width
+    np.testing.assert_array_equal(media.middle(strip, longest=4), strip[:, :, 41:73])
+    np.testing.assert_array_equal(
+        media.middle(strip.transpose(0, 2, 1, 3), longest=4)[0], strip[0, :, 41:73].swapaxes(0, 1)
+    )
+    assert media.middle(strip, longest=16).shape == strip.shape
+    media.write_video(tmp_path / "a.mkv", strip, fps=24, codec="ffv1")
+    with media.VideoReader(tmp_path / "a.mkv") as reader:
+        np.testing.assert_array_equal(
+            reader.read_at([0, 2], side=24, longest=4),
+            media.resize_shortest(strip[[0, 2], :, 41:73], side=24),
+        )
+        np.testing.assert_array_equal(reader.read_at([1], longest=4), strip[1:2, :, 41:73])
 
 
 def test_resize_and_crop():

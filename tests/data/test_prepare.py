@@ -13,9 +13,11 @@ import time
 import zlib
 from pathlib import Path
 
+import av
 import numpy as np
 import psutil
 import pytest
+from av.video.reformatter import ColorTrc
 from PIL import Image
 
 from elastictok_jax import cli
@@ -313,7 +315,7 @@ def damage(folder: Path, *, clip: bytes, photo: bytes) -> dict[str, str]:
         "cut.jpg": (photo[: len(photo) // 2], "damaged image|truncated"),
         "cut.mp4": (clip[: len(clip) // 2], "truncated|moov"),
         "text.jpg": (b"these are words", "not an image"),
-        "video.png": (clip, "not an image"),
+        "video.png": (clip[: len(clip) // 3], "truncated|moov"),
         "picture.mp4": (photo[:40], "not a video|damaged|truncated|no video"),
         "header.png": (png_header(50, 50), "damaged image|truncated"),
         "bomb.png": (png_header(60000, 60000), "pixels"),
@@ -373,6 +375,40 @@ def test_limits_on_frames_seconds_and_pixels(tmp_path, capsys):
     capsys.readouterr()
     assert run_prepare(folder, "-o", tmp_path / "none", "--max-pixels", 100) == 2
     assert "nothing of the inputs can be used: long.mp4: " in capsys.readouterr().err
+
+
+def test_what_is_lost_of_a_file_is_reported(tmp_path, capsys):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    with av.open(str(folder / "hdr.mp4"), "w") as container:
+        stream = container.add_stream("libx264", rate=10)
+        stream.height, stream.width, stream.pix_fmt = 32, 32, "yuv420p10le"
+        stream.codec_context.color_trc = ColorTrc.SMPTE2084
+        for frame in np.full((2, 32, 32, 3), 99, np.uint8):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode(None))
+    pictures = [Image.new("RGB", (20, 20), color) for color in ("red", "blue")]
+    pictures[0].save(folder / "moves.webp", save_all=True, append_images=pictures[1:])
+    pictures[0].save(folder / "still.gif", "WEBP")  # under another suffix
+    assert run_prepare(folder, "-o", tmp_path / "set") == 0
+    report = json.loads((tmp_path / "set" / "report.json").read_text())
+    assert (report["images"], report["video_clips"], report["skipped"]) == (2, 1, [])
+    losses = {entry["file"]: entry["loss"] for entry in report["lossy"]}
+    assert losses.keys() == {"hdr.mp4", "moves.webp"}
+    assert losses["hdr.mp4"].startswith("is HDR (PQ), which is read without tone mapping")
+    shown = capsys.readouterr().err
+    assert all(f"note: {file} {loss}\n" in shown for file, loss in losses.items())
+
+
+def test_a_strip_stays_as_it_is_and_is_read_at_little_cost(tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    media.write_image(folder / "strip.png", np.full((1, 65500, 3), 7, np.uint8))
+    assert run_prepare(folder, "-o", tmp_path / "set", "--resolution", 256) == 0
+    source = RecordSource(tmp_path / "set", split="train")
+    assert source.read(0, np.zeros(1, int), side=64).shape == (1, 64, 16 * 64, 3)
+    with pytest.raises(media.MediaError, match=r"record 0: 16x1 scaled to 8000 .* 67108864 pixels"):
+        source.read(0, np.zeros(1, int), side=8000)
 
 
 def busy_worker(running, target: Path, *, killed: int) -> psutil.Process:

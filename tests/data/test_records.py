@@ -131,7 +131,7 @@ def test_frames_are_exact_across_parts(tmp_path, monkeypatch):
     names = ["bbb_kite.mp4", "bbb_stream.mp4"]
     for name in names:
         path = EMBEDDED / "heldout" / name
-        for record in file_records(path, name=name, settings=SETTINGS):
+        for record in file_records(path, name=name, settings=SETTINGS)[0]:
             writer.write(record, place=1)
     writer.close()
     lengths = [len(writer.columns["part"])]

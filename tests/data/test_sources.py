@@ -6,10 +6,18 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from elastictok_jax.config import override, resolve
 from elastictok_jax.data import media
-from elastictok_jax.data.sources import EMBEDDED, held_out, list_media, name_place, open_feeds
+from elastictok_jax.data.sources import (
+    EMBEDDED,
+    FileSource,
+    held_out,
+    list_media,
+    name_place,
+    open_feeds,
+)
 from elastictok_jax.data.synthetic import SyntheticSource
 from elastictok_jax.errors import UsageError
 from elastictok_jax.registry import get_experiment
@@ -179,3 +187,48 @@ def test_synthetic_items_are_functions_of_their_number():
     assert (frames[[3, 17]] == again.read(item, np.array([3, 17]), side=16)).all()
     assert (frames[0] != frames[-1]).any()
     assert (frames != source.read(item + 1, np.zeros(1, int), side=16)).any()
+
+
+def test_a_strip_is_read_at_little_cost_and_its_middle_is_what_it_was(tmp_path):
+    strip = np.random.default_rng(0).integers(0, 256, (1, 65500, 3), dtype=np.uint8)
+    media.write_image(tmp_path / "strip.png", strip)
+    media.write_image(tmp_path / "tall.png", strip.transpose(1, 0, 2))
+    source = FileSource(tmp_path)
+    wide = source.read(0, np.zeros(1, int), side=32)
+    assert wide.shape == (1, 32, 16 * 32, 3)
+    assert source.read(1, np.zeros(1, int), side=32).shape == (1, 16 * 32, 32, 3)
+    full = media.resize_shortest(strip[None, :, 32700:32800], side=32)  # 65500 / 2 is in the middle
+    np.testing.assert_array_equal(
+        media.center_crop(wide, height=32, width=32), media.center_crop(full, height=32, width=32)
+    )
+    with pytest.raises(media.MediaError, match=r"strip\.png: 16x1 scaled to 8000 pixels"):
+        source.read(0, np.zeros(1, int), side=8000)
+
+
+@pytest.mark.parametrize("key", ["video.resolution", "data.sources.main.resolution"])
+def test_a_resolution_beyond_the_limit_is_refused_before_anything_is_read(key):
+    config = config_for("embedded", **{key: 100_000})
+    with pytest.raises(UsageError, match=f"{key} = 100000: frames .* more than 67108864 pixels"):
+        open_feeds(config)
+
+
+def test_what_is_lost_on_reading_is_noted_once_a_kind(tmp_path):
+    pictures = [Image.fromarray(picture(seed)) for seed in range(3)]
+    for name in ("a.webp", "b.webp", "c.png"):
+        pictures[0].save(tmp_path / name, save_all=True, append_images=pictures[1:])
+    pictures[0].save(tmp_path / "d.png")
+    (note,) = open_feeds(config_for(tmp_path)).notes
+    assert note == (
+        f"{tmp_path / 'a.webp'} and 2 other files: is an animation: only the first of its 3 frames "
+        "is read"
+    )
+
+
+def test_a_file_under_another_suffix_is_what_it_holds(tmp_path):
+    media.write_image(tmp_path / "a.webp", picture(0))
+    (tmp_path / "a.webp").rename(tmp_path / "a.gif")
+    media.write_video(tmp_path / "b.mp4", np.stack([picture(0)] * 5), fps=10)
+    (tmp_path / "b.mp4").rename(tmp_path / "b.jpg")
+    source = FileSource(tmp_path)
+    assert (source.damaged, source.is_video.tolist()) == ([], [False, True])
+    assert source.read(1, np.arange(5), side=16).shape == (5, 16, 24, 3)

@@ -440,6 +440,26 @@ def test_bad_files_and_options_are_named(refused, tmp_path):
         assert not (tmp_path / "clip.etok").exists()
 
 
+def test_a_resolution_beyond_the_limit_is_refused_at_once(refused, tmp_path):
+    media.write_image(tmp_path / "a.png", footage(1)[0])
+    media.write_video(tmp_path / "a.mp4", footage(4), fps=10)
+    for name in ("a.png", "a.mp4"):
+        for verb, target in (("encode", "a.etok"), ("reconstruct", "out")):
+            words = (verb, tmp_path / name, "-o", tmp_path / target, "--tokens", 3)
+            line = refused(*words, "--resolution", 100_000)
+            assert f"{name}: 16x16 scaled to 100000 pixels" in line
+            assert "more than 67108864 pixels" in line
+
+
+def test_what_is_lost_of_an_animation_is_said(encode, tmp_path):
+    pictures = [Image.fromarray(frame) for frame in footage(3)]
+    path = tmp_path / "a.gif"  # its content counts
+    pictures[0].save(path, "WEBP", save_all=True, append_images=pictures[1:])
+    results, _, said = encode(path)
+    assert results["frames"] == 1
+    assert f"note: {path} is an animation: only the first of its 3 frames is read" in said
+
+
 def test_a_missing_coder_is_said_before_the_work(refused, piped, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "constriction", None)
     piped(b"")  # no frame is asked for

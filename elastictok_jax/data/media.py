@@ -143,6 +143,8 @@ def _video_format(head: bytes) -> bool:
         return head[8:12] not in _IMAGE_BRANDS
     if head[:4] == b"RIFF":
         return head[8:12] == b"AVI "
+    if head[4:8] in (b"moov", b"mdat", b"wide"):  # QuickTime of before ftyp
+        return True
     is_transport_stream = head[:1] == b"G" and head[188:189] == b"G" and head[376:377] == b"G"
     return is_transport_stream or head.startswith(_VIDEO_MAGIC)
 
@@ -594,6 +596,9 @@ def _start_decoding(path, *, threads: int, seek_to: int | None = None) -> _Decod
     if seek_to is not None:
         container.seek(seek_to, stream=stream, backward=True)
     to_rgb = _ToRgb(color.complete_siting(stream))
+    # Of frames that turn out larger than the first; twice, as decoders round sizes up.
+    most = 2 * max(LIMITS.pixels, stream.height * stream.width)
+    stream.codec_context.options = stream.codec_context.options | {"max_pixels": str(most)}
     frames = _without_damaged_head(container.decode(stream))
     return _Decoding(container, frames, position=0, anchored=seek_to is None, to_rgb=to_rgb)
 

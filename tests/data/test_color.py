@@ -124,7 +124,7 @@ def write(path, parts, *, codec, pixel_format, declared):
     [
         ("libx264", ".mp4", "yuv420p"),
         ("libx264", ".mkv", "yuvj420p"),
-        ("libx265", ".mp4", "yuv420p"),
+        ("libx265", ".mkv", "yuv420p"),
         ("libvpx", ".webm", "yuv420p"),
         ("libvpx-vp9", ".webm", "yuv420p"),
         ("ffv1", ".mkv", "yuv422p"),
@@ -146,7 +146,7 @@ def test_what_a_file_declares_is_believed(tmp_path, axis, siting, kind):
     [
         ("libx264", ".mp4", "yuv420p", "left"),
         ("libx264", ".mp4", "yuv444p", "left"),
-        ("libx265", ".mp4", "yuv422p", "left"),  # its decoder says that it does not know
+        ("libx265", ".mkv", "yuv422p", "left"),  # its decoder says that it does not know
         ("libvpx-vp9", ".webm", "yuv420p", "left"),
         ("libvpx-vp9", ".mp4", "yuv420p", "left"),
         ("mpeg2video", ".mpg", "yuv420p", "left"),

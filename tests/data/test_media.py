@@ -3,6 +3,7 @@
 import io
 import subprocess
 import sys
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -429,6 +430,25 @@ def test_a_video_above_the_usual_limit_is_read_with_another(tmp_path, monkeypatc
         assert reader.read(0, 2).shape == frames.shape
     with pytest.raises(media.MediaError, match="more than 100 pixels"):
         media.VideoReader(tmp_path / "a.mp4", limits=usual)
+
+
+def test_a_frame_beyond_the_limit_is_not_decoded_though_the_first_is_small(tmp_path, monkeypatch):
+    path = tmp_path / "grows.mkv"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mjpeg", rate=10)
+        stream.height, stream.width, stream.pix_fmt = 32, 32, "yuvj420p"
+        for number, side in enumerate((32, 4000)):
+            file = io.BytesIO()
+            Image.new("RGB", (side, side)).save(file, "JPEG")
+            packet = av.Packet(file.getvalue())
+            packet.stream, packet.pts, packet.dts = stream, number, number
+            packet.time_base, packet.is_keyframe = Fraction(1, 10), True
+            container.mux(packet)
+    with pytest.raises(media.MediaError, match="frame size changes from 32x32 to 4000x4000"):
+        media.read_frames(path)
+    monkeypatch.setattr(media, "LIMITS", media.Limits(pixels=10**6))
+    with pytest.raises(media.MediaError, match="of frames 0 to 1 not all can be decoded"):
+        media.read_frames(path)
 
 
 def test_a_png_with_much_text_is_read(tmp_path):

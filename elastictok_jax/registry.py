@@ -35,7 +35,7 @@ def get_experiment(experiment: str) -> ml_collections.ConfigDict:
     """
     name, colon, arg = experiment.partition(":")
     if name.endswith(".py"):
-        path = Path(name)
+        path = Path(name).expanduser()
         if not path.is_file():
             raise UsageError(f"experiment file {name} does not exist")
     else:

@@ -211,7 +211,7 @@ def test_missing_and_empty_data_folders(refused, tmp_path):
     assert f"data folder {tmp_path / 'missing'} does not exist" in line
     (tmp_path / "empty").mkdir()
     line = refused(*train, *tiny_words(data__sources__main__path=tmp_path / "empty"))
-    assert f"data folder {tmp_path / 'empty'} holds no image or video: put files there" in line
+    assert f"data folder {tmp_path / 'empty'} holds no image or video that can be read" in line
     assert not (tmp_path / "run").exists()
 
 

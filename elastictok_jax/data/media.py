@@ -30,9 +30,13 @@ from simplejpeg import decode_jpeg, decode_jpeg_header
 from elastictok_jax.data import color
 from elastictok_jax.errors import RunError, UsageError
 
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp"})
+IMAGE_SUFFIXES = frozenset(
+    {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".avif"}
+    | {".heic", ".heif"}
+)
 VIDEO_SUFFIXES = frozenset(
-    {".gif", ".mp4", ".mkv", ".mov", ".webm", ".avi", ".mpg", ".mpeg", ".m4v"}
+    {".gif", ".mp4", ".m4v", ".mp4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".vob"}
+    | {".ts", ".mts", ".m2ts", ".flv", ".wmv", ".asf", ".3gp", ".3g2", ".ogv"}
 )
 # One packet is one shown frame and keyframes can be trusted: the others are read in order.
 _SEEKABLE_CODECS = frozenset(
@@ -44,7 +48,6 @@ _WRITE_SUFFIXES = frozenset({".mp4", ".mkv", ".mov", ".m4v"})
 _IMAGE_MAGIC: dict[str, bytes | tuple[bytes, ...]] = {
     "JPEG": b"\xff\xd8\xff",
     "PNG": b"\x89PNG\r\n\x1a\n",
-    "BMP": b"BM",
     "TIFF": (b"II*\0", b"MM\0*"),
 }
 _IMAGE_BRANDS = {
@@ -134,6 +137,8 @@ def _image_format(head: bytes) -> str:
         return "WebP"
     if head[4:8] == b"ftyp":
         return _IMAGE_BRANDS.get(head[8:12], "")
+    if head[:2] == b"BM":  # a text may begin so, too
+        return "BMP" if head[6:10] == bytes(4) else ""
     return next((name for name, magic in _IMAGE_MAGIC.items() if head.startswith(magic)), "")
 
 
@@ -811,7 +816,7 @@ def _open_video(path: str, *, threads: int, limits: Limits | None = None):
     """
     _require_file(path)
     try:
-        container = av.open(path)
+        container = av.open(_file_url(path))
     except av.FFmpegError as error:
         raise MediaError(f"{path}: {_why_unreadable(path)}") from error
     stream = container.streams.best("video")
@@ -984,7 +989,7 @@ def write_video(
     with _written_whole(path) as temporary:
         container_options = {} if suffix == ".mkv" else {"movflags": "+faststart"}
         try:
-            with av.open(temporary, "w", options=container_options) as container:
+            with av.open(_file_url(temporary), "w", options=container_options) as container:
                 _encode(
                     container,
                     _of_one_size(frames),
@@ -1160,6 +1165,11 @@ def _written_whole(path) -> Iterator[str]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _file_url(path) -> str:
+    """`path` as ffmpeg takes no part of it for a protocol, such as that of `12:30.mp4`."""
+    return f"file:{os.fspath(path)}"
 
 
 def _require_file(path) -> None:

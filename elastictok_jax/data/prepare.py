@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from elastictok_jax.data.listing import ignored_text
 from elastictok_jax.data.prepare_plan import Plan, make_plan
 from elastictok_jax.data.prepare_shard import is_done, sidecar_path, work_on_shard
 from elastictok_jax.data.records import INDEX_COLUMNS, WORK, write_metadata
@@ -275,6 +276,7 @@ def _finish(output: Path, plan: Plan) -> dict[str, Any]:
         sorted((s for c in sidecars for s in c[key]), key=lambda s: s["file"])
         for key in ("skipped", "lossy")
     )
+    skipped += [{"file": name, "reason": why} for name, why in sorted(plan.unreadable.items())]
     if not sum(lengths):
         reasons = "; ".join(f"{s['file']}: {s['reason']}" for s in skipped[:3])
         raise UsageError(f"nothing of the inputs can be used: {reasons}")
@@ -296,6 +298,7 @@ def _finish(output: Path, plan: Plan) -> dict[str, Any]:
         "bytes_out": num_bytes,
         "duplicates": sorted(sorted(names) for names in by_hash.values() if len(names) > 1),
         "skipped": skipped,
+        "ignored": dict(sorted(plan.ignored.items())),
         "lossy": lossy,
     }
     with tempfile.TemporaryDirectory(prefix="tmp-end-", dir=output / WORK) as temporary:
@@ -312,6 +315,7 @@ def _finish(output: Path, plan: Plan) -> dict[str, Any]:
 
 def summary(report: dict[str, Any]) -> str:
     """The report as a few lines."""
+    ignored = report["ignored"]
     lines = [
         f"{report['images']} images and {report['video_clips']} video clips "
         f"({report['video_frames']} frames, {report['video_hours']:.3g} hours) in "
@@ -320,6 +324,7 @@ def summary(report: dict[str, Any]) -> str:
         *(f"duplicates: {', '.join(names)}" for names in report["duplicates"]),
         f"skipped: {len(report['skipped'])} files",
         *(f"  {entry['file']}: {entry['reason']}" for entry in report["skipped"]),
+        *([f"not read, as no image or video: {ignored_text(ignored)}"] if ignored else []),
         *(f"note: {entry['file']} {entry['loss']}" for entry in report["lossy"]),
     ]
     return "\n".join(lines)

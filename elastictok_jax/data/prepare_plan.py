@@ -6,14 +6,16 @@ import hashlib
 import json
 import math
 import os
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from elastictok_jax.data import media
+from elastictok_jax.data.listing import list_media
 from elastictok_jax.data.records import PART_FRAMES, RecordSource, is_record_dataset
-from elastictok_jax.data.sources import list_media
 from elastictok_jax.data.transcode import Settings, open_file_system
 from elastictok_jax.errors import UsageError
+from elastictok_jax.paths import has_scheme, input_path, path_text
 
 ITEMS_AT_ONCE = 256  # of another data set, in one entry
 PLAN_VERSION = 2  # 1: color of stored video half a pixel too far right
@@ -43,11 +45,18 @@ class Entry:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Entries by shard, and what the result hangs on."""
+    """Entries by shard, and what else the result depends on.
+
+    Attributes:
+      unreadable: a reason for each file or folder that could not even be listed.
+      ignored: how many files of each suffix are neither images nor videos.
+    """
 
     shards: list[list[Entry]]
     settings: Settings
     shard_mib: float
+    unreadable: dict[str, str] = dataclasses.field(default_factory=dict)
+    ignored: Counter[str] = dataclasses.field(default_factory=Counter)
 
     def identity(self) -> dict[str, Any]:
         """What must be equal for a run to go on with what another has begun."""
@@ -72,7 +81,10 @@ def make_plan(inputs: list[str], *, settings: Settings, shard_mib: float) -> Pla
     Raises:
       UsageError: if an input is missing, empty, or is named like another.
     """
-    entries = [entry for text in inputs for entry in _entries(text, several=len(inputs) > 1)]
+    plan = Plan([], settings, shard_mib)
+    entries = [entry for text in inputs for entry in _entries(text, plan, several=len(inputs) > 1)]
+    if not entries:
+        raise UsageError(f"nothing of the inputs can be read: {'; '.join(_reasons(plan)[:3])}")
     names: dict[str, str] = {}
     for entry in entries:
         if names.setdefault(entry.name, entry.path) != entry.path:
@@ -84,31 +96,37 @@ def make_plan(inputs: list[str], *, settings: Settings, shard_mib: float) -> Pla
     # By hash, so that a shard is a sample of everything.
     order = sorted(unique.values(), key=lambda e: hashlib.sha256(e.name.encode()).digest())
     total = sum(entry.size for entry in order)
-    count = max(1, min(len(order), math.ceil(total / (shard_mib * 2**20))))
-    shards: list[list[Entry]] = [order[index::count] for index in range(count)]
-    return Plan(shards, settings, shard_mib)
+    count = max(1, math.ceil(min(len(order), total / (shard_mib * 2**20))))
+    plan.shards.extend(order[index::count] for index in range(count))
+    return plan
 
 
-def _entries(text: str, *, several: bool) -> list[Entry]:
-    if "://" in text:
-        return _remote_entries(text)
-    path = Path(text)
-    if is_record_dataset(path):
-        return _dataset_entries(path)
-    if path.is_file():
-        media.media_kind(path)
-        return [Entry("file", text, path.name, path.stat().st_size)]
-    if not path.exists() and not glob.has_magic(text):
-        raise UsageError(f"input {text} does not exist: give a file, folder, glob or data set")
-    root, files = list_media(path)
-    prefix = f"{root.resolve().name}/" if several else ""
+def _reasons(plan: Plan) -> list[str]:
+    return [f"{name}: {reason}" for name, reason in sorted(plan.unreadable.items())]
+
+
+def _entries(text: str, plan: Plan, *, several: bool) -> list[Entry]:
+    """The entries of one input; what of it is no entry is noted in `plan`."""
+    text = input_path(text)
+    if has_scheme(text):
+        return _remote_entries(text, plan)
+    if is_record_dataset(text):
+        return _dataset_entries(Path(text))
+    listing = list_media(text)
+    plan.ignored.update(listing.ignored)
+    for message in listing.unreadable:
+        name, _, reason = message.partition(": ")
+        plan.unreadable[name] = reason
+    is_one_file = os.path.isfile(text)
+    folder = path_text(listing.root.resolve().name)
+    prefix = f"{folder}/" if several and not is_one_file else ""
     return [
-        Entry("file", str(file), prefix + file.relative_to(root).as_posix(), os.path.getsize(file))
-        for file in files
+        Entry("file", os.fspath(file), prefix + listing.name(file), os.path.getsize(file))
+        for file in listing.files
     ]
 
 
-def _remote_entries(url: str) -> list[Entry]:
+def _remote_entries(url: str, plan: Plan) -> list[Entry]:
     system, path = open_file_system(url)
     try:
         if glob.has_magic(path):
@@ -117,14 +135,14 @@ def _remote_entries(url: str) -> list[Entry]:
             found = system.find(path, detail=True)
     except Exception as error:  # each file system has its own
         raise UsageError(f"input {url} cannot be listed: {error}") from error
-    suffixes = media.IMAGE_SUFFIXES | media.VIDEO_SUFFIXES
-    files = {
+    suffixes = media.IMAGE_SUFFIXES | media.VIDEO_SUFFIXES  # what a file holds is known too late
+    shown = {
         name: info
         for name, info in found.items()
-        if info.get("type") == "file"
-        and Path(name).suffix.lower() in suffixes
-        and not any(part.startswith(".") for part in Path(name).parts)
+        if info.get("type") == "file" and not any(p.startswith(".") for p in Path(name).parts)
     }
+    files = {name: info for name, info in shown.items() if Path(name).suffix.lower() in suffixes}
+    plan.ignored.update(Path(name).suffix.lower() for name in shown.keys() - files.keys())
     if not files:
         raise UsageError(f"input {url} holds no image or video")
     parents = [os.path.dirname(name) for name in files]

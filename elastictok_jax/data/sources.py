@@ -1,7 +1,6 @@
 """Where items (images and uncut stretches of video) come from, in train and held-out splits."""
 
 import dataclasses
-import glob
 import hashlib
 from pathlib import Path
 from typing import Protocol
@@ -10,10 +9,12 @@ import ml_collections
 import numpy as np
 
 from elastictok_jax.data import media
+from elastictok_jax.data.listing import ignored_text, list_media
 from elastictok_jax.data.open_videos import OpenVideos
 from elastictok_jax.data.records import RecordSource, is_record_dataset
 from elastictok_jax.data.synthetic import SyntheticSource
 from elastictok_jax.errors import UsageError
+from elastictok_jax.paths import has_scheme, input_path, path_text
 
 SPLITS = ("train", "heldout")
 EMBEDDED = Path(__file__).parent / "embedded"
@@ -51,12 +52,13 @@ class Source(Protocol):
 
 
 class FileSource:
-    """A folder (nested) or glob of image and video files, decoded as they are asked for.
+    """Image and video files of a folder (nested), a glob or a path, decoded as they are asked for.
 
     Every file is probed; damaged ones are left out.
 
     Attributes:
-      damaged: what is wrong with each file that was left out.
+      damaged: what is wrong with each file or folder that was left out.
+      ignored: how many files of each suffix are neither images nor videos.
       losses: what of the others is lost on reading, with the files of which it is.
 
     Raises:
@@ -64,20 +66,21 @@ class FileSource:
     """
 
     def __init__(self, path: str | Path):
-        root, files = list_media(path)
-        self.damaged: list[str] = []
+        listing = list_media(path)
+        self.damaged = listing.unreadable
+        self.ignored = listing.ignored
         self.losses: dict[str, list[str]] = {}
         self._infos, self._names = [], []
-        for file in files:
+        for file in listing.files:
             try:
                 self._infos.append(media.probe(file))
                 loss = media.loss_on_reading(file)
             except media.MediaError as error:
                 self.damaged.append(str(error))
             else:
-                self._names.append(file.relative_to(root).as_posix())
+                self._names.append(listing.name(file))
                 if loss:
-                    self.losses.setdefault(loss, []).append(str(file))
+                    self.losses.setdefault(loss, []).append(path_text(file))
         self.is_video = np.array([info.kind == "video" for info in self._infos], bool)
         self.frames = np.array([info.frames for info in self._infos], np.int64)
         self.fps = np.array([info.fps for info in self._infos], np.float64)
@@ -98,43 +101,6 @@ class FileSource:
 
     def _open(self, path: str) -> media.VideoReader:
         return self._videos.open(path, lambda: media.VideoReader(path))
-
-
-def list_media(path: str | Path) -> tuple[Path, list[Path]]:
-    """A folder that all lie below, and the image and video files of a folder or glob, sorted.
-
-    Hidden files are left out.
-
-    Raises:
-      UsageError: if the folder is missing or none is there.
-    """
-    suffixes = media.IMAGE_SUFFIXES | media.VIDEO_SUFFIXES
-    if glob.has_magic(str(path)):
-        fixed = [part for part in Path(path).parts]
-        magic = next(i for i, part in enumerate(fixed) if glob.has_magic(part))
-        root = Path(*fixed[:magic])
-        found = [Path(name) for name in glob.glob(str(path), recursive=True)]
-    else:
-        root = Path(path)
-        if not root.is_dir():
-            raise UsageError(
-                f"data folder {root} does not exist: give a folder, a glob, a prepared data set, "
-                "embedded or synthetic"
-            )
-        found = list(root.rglob("*"))
-    files = sorted(
-        file
-        for file in found
-        if file.suffix.lower() in suffixes
-        and file.is_file()
-        and not any(part.startswith(".") for part in file.relative_to(root).parts)
-    )
-    if not files:
-        raise UsageError(
-            f"data folder {path} holds no image or video: put files there that end in "
-            + " ".join(sorted(suffixes))
-        )
-    return root, files
 
 
 def name_place(name: str) -> int:
@@ -232,6 +198,11 @@ def open_feeds(config: ml_collections.ConfigDict) -> Feeds:
             )
         damaged += bad
         notes += [_loss_note(*loss) for loss in getattr(source, "losses", {}).items()]
+        ignored = getattr(source, "ignored", {}) if settings.path != "embedded" else {}
+        if ignored:
+            notes.append(
+                f"{settings.path}: not read, as no image or video: {ignored_text(ignored)}"
+            )
         if isinstance(apart, np.ndarray):
             parts = [(train, source, ~apart), (heldout, source, apart)]
         else:
@@ -277,7 +248,9 @@ def _open(
     settings: ml_collections.ConfigDict, *, fraction: float
 ) -> tuple[Source, "np.ndarray | Source"]:
     """A source, with a mask of its held-out items or another source that holds them."""
-    path = settings.path
+    path = input_path(settings.path)
+    if has_scheme(path):
+        raise UsageError(f"{path}: make a data set of it first: elastictok prepare {path} -o DIR")
     if path == "embedded":
         files = FileSource(EMBEDDED)
         names = [files.name(item) for item in range(len(files.frames))]

@@ -20,6 +20,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from elastictok_jax.errors import UsageError
 from elastictok_jax.models.layer_layout import APART, STACKED, depths, is_stacked
+from elastictok_jax.paths import local_path
 from elastictok_jax.training.checkpoint import Checkpointer
 from elastictok_jax.training.exported import is_exported, read_exported
 from elastictok_jax.training.relayout import relayout, relayout_shapes, stacked_struct
@@ -81,7 +82,7 @@ def initialise(
         train.init_from_mismatch is "refuse"; or if no weight fits.
     """
     stacked = is_stacked(abstract.params)
-    with open_source(Path(config.train.init_from)) as source:
+    with open_source(local_path(config.train.init_from)) as source:
         layout = is_stacked(source.shapes)
         if depths(source.shapes) != depths(abstract.params):
             layout = False  # compared layer by layer

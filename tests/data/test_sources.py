@@ -10,11 +10,11 @@ from PIL import Image
 
 from elastictok_jax.config import override, resolve
 from elastictok_jax.data import media
+from elastictok_jax.data.listing import list_media
 from elastictok_jax.data.sources import (
     EMBEDDED,
     FileSource,
     held_out,
-    list_media,
     name_place,
     open_feeds,
 )
@@ -135,7 +135,7 @@ def test_glob_and_kind(tmp_path):
 def test_embedded_splits_share_no_file_and_no_frame():
     contents, frames, names = {}, {}, {}
     for split in ("train", "heldout"):
-        _, paths = list_media(EMBEDDED / split)
+        paths = list_media(EMBEDDED / split).files
         assert paths
         frames[split] = set()
         for path in paths:
@@ -157,7 +157,7 @@ def test_nothing_to_read_is_said(tmp_path):
         list_media(tmp_path / "missing")
     (tmp_path / "a.txt").write_text("")
     for path in (tmp_path, tmp_path / "*.mp4"):
-        with pytest.raises(UsageError, match=r"holds no image or video: put files there .*\.mp4"):
+        with pytest.raises(UsageError, match="holds no image or video"):
             list_media(path)
     with pytest.raises(UsageError, match="heldout_split is for TFDS"):
         open_feeds(config_for("synthetic", **{"data.sources.main.heldout_split": "test"}))

@@ -1,0 +1,54 @@
+"""Paths as users write them: `~` is expanded, and what cannot be meant is refused at once."""
+
+import os
+import re
+from pathlib import Path
+
+from elastictok_jax.errors import UsageError
+
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # of `Path`, too, which drops a slash
+
+
+def has_scheme(text: str) -> bool:
+    """Whether `text` is a URL such as `gs://bucket/folder`."""
+    return _SCHEME.match(text) is not None
+
+
+def input_path(text: str) -> str:
+    """A path or URL to read, with `~` expanded.
+
+    Raises:
+      UsageError: if it is empty.
+    """
+    if not text.strip():
+        raise UsageError("a path is empty: write . for the current folder")
+    return text if has_scheme(text) else os.path.expanduser(text)
+
+
+def local_path(text: str) -> Path:
+    """A path on this machine, with `~` expanded.
+
+    Raises:
+      UsageError: if it is empty or a URL.
+    """
+    text = input_path(text)
+    if has_scheme(text):
+        scheme = text.partition(":")[0]
+        raise UsageError(
+            f"{text}: {scheme}:// works for the inputs of `elastictok prepare` only: give a path "
+            "on this machine or on a mounted file system"
+        )
+    return Path(text)
+
+
+def local_text(text: str) -> str:
+    """`local_path` as text."""
+    return os.fspath(local_path(text))
+
+
+def path_text(path: str | os.PathLike) -> str:
+    r"""A path as text that is the same under every locale, and valid UTF-8.
+
+    Names are bytes on disk. Those that are not UTF-8 are written as \xNN.
+    """
+    return os.fsencode(path).decode("utf-8", "backslashreplace")

@@ -167,6 +167,9 @@ def build_parser() -> argparse.ArgumentParser:
     decode.add_argument(
         "--window-blocks", type=int, metavar="N", help="most blocks that may see each other"
     )
+    decode.add_argument(
+        "--fps", type=float, metavar="F", help="of the video; else as the tokens say"
+    )
     decode.add_argument("--json", action="store_true", help="print the results")
     decode.set_defaults(run=run_decode)
 
@@ -394,7 +397,11 @@ def run_decode(args: argparse.Namespace, overrides: dict[str, str]) -> None:
     from elastictok_jax.tokenizer.files import decode_file
 
     results = decode_file(
-        args.input, model=args.model, output=args.output, window_blocks=args.window_blocks
+        args.input,
+        model=args.model,
+        output=args.output,
+        window_blocks=args.window_blocks,
+        fps=args.fps,
     )
     print(f"{args.output}: {results['frames']} frames", file=sys.stderr)
     print_results(results, args)

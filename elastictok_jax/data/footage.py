@@ -116,7 +116,7 @@ def _in_order(reader: media.VideoReader) -> Iterator[np.ndarray]:
 def _open_pipe(*, size: tuple[int, int] | None, fps: float | None) -> Footage:
     if sys.stdin is None or sys.stdin.isatty():
         raise UsageError("standard input is no pipe: send raw rgb24 frames or y4m into it")
-    if fps is not None and not _is_rate(fps):
+    if fps is not None and not media.is_rate(fps):
         raise UsageError(f"--fps {fps}: give the frames a second, e.g. 30")
     stream: BinaryIO = sys.stdin.buffer
     if size is None:
@@ -129,15 +129,11 @@ def _open_pipe(*, size: tuple[int, int] | None, fps: float | None) -> Footage:
         frames = rawvideo.read_raw(stream, height=height, width=width)
     if not rate:
         raise UsageError("standard input does not give its frame rate: add --fps, e.g. --fps 30")
-    if not _is_rate(rate):
+    if not media.is_rate(rate):
         raise UsageError(f"standard input gives {rate:g} frames a second: say how many by --fps")
     footage = Footage("standard input", [], height, width, rate, None)
     footage.stream = _until_cut_off(frames, footage)
     return footage
-
-
-def _is_rate(fps: float) -> bool:
-    return 0.001 <= fps <= 100_000  # what `media.write_video` can write
 
 
 def _until_cut_off(frames: Iterator[np.ndarray], footage: Footage) -> Iterator[np.ndarray]:

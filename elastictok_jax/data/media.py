@@ -15,7 +15,7 @@ import warnings
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -23,17 +23,20 @@ from typing import Any
 import av
 import numpy as np
 from av.bitstream import BitStreamFilterContext
+from av.sidedata.sidedata import Type as SideDataType
+from av.stream import Disposition
 from av.video.reformatter import ColorRange, Colorspace
 from PIL import Image, ImageOps, PngImagePlugin
 from simplejpeg import decode_jpeg, decode_jpeg_header
 
-from elastictok_jax.data import color
+from elastictok_jax.data import color, containers
 from elastictok_jax.errors import RunError, UsageError
 
 IMAGE_SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".avif"}
     | {".heic", ".heif"}
 )
+WRITABLE_IMAGES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp"})
 VIDEO_SUFFIXES = frozenset(
     {".gif", ".mp4", ".m4v", ".mp4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".vob"}
     | {".ts", ".mts", ".m2ts", ".flv", ".wmv", ".asf", ".3gp", ".3g2", ".ogv"}
@@ -42,6 +45,13 @@ VIDEO_SUFFIXES = frozenset(
 _SEEKABLE_CODECS = frozenset(
     {"h264", "hevc", "vp9", "av1", "mpeg1video", "mpeg2video", "mpeg4", "ffv1", "mjpeg"}
 )
+# Containers without times of presentation, which libav then guesses: frames are counted.
+_UNTIMED = frozenset({"avi", "h264", "hevc", "m4v", "mpegvideo", "obu"})
+_INTRA_CODECS = frozenset({"ffv1", "mjpeg", "rawvideo"})
+# Their data has no long run of zeros: H.264 and HEVC forbid three, the others would waste bits.
+_WITHOUT_ZEROS = frozenset({"h264", "hevc", "vp8", "vp9", "av1"})
+_HOLE = bytes(64)  # as of a download in pieces, or of a bad sector
+_NO_FILM = Disposition.attached_pic | Disposition.timed_thumbnails
 _WRITE_FORMATS = {"libx264": "yuv420p", "libx264rgb": "rgb24", "ffv1": "bgr0"}
 _CHROMA = {"4:2:0": "yuv420p", "4:4:4": "yuv444p"}
 _WRITE_SUFFIXES = frozenset({".mp4", ".mkv", ".mov", ".m4v"})
@@ -98,6 +108,7 @@ class Limits:
 
 
 LIMITS = Limits()
+SLOWEST, FASTEST = 1e-5, 100_000  # frames a second that can be written
 LONGEST = 16  # times the short side: what lies beyond the middle of a longer strip is not scaled up
 
 
@@ -320,8 +331,8 @@ def write_image(path, image_HWC, *, quality: int = 95) -> None:
     The file appears whole or not at all. Raises UsageError for another shape, type or suffix.
     """
     image_HWC = _require_rgb(image_HWC, dims=3)
-    if Path(path).suffix.lower() not in IMAGE_SUFFIXES:
-        raise UsageError(f"{path}: use one of {' '.join(sorted(IMAGE_SUFFIXES))}")
+    if Path(path).suffix.lower() not in WRITABLE_IMAGES:
+        raise UsageError(f"{path}: use one of {' '.join(sorted(WRITABLE_IMAGES))}")
     with _written_whole(path) as temporary:
         Image.fromarray(image_HWC).save(temporary, quality=quality)
 
@@ -435,7 +446,7 @@ class VideoReader:
     height = property(lambda self: self._index.height, doc="Pixels, as shown.")
     width = property(lambda self: self._index.width, doc="Pixels, as shown.")
     has_audio = property(lambda self: self._index.has_audio, doc="Whether the file has sound.")
-    evenly_spaced = property(lambda self: _is_even(self._index.pts), doc="Whether fps is constant.")
+    evenly_spaced = property(lambda self: self._index.is_even, doc="Whether fps is constant.")
 
     def __enter__(self) -> "VideoReader":
         return self
@@ -489,6 +500,20 @@ class VideoReader:
 
     def _read_run(self, wanted: list[int], *, crop: tuple[int, int], out: np.ndarray) -> None:
         """Fills `out` with the frames at `wanted`, which are close together."""
+        if self._try_run(wanted, crop=crop, out=out):
+            return
+        if self._index.keyframes:  # the container's timestamps may be wrong: count frames instead
+            counted = _times_when_decoded(self.path, threads=self._threads)
+            if len(counted) == self.frame_count:
+                self._index = replace(self._index, pts=tuple(range(len(counted))), keyframes=())
+                if self._try_run(wanted, crop=crop, out=out):
+                    return
+        raise MediaError(
+            f"{self.path}: damaged: of frames {wanted[0]} to {wanted[-1]} not all can be "
+            "decoded; re-encode or delete it"
+        )
+
+    def _try_run(self, wanted: list[int], *, crop: tuple[int, int], out: np.ndarray) -> bool:
         for decoding in self._ways_to(wanted[0]):
             self._decoding = decoding
             try:
@@ -499,12 +524,9 @@ class VideoReader:
                 self.close()  # how many frames it has given is unknown now
                 raise
             if done:
-                return
+                return True
         self.close()
-        raise MediaError(
-            f"{self.path}: damaged: of frames {wanted[0]} to {wanted[-1]} not all can be "
-            "decoded; re-encode or delete it"
-        )
+        return False
 
     def _ways_to(self, start: int) -> Iterator["_Decoding"]:
         """Decoders that should come to frame `start`, the quickest first, the surest last."""
@@ -528,11 +550,14 @@ class VideoReader:
 class _VideoIndex:
     """Timestamps of the frames in presentation order, and of those where decoding can start, in
     the stream's time base. Without keyframes the timestamps are just 0, 1, 2, ... and frames can
-    only be counted off from the start."""
+    only be counted off from the start.
+
+    fps is the number of frames but one over the time from the first to the last."""
 
     pts: tuple[int, ...]
     keyframes: tuple[int, ...]
     fps: float
+    is_even: bool
     height: int
     width: int
     has_audio: bool
@@ -603,18 +628,29 @@ def _start_decoding(path, *, threads: int, seek_to: int | None = None) -> _Decod
     to_rgb = _ToRgb(color.complete_siting(stream))
     # Of frames that turn out larger than the first; twice, as decoders round sizes up.
     most = 2 * max(LIMITS.pixels, stream.height * stream.width)
-    stream.codec_context.options = stream.codec_context.options | {"max_pixels": str(most)}
-    frames = _without_damaged_head(container.decode(stream))
+    options = {"max_pixels": str(most), "err_detect": "explode"}  # and nothing is concealed
+    stream.codec_context.options = stream.codec_context.options | options
+    frames = _without_damaged_head(container, stream)
     return _Decoding(container, frames, position=0, anchored=seek_to is None, to_rgb=to_rgb)
 
 
-def _without_damaged_head(frames: Iterator[av.VideoFrame]) -> Iterator[av.VideoFrame]:
+def _without_damaged_head(container, stream) -> Iterator[av.VideoFrame]:
+    """All frames from the first sound one on; raises FFmpegError at damage after it."""
     # A recording cut out of a longer one may start with frames that refer to what was cut off.
     started = False
-    for frame in frames:
-        started = started or not frame.is_corrupt
-        if started:
-            yield frame
+    for packet in container.demux(stream):
+        try:
+            frames = packet.decode()
+        except EOFError:
+            return
+        except av.FFmpegError:
+            if started:
+                raise
+            continue
+        for frame in frames:
+            started = started or not frame.is_corrupt
+            if started:
+                yield frame
 
 
 class _ToRgb:
@@ -625,9 +661,9 @@ class _ToRgb:
 
     def __call__(self, frame: av.VideoFrame, out_HWC: np.ndarray, *, path) -> None:
         """Writes uint8 [H, W, 3] into `out_HWC`; MediaError where the frame has another size."""
-        turns = round(frame.rotation / 90)  # counter-clockwise, as rot90 has it
+        matrix = _display_matrix(frame)
         for channel, plane in enumerate(self._planes(frame)):
-            shown = np.rot90(plane, turns)
+            shown = _upright(plane, matrix)
             if shown.shape != out_HWC.shape[:2]:
                 height, width = out_HWC.shape[:2]
                 raise MediaError(
@@ -635,6 +671,29 @@ class _ToRgb:
                     f"{shown.shape[1]}x{shown.shape[0]}; re-encode it at one size"
                 )
             out_HWC[..., channel] = shown
+
+
+def _display_matrix(frame: av.VideoFrame) -> tuple[int, int, int, int]:
+    """(a, b, c, d), by which the stored pixel (x, y) is shown at (a x + c y, b x + d y), x to the
+    right and y down (ISO/IEC 14496-12, 8.3.2), in units of which only the signs matter here."""
+    for entry in frame.side_data:
+        if entry.type == SideDataType.DISPLAYMATRIX:
+            a, b, _, c, d, *_ = np.frombuffer(bytes(entry)[:36], np.int32).tolist()
+            return a, b, c, d
+    return 1, 0, 0, 1
+
+
+def _upright(plane_HW: np.ndarray, matrix: tuple[int, int, int, int]) -> np.ndarray:
+    """A plane turned and mirrored as its display matrix says, to the nearest quarter turn."""
+    a, b, c, d = matrix
+    if _is_transposed(matrix):
+        plane_HW, a, d = plane_HW.T, c, b
+    return plane_HW[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]
+
+
+def _is_transposed(matrix: tuple[int, int, int, int]) -> bool:
+    a, b, _, _ = matrix
+    return abs(b) > abs(a)
 
 
 class StoredVideo:
@@ -734,11 +793,17 @@ def _index_video(path: str, *, threads: int, limits: Limits) -> _VideoIndex:
         raise MediaError(f"{path}: an image; a video is needed here")
     container, stream = _open_video(path, threads=threads, limits=limits)
     with container:
+        codec = stream.codec_context.codec.canonical_name
         try:
             packets: list[_PacketFacts] = []
             for packet in container.demux(stream):
                 if packet.size:
                     packets.append(_PacketFacts.of(packet))
+                if codec in _WITHOUT_ZEROS and _HOLE in memoryview(packet).tobytes():
+                    raise MediaError(
+                        f"{path}: damaged: of frame {len(packets) - 1} zeros are left; copy it "
+                        "again or delete it"
+                    )
                 if len(packets) > limits.frames:
                     raise MediaError(
                         f"{path}: more than {limits.frames} frames; cut it into pieces or delete it"
@@ -748,30 +813,47 @@ def _index_video(path: str, *, threads: int, limits: Limits) -> _VideoIndex:
                 f"{path}: damaged ({error.strerror}); re-encode or delete it"
             ) from error
         _require_whole(path, container, stream, packets=packets)
-        fps = float(stream.average_rate or stream.guessed_rate or 0)
+        if fault := containers.structure_fault(path):
+            raise MediaError(f"{path}: {fault}; copy it again, re-encode or delete it")
+        stated, tick = float(stream.average_rate or stream.guessed_rate or 0), stream.time_base
         seconds = _seconds(stream, packets)
         if seconds > limits.seconds:
             raise MediaError(
                 f"{path}: {seconds:.0f} seconds are more than {limits.seconds:g}; cut it into "
                 "pieces or delete it"
             )
-        codec, container_name = stream.codec_context.codec.canonical_name, container.format.name
+        is_timed = container.format.name not in _UNTIMED or codec in _INTRA_CODECS
         has_audio = len(container.streams.audio) > 0
     height, width = _shown_size(path, threads=threads)
     keyframes: tuple[int, ...] = ()
-    packed = codec == "mpeg4" and container_name == "avi"  # there, two frames may share a packet
-    if codec in _SEEKABLE_CODECS and not packed and _is_orderly(packets):
-        pts = tuple(sorted(_known_pts(packets)))
+    if is_timed and codec in _SEEKABLE_CODECS and _is_orderly(packets):
+        pts = times = tuple(sorted(_known_pts(packets)))
         keyframes = tuple(sorted(_known_pts([packet for packet in packets if packet.is_keyframe])))
     else:
-        pts = tuple(range(_count_decoded(path, threads=threads)))
-    return _VideoIndex(pts, keyframes, fps, height, width, has_audio)
+        times = _times_when_decoded(path, threads=threads)
+        pts = tuple(range(len(times)))
+        if not is_timed or None in times:
+            times = pts
+            tick = 1 / Fraction(stated).limit_denominator(1001) if stated else Fraction(1, 1)
+    fps = _mean_rate(times, stated=stated, tick=tick)
+    return _VideoIndex(pts, keyframes, fps, _is_even(times), height, width, has_audio)
 
 
-def _is_even(pts: tuple[int, ...]) -> bool:
+def _mean_rate(times: tuple[int, ...], *, stated: float, tick: Fraction) -> float:
+    """The frames but one over the time from the first to the last; `stated` where that is the
+    same, but for how finely times are written, as it is often more exact."""
+    span = float((times[-1] - times[0]) * tick)
+    if span <= 0 or (stated and abs((len(times) - 1) / stated - span) <= 2 * tick):
+        return stated
+    return (len(times) - 1) / span
+
+
+def _is_even(times: tuple[int, ...]) -> bool:
     """Whether no frame is half a frame or more from its place at a constant rate."""
-    step = (pts[-1] - pts[0]) / max(1, len(pts) - 1)
-    return all(abs(at - pts[0] - number * step) < max(1, step / 2) for number, at in enumerate(pts))
+    step = (times[-1] - times[0]) / max(1, len(times) - 1)
+    return all(
+        abs(at - times[0] - number * step) < max(1, step / 2) for number, at in enumerate(times)
+    )
 
 
 def _seconds(stream, packets: list["_PacketFacts"]) -> float:
@@ -819,10 +901,13 @@ def _open_video(path: str, *, threads: int, limits: Limits | None = None):
         container = av.open(_file_url(path))
     except av.FFmpegError as error:
         raise MediaError(f"{path}: {_why_unreadable(path)}") from error
-    stream = container.streams.best("video")
-    if not isinstance(stream, av.VideoStream):
+    films = [s for s in container.streams.video if not s.disposition & _NO_FILM]
+    best = container.streams.best("video")
+    if not films:
         container.close()
-        raise MediaError(f"{path}: holds no video; delete it")
+        what = "only the cover picture of a sound file" if best else "no video"
+        raise MediaError(f"{path}: holds {what}; delete it")
+    stream = best if best in films else max(films, key=lambda s: s.height * s.width)
     stream.codec_context.thread_count = threads
     stream.codec_context.thread_type = "NONE" if threads == 1 else "AUTO"
     try:
@@ -927,27 +1012,29 @@ def _shown_size(path: str, *, threads: int) -> tuple[int, int]:
             frame = None
         if frame is None:
             raise MediaError(f"{path}: damaged: no frame can be decoded; delete it")
-        turned = round(frame.rotation / 90) % 2 == 1
+        turned = _is_transposed(_display_matrix(frame))
         return (frame.width, frame.height) if turned else (frame.height, frame.width)
 
 
-def _count_decoded(path: str, *, threads: int) -> int:
-    """How many frames decoding gives: slow, for files whose packets do not tell."""
+def _times_when_decoded(path: str, *, threads: int) -> tuple[Any, ...]:
+    """The timestamps, or None, of all frames that decoding gives, in their order: slow, for files
+    whose packets do not tell."""
     decoding = _start_decoding(path, threads=threads)
-    count = 0
+    times: list[int | None] = []
     with decoding.container:
         try:
             for frame in decoding.frames:
                 if frame.is_corrupt:
                     raise MediaError(
-                        f"{path}: damaged after {count} frames; re-encode or delete it"
+                        f"{path}: damaged after {len(times)} frames; re-encode or delete it"
                     )
-                count += 1
+                times.append(frame.pts)
         except av.FFmpegError as error:
             raise MediaError(
-                f"{path}: damaged after {count} frames ({error.strerror}); re-encode or delete it"
+                f"{path}: damaged after {len(times)} frames ({error.strerror}); re-encode or "
+                "delete it"
             ) from error
-    return count
+    return tuple(times)
 
 
 # ---- writing video
@@ -982,10 +1069,8 @@ def write_video(
         raise UsageError(f"{path}: {codec} goes into {'.mkv' if codec == 'ffv1' else '.mp4'}")
     if chroma not in _CHROMA:
         raise UsageError(f"chroma {chroma!r} is not one of {', '.join(_CHROMA)}")
-    if not fps > 0:
-        raise UsageError(f"fps is {fps}; it must be above 0")
-    if not 0.001 <= fps <= 100_000:
-        raise UsageError(f"fps is {fps}; a video has from 0.001 to 100,000")
+    if fault := rate_fault(path, fps):
+        raise UsageError(fault)
     with _written_whole(path) as temporary:
         container_options = {} if suffix == ".mkv" else {"movflags": "+faststart"}
         try:
@@ -1003,6 +1088,27 @@ def write_video(
                 )
         except av.FFmpegError as error:
             raise RunError(f"{path}: {codec} failed: {error}") from error
+
+
+def is_rate(fps: float) -> bool:
+    """Whether a video of `fps` frames a second can be written."""
+    return SLOWEST <= fps <= FASTEST
+
+
+def rate_fault(path, fps: float) -> str:
+    """Why a video of `fps` frames a second cannot be written to `path`; "" if it can."""
+    if not is_rate(fps):
+        return f"{path}: {fps:g} frames a second: a video has from {SLOWEST:g} to {FASTEST:,}"
+    if Path(path).suffix.lower() == ".mkv" and fps > 1000:
+        return f"{path}: {fps:g} frames a second: .mkv has times in milliseconds, so at most 1000"
+    return ""
+
+
+def _exact_rate(fps: float) -> Fraction:
+    """The fraction that is meant: 23.976 is 24000 / 1001, 0.00027778 one in an hour."""
+    if fps >= 1:
+        return Fraction(fps).limit_denominator(1001)
+    return 1 / Fraction(1 / fps).limit_denominator(1001)
 
 
 def _of_one_size(frames: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
@@ -1045,7 +1151,7 @@ def encode_video(frames: Iterable[np.ndarray], *, fps: float, crf: int, gop: int
 def _encode(
     container, frames: Iterable[np.ndarray], *, fps, crf, codec, chroma, gop, b_frames, threads
 ):
-    rate = Fraction(fps).limit_denominator(1001)  # 23.976 is 24000 / 1001
+    rate = _exact_rate(fps)
     # With mbtree, x264's bytes hang on where its memory happens to lie.
     options = {} if codec == "ffv1" else {"crf": str(crf), "mbtree": "0"}
     is_yuv = codec == "libx264"
@@ -1126,7 +1232,7 @@ def recompress(frames_THWC, *, fps: float, codec: str, crf: int) -> Recompressed
 
 
 def _encode_for_size(container, frames_THWC: np.ndarray, *, fps, codec, crf) -> None:
-    rate = Fraction(fps).limit_denominator(1001)
+    rate = _exact_rate(fps)
     options = {"crf": str(crf)} | _CODEC_OPTIONS[codec] | color.WRITTEN_OPTIONS
     stream = container.add_stream(codec, rate=rate, options=options)
     stream.height, stream.width = frames_THWC.shape[1:3]

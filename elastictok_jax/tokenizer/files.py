@@ -178,7 +178,12 @@ def describe(results: dict) -> str:
 
 
 def decode_file(
-    source: str | Path, *, model: str | Path, output: Path, window_blocks: int | None = None
+    source: str | Path,
+    *,
+    model: str | Path,
+    output: Path,
+    window_blocks: int | None = None,
+    fps: float | None = None,
 ) -> dict[str, object]:
     """Decodes an .etok file into a picture, numbered pictures (a name with %05d) or a video.
 
@@ -187,6 +192,7 @@ def decode_file(
 
     Args:
       window_blocks: most blocks that may see each other; as in training if None.
+      fps: frames a second of the video, in place of those of the tokens.
 
     Raises:
       UsageError: on a bad file, model or output.
@@ -194,14 +200,18 @@ def decode_file(
     _require_window(window_blocks)
     suffix = output.suffix.lower()
     numbered = "%" in output.name
-    if suffix not in VIDEO_SUFFIXES and suffix not in media.IMAGE_SUFFIXES:
-        known = " ".join([*sorted(media.IMAGE_SUFFIXES), *VIDEO_SUFFIXES])
+    if suffix not in VIDEO_SUFFIXES and suffix not in media.WRITABLE_IMAGES:
+        known = " ".join([*sorted(media.WRITABLE_IMAGES), *VIDEO_SUFFIXES])
         raise UsageError(f"-o {output}: unknown suffix {suffix!r}; use one of {known}")
     if numbered and not re.fullmatch(r"[^%]*%(0\d)?d[^%]*", output.name):
         raise UsageError(f"-o {output}: name numbered pictures like frame-%05d.png")
     require_writable(output)
     tokens = Tokens.load(source)
     _require_kind(output, tokens, numbered=numbered)
+    if suffix in VIDEO_SUFFIXES:
+        fps = _writable_rate(output, tokens, fps)
+    elif fps is not None:
+        raise UsageError(f"--fps {fps:g}: pictures have no frame rate; leave it out, or write .mp4")
     tokenizer = ElasticTokenizer.from_pretrained(model)
     if window_blocks is not None:
         tokenizer.window_blocks = window_blocks
@@ -212,7 +222,7 @@ def decode_file(
             total=tokens.frames,
         )
         if suffix in VIDEO_SUFFIXES:
-            _write_video(output, frames, tokens)
+            _write_video(output, frames, tokens, fps=fps)
         else:
             for number, frame in enumerate(frames):
                 name = output.name % number if numbered else output.name
@@ -223,7 +233,7 @@ def decode_file(
         "frames": tokens.frames,
         "height": tokens.height,
         "width": tokens.width,
-        "fps": tokens.fps,
+        "fps": fps if suffix in VIDEO_SUFFIXES else tokens.fps,
     }
 
 
@@ -242,14 +252,24 @@ def _require_kind(output: Path, tokens: Tokens, *, numbered: bool) -> None:
         raise UsageError(f"-o {output}: only pictures are numbered; leave out the %")
 
 
-def _write_video(output: Path, frames: Iterable[np.ndarray], tokens: Tokens) -> None:
-    if not tokens.fps:
+def _writable_rate(output: Path, tokens: Tokens, fps: float | None) -> float:
+    """The frame rate of the video to write; raises UsageError for one that it cannot have."""
+    rate = tokens.fps if fps is None else fps
+    if fps is None and not rate:
         print(f"note: the tokens have no frame rate: {FPS:g} a second is written", file=sys.stderr)
+        rate = FPS
+    fault = media.rate_fault(output, rate)
+    if fault:
+        raise UsageError(f"{fault}; give another rate with --fps")
+    return rate
+
+
+def _write_video(output: Path, frames: Iterable[np.ndarray], tokens: Tokens, *, fps: float) -> None:
     odd = tokens.height % 2 or tokens.width % 2  # 4:2:0 has no odd sizes
     media.write_video(
         output,
         frames,
-        fps=tokens.fps or FPS,
+        fps=fps,
         codec="ffv1" if output.suffix.lower() == LOSSLESS_SUFFIX else "libx264",
         chroma="4:4:4" if odd else "4:2:0",
     )

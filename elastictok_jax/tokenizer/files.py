@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from elastictok_jax import ctrl_c
 from elastictok_jax.data import media
 from elastictok_jax.data.footage import PIPE, Footage, open_footage
 from elastictok_jax.errors import RunError, UsageError
@@ -127,6 +128,7 @@ def _encode_in_order(tokenizer: ElasticTokenizer, footage: Footage, goal: Goal) 
         except KeyboardInterrupt:  # how one stops a camera
             if not pieces:
                 raise
+            ctrl_c.take_over()
             footage.fault = f"{footage.name} was interrupted"
     if not pieces:
         raise UsageError(footage.fault or f"{footage.name} has no frames: send at least one")

@@ -15,6 +15,7 @@ from elastictok_jax.config import resolve, sequence_tokens
 from elastictok_jax.data.pipeline import BatchReader, DeviceBatches, local_part, to_device
 from elastictok_jax.data.sources import open_feeds
 from elastictok_jax.errors import RunError
+from elastictok_jax.parallel.backend import require_devices
 from elastictok_jax.parallel.distributed import first_says, meet
 from elastictok_jax.parallel.mesh import make_mesh
 from elastictok_jax.parallel.peers import Peers
@@ -87,6 +88,7 @@ def _train(
     peers: Peers,
     stack: contextlib.ExitStack,
 ) -> bool:
+    require_devices()
     mesh = make_mesh(config)
     sharding = batch_sharding(mesh)
     rows, blocks = local_part(sharding, config)
@@ -156,6 +158,7 @@ def _train(
     batches = DeviceBatches(reader, sharding, start=0, stop=steps - start)
     stack.callback(batches.close)
 
+    stop.take_interrupts()  # before this there is nothing to save
     for step in range(start, steps + 1):
         last = step == steps or log.stop_agreed
         eval_metrics = None

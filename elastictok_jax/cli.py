@@ -340,9 +340,11 @@ def run_evaluate(args: argparse.Namespace, overrides: dict[str, str]) -> None:
 
 
 def run_compare(args: argparse.Namespace, overrides: dict[str, str]) -> None:
-    from elastictok_jax.evaluation.compare import compare_runs, in_columns
+    from elastictok_jax.evaluation.compare import compare_runs, in_columns, warning
 
     rows = compare_runs(args.runs, output=args.output)
+    if other_data := warning(rows):
+        print(f"note: {other_data}", file=sys.stderr)
     if args.json:
         print_results(rows, args)
     else:

@@ -92,8 +92,10 @@ def test_ctrl_c_while_extensions_load_is_one_line():
 
 def test_ctrl_c_to_all_processes_of_prepare_is_one_line(tmp_path):
     running = subprocess.Popen(
-        [*PROGRAM, "prepare", str(EMBEDDED), "-o", str(tmp_path / "out"), "--jobs", "2"]
-        + ["--shard-mib", "0.2"],
+        [
+            *(*PROGRAM, "prepare", str(EMBEDDED), "-o", str(tmp_path / "out")),
+            *("--jobs", "2", "--shard-mib", "0.2"),
+        ],
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,

@@ -91,6 +91,13 @@ def initialize(
             f"this process could not join the others at {where} ({reason}): see that each of them "
             "has a number of its own, and that all are told the same --processes"
         ) from error
+    process, processes = place()
+    first = int(first_says("processes", str(processes), timeout=timeout))
+    if first != processes:
+        raise UsageError(
+            f"process 0 is told of {first} processes and process {process} of {processes}: give "
+            "all the same --processes"
+        )
 
 
 def shutdown() -> None:
@@ -235,8 +242,9 @@ def require_port(address: str) -> None:
     try:
         _listen(port).close()
     except OSError as error:
+        reason = os.strerror(error.errno or 0)  # without what Python adds to it
         raise UsageError(
-            f"coordinator {address}: process 0 cannot listen on port {port} ({error.strerror}): "
+            f"coordinator {address}: process 0 cannot listen on port {port} ({reason}): "
             f"choose a free one{' from 1024 on' if port < 1024 else ''}"
         ) from None
 

@@ -47,7 +47,13 @@ from elastictok_jax.training.validation import (
 )
 from elastictok_jax.training.votes import Votes
 from elastictok_jax.training.watchdog import Watchdog
-from elastictok_jax.training.workdir import FIRST_SECONDS, enter_workdir, newest_saved, write_config
+from elastictok_jax.training.workdir import (
+    FIRST_SECONDS,
+    enter_workdir,
+    newest_saved,
+    write_config,
+    write_held_out,
+)
 from elastictok_jax.weights.lpips import load_lpips
 
 
@@ -132,6 +138,7 @@ def _train(
     else:
         state, position = checkpoints.restore(latest, abstract)
     write_config(workdir, config)
+    write_held_out(workdir, feeds.fingerprint("heldout"))
     start, reader.first_row = latest or 0, position["next_row"]
     steps = max(start, config.train.steps)
     writer: MetricWriter | Silent = Silent(peers.name)

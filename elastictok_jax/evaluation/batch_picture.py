@@ -23,7 +23,7 @@ from elastictok_jax.evaluation.batch_contents import (
     read_rows,
     summarise_batch,
 )
-from elastictok_jax.evaluation.drawing import label, plt, shorten
+from elastictok_jax.evaluation.drawing import label, plt, save, shorten
 from elastictok_jax.evaluation.output import require_file
 from elastictok_jax.evaluation.report import COLOURS
 
@@ -135,7 +135,7 @@ def draw_batch(
             _draw_lengths(
                 axes, row, top=top + LABEL + THUMB + 4, blocks=blocks, most=block_tokens(config)
             )
-    figure.savefig(path, dpi=DPI)
+    save(figure, path, dpi=DPI)
     plt.close(figure)
 
 

@@ -142,7 +142,7 @@ def _write(
     picture.unlink(missing_ok=True)
     if keys:
         figure = _curves(keys, lines)
-        figure.savefig(picture, dpi=DPI)
+        drawing.save(figure, picture, dpi=DPI)
         parts.insert(0, Picture(figure, "metrics by step"))
     command = shlex.join(["elastictok", "compare", *map(str, runs), "-o", "DIR"])
     write_page(

@@ -1,6 +1,8 @@
 """matplotlib as every plot uses it: no display, no markup, and names shown as they are."""
 
 import functools
+import io
+from pathlib import Path
 
 import matplotlib
 
@@ -8,9 +10,12 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib import font_manager
 from matplotlib.axis import Axis
+from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-__all__ = ["label", "log_ticks", "plt", "shorten"]
+from elastictok_jax.evaluation.output import write_whole
+
+__all__ = ["label", "log_ticks", "plt", "save", "shorten"]
 
 LETTERS = 48  # of a name in a plot
 # With more letters than matplotlib's own font; those that are installed help it out.
@@ -39,6 +44,17 @@ def label(name: str) -> str:
     )
     text = shorten(text, LETTERS)
     return f" {text}" if text.startswith("_") else text
+
+
+def save(figure: Figure, path: Path, **options) -> None:
+    """Writes a figure in the format of the suffix, whole or not at all; `options` of savefig.
+
+    Raises:
+      RunError: if it cannot be written.
+    """
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format=path.suffix[1:], **options)
+    write_whole(path, buffer.getvalue())
 
 
 def shorten(text: str, letters: int) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from elastictok_jax.errors import UsageError
+from elastictok_jax.errors import RunError, UsageError
 
 
 def make_folder(folder: Path) -> None:
@@ -61,10 +61,20 @@ def require_file(path: Path, *, change: str) -> None:
 
 
 def write_whole(path: Path, data: bytes) -> None:
+    """Writes a file whole or not at all.
+
+    Raises:
+      RunError: if it cannot be written.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         temporary.write_bytes(data)
         os.replace(temporary, path)
+    except OSError as error:
+        raise RunError(
+            f"{path} cannot be written ({error.strerror}): make room or choose another place, then "
+            "run the same command again"
+        ) from error
     finally:
         temporary.unlink(missing_ok=True)
 

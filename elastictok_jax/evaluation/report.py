@@ -46,7 +46,7 @@ def draw_report(
         _draw_images(parts.pop(0), images, tokens_per_block)
     if curve:
         _draw_curves(parts.pop(0), curve, coded)
-    figure.savefig(path, dpi=100)
+    drawing.save(figure, path, dpi=100)
     plt.close(figure)
 
 

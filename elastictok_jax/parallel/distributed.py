@@ -225,7 +225,7 @@ def require_host(address: str, *, process: int, timeout: float) -> None:
                     "machine of process 0"
                 ) from None
             time.sleep(1)
-    if process == 0 and not any(_leads_here(family, place[0]) for family, *_, place in found):
+    if process == 0 and not any(_leads_here(family, str(place[0])) for family, *_, place in found):
         raise UsageError(
             f"coordinator {address}: this is process 0, and {host} is another machine: run "
             "process 0 there, or give an address of this one"

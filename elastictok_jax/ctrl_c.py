@@ -39,6 +39,7 @@ class _State:
 
 def install() -> None:
     """Handles SIGINT from here on, in the main thread of a program's own process."""
+    _State.stderr = os.dup(2)
     signal.signal(signal.SIGINT, _handle)
     import threading  # only now: a signal may come during imports
 
@@ -108,10 +109,8 @@ def _handle(number: int, frame: FrameType | None) -> None:
         _State.pending = True
         return  # the watching thread counts
     _State.interrupted = True
-    stderr = os.dup(2)
     with open(os.devnull, "wb") as nowhere:
         os.dup2(nowhere.fileno(), 2)
-    _State.stderr = stderr
     if _loads_extension(frame):
         end()
     raise KeyboardInterrupt

@@ -22,7 +22,7 @@ from jax._src.clusters import ClusterEnv  # nor has what it knows of clusters
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from elastictok_jax.errors import RunError, UsageError
-from elastictok_jax.parallel.abort import on_abort
+from elastictok_jax.parallel.abort import only_last_word
 
 # Options, and the variables that mean the same: jax itself reads the first by this name.
 VARIABLES = {
@@ -73,7 +73,7 @@ def initialize(
         require_port(os.environ.get("JAX_COORDINATOR_BIND_ADDRESS") or where)
     where = where or "the address that the cluster gives"
     try:
-        with on_abort(
+        with only_last_word(
             lambda: (
                 f"not all processes met at {where} within --initialization-timeout = {timeout} s: "
                 "see that process 0 runs there, that its port is open, and that as many were "
@@ -91,13 +91,6 @@ def initialize(
             f"this process could not join the others at {where} ({reason}): see that each of them "
             "has a number of its own, and that all are told the same --processes"
         ) from error
-    process, processes = place()
-    first = int(first_says("processes", str(processes), timeout=timeout))
-    if first != processes:
-        raise UsageError(
-            f"process 0 is told of {first} processes and process {process} of {processes}: give "
-            "all the same --processes"
-        )
 
 
 def shutdown() -> None:
@@ -329,6 +322,17 @@ def meet(mesh: Mesh, *, timeout: float) -> None:
                 ones.shape, NamedSharding(mesh, spec), ones.__getitem__
             )
             jax.block_until_ready(jax.jit(add)(placed))
+
+
+def require_same_count(*, timeout: float) -> None:
+    """Raises UsageError if this process was told of another number of processes than process 0."""
+    process, processes = place()
+    first = int(first_says("processes", str(processes), timeout=timeout))
+    if first != processes:
+        raise UsageError(
+            f"process 0 is told of {first} processes and process {process} of {processes}: give "
+            "all the same --processes"
+        )
 
 
 def first_says(name: str, value: str, *, timeout: float) -> str:

@@ -16,7 +16,7 @@ from elastictok_jax.data.pipeline import BatchReader, DeviceBatches, local_part,
 from elastictok_jax.data.sources import open_feeds
 from elastictok_jax.errors import RunError
 from elastictok_jax.parallel.backend import require_devices
-from elastictok_jax.parallel.distributed import first_says, meet
+from elastictok_jax.parallel.distributed import first_says, meet, require_same_count
 from elastictok_jax.parallel.mesh import make_mesh
 from elastictok_jax.parallel.peers import Peers
 from elastictok_jax.parallel.sharding import (
@@ -94,6 +94,7 @@ def _train(
     peers: Peers,
     stack: contextlib.ExitStack,
 ) -> bool:
+    require_same_count(timeout=FIRST_SECONDS)
     require_devices()
     mesh = make_mesh(config)
     sharding = batch_sharding(mesh)

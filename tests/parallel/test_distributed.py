@@ -24,7 +24,7 @@ def taken():
         yield listener.getsockname()[1]
 
 
-def train(tmp_path, *words, **environment) -> str:
+def train(tmp_path, *words, status: int = 2, **environment) -> str:
     """The only line of a `train` in several processes that cannot start."""
     done = subprocess.run(
         [
@@ -37,7 +37,7 @@ def train(tmp_path, *words, **environment) -> str:
         timeout=100,
         check=False,
     )
-    assert done.returncode == 2, done.stderr
+    assert done.returncode == status, done.stderr
     (line,) = done.stderr.splitlines()
     assert not (tmp_path / "run").exists()
     return line
@@ -67,6 +67,15 @@ def test_a_taken_port_under_slurm_is_said_too(tmp_path):
             line = train(tmp_path, **variables)
             assert f"process 0 cannot listen on port {first + job} (Address already" in line
             return
+
+
+def test_others_that_do_not_come_are_said_in_one_line(tmp_path):
+    with socket.create_server(("", 0)) as listener:
+        free = listener.getsockname()[1]
+    for process in ("0", "1"):
+        words = ("--coordinator", f"localhost:{free}", "--processes", "2", "--process", process)
+        line = train(tmp_path, *words, "--initialization-timeout", "1", status=1)
+        assert f"not all processes met at localhost:{free} within" in line
 
 
 def test_a_free_port_is_left_free(taken):

@@ -47,6 +47,8 @@ def install() -> None:
     os.set_blocking(writer, False)
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     sys.unraisablehook = _unraisable
+    # Processes that end at once leave semaphores: multiprocessing removes them, and would say so.
+    sys.warnoptions.append("ignore:resource_tracker:UserWarning")
     # Registered first, so called last: from there on Python would fall back on dying of SIGINT.
     atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_watch, args=(reader,), name="ctrl-c", daemon=True).start()
@@ -90,11 +92,13 @@ def kept_from_children() -> Iterator[None]:
     A terminal sends it to all processes, and theirs may not have loaded Python's modules yet. One
     that comes here is held until the end, so that no process is left half started.
     """
+    import threading
     from multiprocessing import resource_tracker
 
     resource_tracker.ensure_running()  # its own start, with the first process, unblocks SIGINT
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    _State.held, _State.pending = True, False
+    here = threading.current_thread() is threading.main_thread()
+    _State.held, _State.pending = here, False
     try:
         yield
     finally:

@@ -14,6 +14,6 @@ class RunError(RuntimeError):
 
 
 class ReaderGone(RunError):
-    """Nobody reads standard output any more, as in `elastictok experiments | head -1`."""
+    """The reader of standard output has gone, as in `elastictok experiments | head -1`."""
 
     status = 141  # as of a program that SIGPIPE ends

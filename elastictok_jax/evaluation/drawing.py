@@ -47,7 +47,7 @@ def label(name: str) -> str:
 
 
 def save(figure: Figure, path: Path, **options) -> None:
-    """Writes a figure in the format of the suffix, whole or not at all; `options` of savefig.
+    """Writes a figure in the format of the suffix, atomically; `options` of savefig.
 
     Raises:
       RunError: if it cannot be written.

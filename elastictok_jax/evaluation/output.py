@@ -61,7 +61,7 @@ def require_file(path: Path, *, change: str) -> None:
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Writes a file whole or not at all.
+    """Writes a file atomically.
 
     Raises:
       RunError: if it cannot be written.

@@ -69,5 +69,5 @@ setup(
         "tqdm>=4.66",
     ],
     extras_require=EXTRAS,
-    entry_points={"console_scripts": ["elastictok = elastictok_jax.cli:main"]},
+    entry_points={"console_scripts": ["elastictok = elastictok_jax.__main__:main"]},
 )

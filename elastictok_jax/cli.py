@@ -10,10 +10,11 @@ from collections.abc import Callable
 from typing import Any
 
 from elastictok_jax import __version__
-from elastictok_jax.errors import RunError, UsageError
+from elastictok_jax.errors import ReaderGone, RunError, UsageError
 from elastictok_jax.paths import input_path, local_path, local_text
 
 OVERRIDE = "--config."
+WITHOUT_JAX = frozenset({"experiments", "fetch-weights", "prepare"})
 
 
 def checked(read: Callable[[str], Any]) -> Callable[[str], Any]:
@@ -32,24 +33,41 @@ LOCAL, LOCAL_TEXT, INPUT = checked(local_path), checked(local_text), checked(inp
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs a verb. Returns 0 on success, 2 on bad usage, config or input, 1 on a failed run."""
+    """Runs a verb.
+
+    Returns the exit status: 0 on success, 2 on bad usage, config or input, 1 on a failed run, 141
+    where the reader of standard output has gone. Ctrl-C (130) is `__main__`'s.
+    """
     argv = sys.argv[1:] if argv is None else argv
     logging.getLogger("absl").setLevel(logging.ERROR)  # what orbax says of its options
     try:
-        words, overrides = split_overrides(argv)
-        parser = build_parser()
-        args = parser.parse_args(words)
-        if overrides and not getattr(args, "takes_config", False):
-            parser.error(f"{args.verb} takes no {OVERRIDE}KEY options")
-        return args.run(args, overrides) or 0
+        try:
+            return run_verb(argv)
+        finally:
+            sys.stdout.flush()  # a full disk is noticed here, not when Python ends
+    except ReaderGone as gone:
+        return gone.status
     except (UsageError, RunError) as error:
         print(f"elastictok: error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, UsageError) else 1
-    except BrokenPipeError:
-        return 1
+        return error.status
     except OSError as error:  # a full or failing disk, most likely
-        print(f"elastictok: error: {error}; mend that and run it again", file=sys.stderr)
-        return 1
+        print(f"elastictok: error: {error}: fix that and run it again", file=sys.stderr)
+        return RunError.status
+
+
+def run_verb(argv: list[str]) -> int:
+    """Parses a command line, runs its verb, and returns the exit status."""
+    words, overrides = split_overrides(argv)
+    parser = build_parser()
+    args = parser.parse_args(words)
+    if overrides and not getattr(args, "takes_config", False):
+        parser.error(f"{args.verb} takes no {OVERRIDE}KEY options")
+    if args.verb in WITHOUT_JAX:
+        return args.run(args, overrides) or 0
+    from elastictok_jax.parallel.backend import jax_started
+
+    with jax_started():
+        return args.run(args, overrides) or 0
 
 
 def split_overrides(argv: list[str]) -> tuple[list[str], dict[str, str]]:
@@ -357,9 +375,11 @@ def run_evaluate(args: argparse.Namespace, overrides: dict[str, str]) -> None:
 
 
 def run_compare(args: argparse.Namespace, overrides: dict[str, str]) -> None:
-    from elastictok_jax.evaluation.compare import compare_runs, in_columns
+    from elastictok_jax.evaluation.compare import compare_runs, in_columns, warning
 
     rows = compare_runs(args.runs, output=args.output)
+    if other_data := warning(rows):
+        print(f"note: {other_data}", file=sys.stderr)
     if args.json:
         print_results(rows, args)
     else:

@@ -1098,9 +1098,9 @@ def is_rate(fps: float) -> bool:
 def rate_fault(path, fps: float) -> str:
     """Why a video of `fps` frames a second cannot be written to `path`; "" if it can."""
     if not is_rate(fps):
-        return f"{path}: {fps:g} frames a second: a video has from {SLOWEST:g} to {FASTEST:,}"
+        return f"{path}: fps is {fps:g}; a video has from {SLOWEST:g} to {FASTEST:,}"
     if Path(path).suffix.lower() == ".mkv" and fps > 1000:
-        return f"{path}: {fps:g} frames a second: .mkv has times in milliseconds, so at most 1000"
+        return f"{path}: fps is {fps:g}; .mkv has times in milliseconds, so at most 1000"
     return ""
 
 

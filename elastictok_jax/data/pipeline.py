@@ -18,6 +18,7 @@ from absl import flags
 from jax.sharding import NamedSharding
 
 from elastictok_jax.config import block_tokens, patch_values, sequence_tokens
+from elastictok_jax.ctrl_c import kept_from_children
 from elastictok_jax.data.clips import ClipReader
 from elastictok_jax.data.mixture import Mixture
 from elastictok_jax.data.sources import Feeds
@@ -143,7 +144,17 @@ def read_ahead(reader: BatchReader, *, start: int, stop: int) -> Iterator[dict[s
             grain.MultiprocessingOptions(num_workers=data.workers, per_worker_buffer_size=1),
             worker_init_fn=end_with_parent,
         )
+        return _from_workers(iter(dataset))
     return iter(dataset)
+
+
+def _from_workers(batches: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """`batches`, whose processes start when the first is asked for."""
+    with kept_from_children():
+        first = next(batches, None)
+    if first is not None:
+        yield first
+        yield from batches
 
 
 def end_with_parent(worker: int, workers: int) -> None:

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from elastictok_jax.ctrl_c import kept_from_children
 from elastictok_jax.data.listing import ignored_text
 from elastictok_jax.data.prepare_plan import Plan, make_plan
 from elastictok_jax.data.prepare_shard import is_done, sidecar_path, work_on_shard
@@ -155,8 +156,7 @@ class _Supervisor:
         """Makes the shards.
 
         Raises:
-          OSError: if something cannot be written; RunError: if it is interrupted, or a process
-            dies that reads nothing.
+          OSError: if something cannot be written; RunError: if a process dies that reads nothing.
         """
         try:
             while self._waiting or self._running:
@@ -166,10 +166,6 @@ class _Supervisor:
                 multiprocessing.connection.wait(pipes, timeout=LOOK_SECONDS)
                 for shard, job in list(self._running.items()):
                     self._look(shard, job)
-        except KeyboardInterrupt:
-            raise RunError(
-                "interrupted: whole shards are kept; run the same command to go on"
-            ) from None
         finally:
             for job in self._running.values():
                 job.process.kill()
@@ -191,7 +187,8 @@ class _Supervisor:
             ),
             daemon=True,
         )
-        process.start()
+        with kept_from_children():
+            process.start()
         theirs.close()
         self._running[shard] = _Job(process, ours)
 

@@ -158,9 +158,10 @@ class Feeds:
     def split(self, name: str) -> tuple[Feed, ...]:
         return {"train": self.train, "heldout": self.heldout}[name]
 
-    def fingerprint(self) -> str:
-        """16 hex digits: what decides which training row is what, but for the config."""
-        listed = [(feed.name, feed.source.fingerprint, len(feed.items)) for feed in self.train]
+    def fingerprint(self, split: str = "train") -> str:
+        """16 hex digits: what decides which row of a split is what, but for the config."""
+        feeds = self.split(split)
+        listed = [(feed.name, feed.source.fingerprint, len(feed.items)) for feed in feeds]
         return hashlib.sha256(repr(listed).encode()).hexdigest()[:16]
 
 

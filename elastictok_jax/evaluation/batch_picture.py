@@ -8,10 +8,6 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import ml_collections
 import numpy as np
 from matplotlib.patches import Rectangle
@@ -27,6 +23,8 @@ from elastictok_jax.evaluation.batch_contents import (
     read_rows,
     summarise_batch,
 )
+from elastictok_jax.evaluation.drawing import label, plt, save, shorten
+from elastictok_jax.evaluation.output import require_file
 from elastictok_jax.evaluation.report import COLOURS
 
 MOST_ROWS = 64
@@ -51,6 +49,7 @@ def inspect_data(
         raise UsageError(f"--batch {batch}: batches count from 0")
     if output.suffix.lower() != ".png" or not output.parent.is_dir():
         raise UsageError(f"-o {output}: give a .png in a folder that exists")
+    require_file(output, change="choose another -o")
     config = resolve(config)
     reader = BatchReader(config, open_feeds(config), split=split)
     blocks = evenly(config.data.sequence_blocks, most=MOST_THUMBS)
@@ -93,7 +92,7 @@ def _title(config: ml_collections.ConfigDict, split: str, batch: int) -> str:
         else "no bars: lengths are drawn in training only"
     )
     return (
-        f"{config.name}: {split} batch {batch}{use}\n{data.batch_size} rows of "
+        f"{label(config.name)}: {split} batch {batch}{use}\n{data.batch_size} rows of "
         f"{data.sequence_blocks} blocks; a block: {video.frames_per_block} frames of {side} x "
         f"{side}, {per_block} tokens; {bars}"
     )
@@ -136,7 +135,7 @@ def draw_batch(
             _draw_lengths(
                 axes, row, top=top + LABEL + THUMB + 4, blocks=blocks, most=block_tokens(config)
             )
-    figure.savefig(path, dpi=DPI)
+    save(figure, path, dpi=DPI)
     plt.close(figure)
 
 
@@ -164,7 +163,7 @@ def _draw_row(axes, row: Row, *, top: int, blocks: np.ndarray) -> None:
         for line, text in enumerate(_label(row, first)):
             y = top + 2 + line * 13
             axes.text(
-                left + 3, y, shorten(text, letters), fontsize=7.5, va="top", color=colour,
+                left + 3, y, shorten(label(text), letters), fontsize=7.5, va="top", color=colour,
                 weight="bold" if line == 0 else "normal",
             )  # fmt: skip
         box = dict(xy=(left + 2, top + LABEL), width=wide - 4, height=THUMB, linewidth=3)
@@ -199,14 +198,6 @@ def _label(row: Row, block: int) -> tuple[str, str]:
     last = clip.start + clip.blocks - 1
     span = f"block {clip.start}" if clip.blocks == 1 else f"blocks {clip.start}-{last}"
     return f"{source}, {span}", item
-
-
-def shorten(text: str, letters: int) -> str:
-    """`text` in at most `letters` letters, its middle left out."""
-    if len(text) <= letters:
-        return text
-    head = max(0, letters - 1) // 3
-    return text[:head] + "…" + text[len(text) - max(0, letters - 1 - head) :]
 
 
 def _draw_lengths(axes, row: Row, *, top: int, blocks: np.ndarray, most: int) -> None:

@@ -1,27 +1,37 @@
 """`elastictok compare`: runs side by side, from their config.json and metrics.jsonl alone."""
 
+import hashlib
+import math
 import os
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 
 from elastictok_jax.config import flatten, read_config
 from elastictok_jax.errors import UsageError
+from elastictok_jax.evaluation import drawing
+from elastictok_jax.evaluation.drawing import plt
 from elastictok_jax.evaluation.html import DPI, Picture, Section, Table, text, write_page
-from elastictok_jax.evaluation.output import make_folder, write_csv, write_json
+from elastictok_jax.evaluation.output import columns, make_folder, write_csv, write_json
 from elastictok_jax.training.metrics import read_metrics
+from elastictok_jax.training.workdir import read_held_out
 
+# Config keys that decide on which blocks a run is judged. Its seed only decides their order.
+JUDGED_BY = (
+    *("data.sources.", "data.eval_fraction", "data.packing", "data.batch_size"),
+    *("data.sequence_blocks", "evaluation.batches", "video."),
+)
 CURVES = ("loss", "mse", "eval/mse", "eval/mse_at_0.25")
 
 
 def compare_runs(runs: Sequence[Path], *, output: Path | None) -> list[dict[str, Any]]:
     """A row for each run: the config keys in which they differ, and the last value of each metric.
+
+    Where runs were judged on other held-out data, `held_out` is 8 hex digits of what each saw:
+    metrics that begin with `eval/` compare between equal ones only.
 
     Args:
       runs: training workdirs, or folders of such, as a sweep leaves them.
@@ -42,12 +52,14 @@ def compare_runs(runs: Sequence[Path], *, output: Path | None) -> list[dict[str,
         for key in sorted(set().union(*configs))
         if len({repr(config.get(key)) for config in configs}) > 1
     ]
+    judged = _held_out(workdirs, configs)
     rows = []
-    for name, config, some in zip(names, configs, lines, strict=True):
-        last: dict[str, float] = {}
+    for name, config, some, data in zip(names, configs, lines, judged, strict=True):
+        last: dict[str, float | None] = {}
         for line in some:
-            last |= line
-        row = {"run": name, "step": last.pop("step")}
+            last |= {key: value if math.isfinite(value) else None for key, value in line.items()}
+        row: dict[str, Any] = {"run": name, "step": last.pop("step")}
+        row |= {"held_out": data} if len(set(judged)) > 1 else {}
         row |= {key: config.get(key) for key in differing}
         rows.append(row | dict(sorted(last.items())))
     if output is not None:
@@ -55,9 +67,39 @@ def compare_runs(runs: Sequence[Path], *, output: Path | None) -> list[dict[str,
     return rows
 
 
+def warning(rows: Sequence[dict[str, Any]]) -> str | None:
+    """A sentence on runs that were judged on other held-out data, if any were."""
+    groups: dict[str, list[str]] = {}
+    for row in rows:
+        groups.setdefault(row.get("held_out", ""), []).append(row["run"])
+    if len(groups) < 2:
+        return None
+    said = "; ".join(f"{data}: {', '.join(runs)}" for data, runs in groups.items())
+    return (
+        "The runs were judged on different held-out data, so their eval/ metrics do not compare "
+        f"but among those of one held_out: {said}."
+    )
+
+
+def _held_out(workdirs: Sequence[Path], configs: Sequence[dict[str, Any]]) -> list[str]:
+    """8 hex digits of the held-out data that each run was judged on.
+
+    Where all runs have noted what their files were, these count and their paths do not.
+    """
+    files = [read_held_out(workdir) for workdir in workdirs]
+    noted = None not in files
+    digests = []
+    for config, known in zip(configs, files, strict=True):
+        keys = sorted(key for key in config if key.startswith(JUDGED_BY))
+        said = [(key, config[key]) for key in keys if not (noted and key.endswith(".path"))]
+        said.append(("files", known if noted else None))
+        digests.append(hashlib.sha256(repr(said).encode()).hexdigest()[:8])
+    return digests
+
+
 def in_columns(rows: Sequence[dict[str, Any]]) -> str:
     """Rows as text for a terminal, a line for each key, a column for each run."""
-    keys = list(dict.fromkeys(key for row in rows for key in row))
+    keys = columns(rows)
     cells = [[key, *(text(row.get(key)) for row in rows)] for key in keys]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return "\n".join(
@@ -95,6 +137,25 @@ def _write(
     write_json(output / "compare.json", rows)
     write_csv(output / "compare.csv", rows)
     keys = [key for key in CURVES if any(key in line for some in lines.values() for line in some)]
+    parts: list[Picture | Table] = [Table(rows, "settings that differ, and last metrics")]
+    picture = output / "compare.png"
+    picture.unlink(missing_ok=True)
+    if keys:
+        figure = _curves(keys, lines)
+        drawing.save(figure, picture, dpi=DPI)
+        parts.insert(0, Picture(figure, "metrics by step"))
+    command = shlex.join(["elastictok", "compare", *map(str, runs), "-o", "DIR"])
+    write_page(
+        output / "report.html",
+        title=f"{len(rows)} runs",
+        summary=" ".join(filter(None, ("From their metrics.jsonl.", warning(rows)))),
+        command=command,
+        sections=[Section("Runs", "", parts)],
+    )
+    plt.close("all")
+
+
+def _curves(keys: Sequence[str], lines: dict[str, list[dict[str, float]]]) -> Figure:
     figure, axes = plt.subplots(
         1, len(keys), figsize=(4.6 * len(keys), 3.6), squeeze=False, layout="constrained"
     )
@@ -102,21 +163,14 @@ def _write(
         for name, some in lines.items():
             points = [(line["step"], line[key]) for line in some if key in line]
             if points:
-                one.plot(*zip(*points, strict=True), label=name, linewidth=1.4)
+                one.plot(*zip(*points, strict=True), label=drawing.label(name), linewidth=1.4)
         one.set(title=key, xlabel="step", yscale="log")
+        drawing.log_ticks(one.yaxis)
         one.grid(alpha=0.3)
-    axes[0, 0].legend(fontsize=7)
-    figure.savefig(output / "compare.png", dpi=DPI)
-    command = shlex.join(["elastictok", "compare", *map(str, runs), "-o", "DIR"])
-    parts = (
-        Picture(figure, "metrics by step"),
-        Table(rows, "settings that differ, and last metrics"),
-    )
-    write_page(
-        output / "report.html",
-        title=f"{len(rows)} runs",
-        summary="From their metrics.jsonl.",
-        command=command,
-        sections=[Section("Runs", "", parts)],
-    )
-    plt.close(figure)
+    handles = {
+        name: line
+        for one in axes[0]
+        for line, name in zip(*one.get_legend_handles_labels(), strict=True)
+    }
+    axes[0, 0].legend(handles.values(), handles.keys(), fontsize=7)
+    return figure

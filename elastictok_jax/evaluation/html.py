@@ -10,7 +10,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from elastictok_jax.evaluation.output import write_whole
+from elastictok_jax.evaluation.output import columns, write_whole
 
 STYLE = """
 :root { color-scheme: light dark; }
@@ -78,7 +78,7 @@ def write_page(path: Path, *, title: str, summary: str, command: str, sections: 
 <body><header><h1>{escape(title)}</h1><p>{escape(summary)}</p></header>
 <nav aria-label="Contents"><ol>{index}</ol></nav><main>{body}</main></body></html>
 """
-    write_whole(path, page.encode())
+    write_whole(path, page.encode(errors="backslashreplace"))
 
 
 def _section(section: Section, number: int, command: str) -> str:
@@ -117,7 +117,7 @@ def webp(figure: Figure) -> bytes:
 
 
 def _table(table: Table) -> str:
-    keys = list(dict.fromkeys(key for row in table.rows for key in row))
+    keys = columns(table.rows)
     head = "".join(f'<th scope="col">{escape(key.replace("_", " "))}</th>' for key in keys)
     rows = "".join(
         "<tr>" + "".join(f"<td>{escape(text(row.get(key)))}</td>" for key in keys) + "</tr>"

@@ -1,31 +1,80 @@
 """Tables and figures that an evaluation writes: each file whole or not at all."""
 
 import csv
+import errno
 import io
 import json
 import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from elastictok_jax.errors import UsageError
+from elastictok_jax.errors import RunError, UsageError
 
 
 def make_folder(folder: Path) -> None:
-    """Raises UsageError if `folder` cannot be written."""
+    """Makes a folder to write in: before the work, not after it.
+
+    Raises:
+      UsageError: if `folder` cannot be written.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        try_file(folder / "trial")
     except OSError as error:
         raise UsageError(
             f"{folder} cannot be written ({error.strerror}): choose another -o"
         ) from None
 
 
+def remove_outputs(folder: Path, names: Sequence[str]) -> None:
+    """Removes what an earlier run has left, so that no file is of another run than its neighbour.
+
+    Not before there is something to put there.
+    """
+    for name in names:
+        path = folder / name
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def try_file(path: Path) -> None:
+    """Writes and removes a small file beside `path`. Raises OSError if that cannot be done."""
+    trial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        trial.write_bytes(b"0")
+    finally:
+        trial.unlink(missing_ok=True)
+
+
+def require_file(path: Path, *, change: str) -> None:
+    """Raises UsageError if no file can be made or replaced at `path`: before the work."""
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "it is a folder")
+        try_file(path)
+    except OSError as error:
+        raise UsageError(f"{path} cannot be written ({error.strerror}): {change}") from None
+
+
 def write_whole(path: Path, data: bytes) -> None:
+    """Writes a file atomically.
+
+    Raises:
+      RunError: if it cannot be written.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         temporary.write_bytes(data)
         os.replace(temporary, path)
+    except OSError as error:
+        raise RunError(
+            f"{path} cannot be written ({error.strerror}): make room or choose another place, then "
+            "run the same command again"
+        ) from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -35,6 +84,12 @@ def write_json(path: Path, value: object) -> None:
     write_whole(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
 
 
+def columns(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """The keys of rows in order, but for those that have no value in any row."""
+    keys = dict.fromkeys(key for row in rows for key in row)
+    return [key for key in keys if any(row.get(key) is not None for row in rows)]
+
+
 def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     """Rows, whose keys may differ, as CSV with a header; None is an empty cell."""
     text = io.StringIO()
@@ -42,4 +97,4 @@ def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     writer = csv.DictWriter(text, keys, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    write_whole(path, text.getvalue().encode())
+    write_whole(path, text.getvalue().encode(errors="backslashreplace"))

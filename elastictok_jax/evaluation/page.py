@@ -1,15 +1,14 @@
 """What people look at: plots, tables and report.html of an evaluation."""
 
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 
 from elastictok_jax.evaluation import plots
+from elastictok_jax.evaluation.drawing import plt, save
 from elastictok_jax.evaluation.figures import KINDS, Measured, clip_kinds
 from elastictok_jax.evaluation.frechet import FVD_METRIC
 from elastictok_jax.evaluation.html import DPI, Picture, Section, Table, Video, write_page
@@ -42,7 +41,6 @@ def write_report(
     """
     tables, figures = output / "tables", output / "plots"
     for folder in (tables, figures):
-        shutil.rmtree(folder, ignore_errors=True)  # those of an earlier run may have other names
         make_folder(folder)
     sections = []
     kind_of = clip_kinds(clips)
@@ -58,8 +56,8 @@ def write_report(
             if isinstance(part, Table):
                 write_csv(tables / f"{name}.csv", part.rows)
             elif isinstance(part, Picture):
-                part.image.savefig(figures / f"{name}.png", dpi=DPI, metadata={"Software": None})
-                part.image.savefig(figures / f"{name}.svg", metadata={"Date": None})
+                save(part.image, figures / f"{name}.png", dpi=DPI, metadata={"Software": None})
+                save(part.image, figures / f"{name}.svg", metadata={"Date": None})
         if parts:
             sections.append(Section(section.title, section.text, parts))
     first, limits = results["models"][0], results["plan"]

@@ -3,20 +3,17 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
+from elastictok_jax.evaluation import drawing
+from elastictok_jax.evaluation.drawing import log_ticks, plt
 from elastictok_jax.evaluation.figures import KINDS, Measured, joined, share_met_by_tokens
 from elastictok_jax.evaluation.measure import Plan, Record
 from elastictok_jax.evaluation.protocol import Clip
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # for all eyes
+FILM_FRAMES = 8  # of a video, above its tokens
 Models = Sequence[dict[str, Any]]
 
 
@@ -27,15 +24,6 @@ def _figure(columns: int, *, height: float = 3.4) -> tuple[Figure, list[Any]]:
     for one in axes[0]:
         one.grid(alpha=0.3)
     return figure, list(axes[0])
-
-
-def _log_ticks(*axes: Axis) -> None:
-    """Labels of logarithmic axes that do not run into each other."""
-    for axis in axes:
-        low, high = axis.get_view_interval()
-        axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 50 * low else (1,)))
-        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axis.set_minor_formatter(NullFormatter())
 
 
 def kinds_of(models: Models) -> list[str]:
@@ -63,7 +51,7 @@ def share_met(
                     continue
                 least = model.facts["min_tokens"]
                 tokens, shares = share_met_by_tokens(lengths, met.astype(bool), least=least)
-                label = f"{model.name}, MSE {target:g}" if one is axes[0] else None
+                label = f"{drawing.label(model.name)}, MSE {target:g}" if one is axes[0] else None
                 one.plot(tokens / most, shares, line, color=colour, label=label, linewidth=1.6)
         one.set(xlabel="share of tokens used", title=kind, xlim=(0, 1.02), ylim=(-0.02, 1.02))
     axes[0].set_ylabel("share of blocks that meet the target")
@@ -88,12 +76,17 @@ def rate_plot(key: str, label: str) -> Callable[[Models], Figure | None]:
             for colour, model in zip(COLOURS * 9, models, strict=False):
                 rows = [row for row in model[kind]["rates"] if row.get(key) is not None]
                 points = [(row["bpp16"], row[key]) for row in rows]
-                one.plot(*zip(*points, strict=True), "o-", color=colour, label=model["name"])
+                one.plot(
+                    *zip(*points, strict=True),
+                    "o-",
+                    color=colour,
+                    label=drawing.label(model["name"]),
+                )
                 coded = [(r["bpp16_coded"], r[key]) for r in rows if r.get("bpp16_coded")]
                 if coded:
                     one.plot(*zip(*coded, strict=True), ".:", color=colour, alpha=0.7)
             one.set(xscale="log", xlabel="bits per pixel x 16 (dotted: entropy-coded)", title=kind)
-            _log_ticks(one.xaxis)
+            log_ticks(one.xaxis)
         axes[0].set_ylabel(label)
         axes[0].legend(fontsize=7)
         return figure
@@ -108,9 +101,11 @@ def loss_by_tokens(models: Models) -> Figure | None:
     for one, kind in zip(axes, kinds, strict=True):
         for colour, model in zip(COLOURS * 9, models, strict=False):
             points = [(row["tokens"], row["mse"]) for row in model[kind]["rates"]]
-            one.plot(*zip(*points, strict=True), "o-", color=colour, label=model["name"])
+            one.plot(
+                *zip(*points, strict=True), "o-", color=colour, label=drawing.label(model["name"])
+            )
         one.set(xscale="log", yscale="log", xlabel="tokens a block", title=kind)
-        _log_ticks(one.xaxis, one.yaxis)
+        log_ticks(one.xaxis, one.yaxis)
     axes[0].set_ylabel("MSE")
     axes[0].legend(fontsize=7)
     return figure
@@ -124,7 +119,9 @@ def context(models: Models) -> Figure | None:
     figure, axes = _figure(1)
     for colour, model in zip(COLOURS * 9, some, strict=False):
         points = [(row["frames"], row["psnr_of_mse"]) for row in model["videos"]["context"]]
-        axes[0].plot(*zip(*points, strict=True), "o-", color=colour, label=model["name"])
+        axes[0].plot(
+            *zip(*points, strict=True), "o-", color=colour, label=drawing.label(model["name"])
+        )
     axes[0].set(xlabel="frames that see each other", ylabel="PSNR, dB, at half of the tokens")
     axes[0].legend(fontsize=7)
     return figure
@@ -147,7 +144,7 @@ def energy(measured: Measured, kind_of: Mapping[str, str], plan: Plan) -> Figure
             xlabel="high-frequency energy of the block",
             title=f"{title}, MSE {plan.main_target:g}",
         )
-        _log_ticks(one.xaxis)
+        log_ticks(one.xaxis)
     axes[0].set_ylabel("tokens used")
     axes[0].legend(fontsize=7)
     return figure
@@ -178,7 +175,6 @@ def tokens_over_time(
     videos = [clip for clip in clips if len(clip.frames) > 1]
     if not videos:
         return None
-    shown = 8
     figure, axes = plt.subplots(
         2 * len(videos),
         1,
@@ -189,10 +185,10 @@ def tokens_over_time(
     )
     for index, clip in enumerate(videos):
         film, strip = axes[2 * index, 0], axes[2 * index + 1, 0]
-        frames = clip.frames[np.linspace(0, len(clip.frames) - 1, shown).round().astype(int)]
+        frames = clip.frames[np.linspace(0, len(clip.frames) - 1, FILM_FRAMES).round().astype(int)]
         film.imshow(np.concatenate(list(frames), axis=1), interpolation="bicubic", aspect="auto")
         film.axis("off")
-        film.set_title(clip.name, fontsize=8)
+        film.set_title(drawing.label(clip.name), fontsize=8)
         record = records[clip.name]
         for colour, target in zip(COLOURS * 9, plan.targets, strict=False):
             lengths = record[f"target/{target:g}/lengths"]

@@ -3,14 +3,12 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
 from PIL import Image, ImageDraw
 
 from elastictok_jax.data import media
+from elastictok_jax.evaluation import drawing
+from elastictok_jax.evaluation.drawing import log_ticks, plt
 from elastictok_jax.evaluation.metrics import mse, psnr
 from elastictok_jax.evaluation.protocol import Clip, Coded
 
@@ -48,7 +46,7 @@ def draw_report(
         _draw_images(parts.pop(0), images, tokens_per_block)
     if curve:
         _draw_curves(parts.pop(0), curve, coded)
-    figure.savefig(path, dpi=100)
+    drawing.save(figure, path, dpi=100)
     plt.close(figure)
 
 
@@ -93,7 +91,8 @@ def _draw_video(figure, item: CodedClip, frames_per_block: int, most: int) -> No
     strip.set_ylim(0, most * 1.08)
     strip.set_ylabel("tokens", fontsize=8)
     strip.set_xlabel(
-        f"{clip.name}: tokens used in each block, by frame (x: the target is missed)",
+        f"{drawing.label(clip.name)}: tokens used in each block, by frame (x: the target is "
+        "missed)",
         fontsize=8,
     )
     strip.tick_params(labelsize=7)
@@ -112,7 +111,7 @@ def _draw_images(figure, images: Sequence[CodedClip], most: int) -> None:
         unused.axis("off")
     for column, (clip, results) in enumerate(images):
         _show(axes[0, column], clip.frames[0])
-        axes[0, column].set_title(clip.name, fontsize=8)
+        axes[0, column].set_title(drawing.label(clip.name), fontsize=8)
         for row, coded in enumerate(results, start=1):
             _show(axes[row, column], coded.reconstruction[0])
             note = f"{coded.tokens.num_tokens} of {most}" + ("" if coded.tokens.met.all() else " x")
@@ -140,12 +139,17 @@ def _draw_curves(figure, curve: Sequence[dict[str, float]], coded: Sequence[Code
     for clip, results in coded:
         use = [float(np.mean(result.tokens.lengths)) for result in results]
         right.plot(
-            [result.goal.target for result in results], use, "o-", label=clip.name, linewidth=1
+            [result.goal.target for result in results],
+            use,
+            "o-",
+            label=drawing.label(clip.name),
+            linewidth=1,
         )
     right.set_xscale("log")
     right.set_xlabel("target MSE", fontsize=8)
     right.set_ylabel("mean tokens a block", fontsize=8)
     right.legend(fontsize=6, ncols=2)
+    log_ticks(left.yaxis, right.xaxis)
     for axes in (left, right):
         axes.tick_params(labelsize=7)
         axes.grid(alpha=0.3)

@@ -12,6 +12,7 @@ import numpy as np
 
 from elastictok_jax.data.footage import PIPE, open_footage
 from elastictok_jax.errors import UsageError
+from elastictok_jax.evaluation.drawing import label
 from elastictok_jax.evaluation.figures import Measured, summarise
 from elastictok_jax.evaluation.judge import make_judge
 from elastictok_jax.evaluation.measure import (
@@ -21,7 +22,7 @@ from elastictok_jax.evaluation.measure import (
     describe_model,
     make_plan,
 )
-from elastictok_jax.evaluation.output import make_folder, write_json
+from elastictok_jax.evaluation.output import make_folder, remove_outputs, write_json
 from elastictok_jax.evaluation.page import write_report
 from elastictok_jax.evaluation.protocol import Clip, Coded, Limits, clips_of, code_clip
 from elastictok_jax.evaluation.records import measure_all
@@ -33,6 +34,8 @@ from elastictok_jax.training.metrics import read_metrics
 
 RECORDS = "records"  # the folder of clips that are measured
 VIDEOS_SHOWN, IMAGES_SHOWN = 4, 10  # in report.html, report.png and report.mp4
+REPORT = ("metrics.json", "report.html", "report.png", "report.mp4", "tables", "plots")
+RECONSTRUCTION = ("reconstruction.json", "reconstruction.png", "reconstruction.mp4")
 NO_LIMITS = Limits()
 
 
@@ -88,15 +91,17 @@ def evaluate_models(
         results["clips"][clip.name] = [each.summary(clip.frames) for each in of_clip]
         if any(clip is each for each in shown):
             coded.append((clip, of_clip))
+    remove_outputs(output, REPORT)
     write_json(output / "metrics.json", results)
     sizes = dict(
         frames_per_block=config.video.frames_per_block,
         tokens_per_block=tokenizers[0].tokens_per_block,
     )
-    title = f"{config.name}: held-out clips, {sizes['tokens_per_block']} tokens a block at most"
+    title = (
+        f"{label(config.name)}: held-out clips, {sizes['tokens_per_block']} tokens a block at most"
+    )
     draw_report(output / "report.png", coded, title=title, curve=curve, **sizes)
     video = output / "report.mp4"
-    video.unlink(missing_ok=True)
     write_side_by_side(video, coded, **sizes)
     write_report(
         output,
@@ -193,8 +198,8 @@ def reconstruct_file(
         raise UsageError("reconstruct reads a file: `elastictok encode -` reads a pipe")
     footage = open_footage(source, side=resolution, max_frames=max_frames)
     tokenizer = ElasticTokenizer.from_pretrained(model)
-    frames = np.stack(list(footage.stream))
     make_folder(output)
+    frames = np.stack(list(footage.stream))
     for note in footage.notes:
         print(f"note: {note}", file=sys.stderr)
     clip = Clip(Path(source).stem, frames, footage.fps)
@@ -203,8 +208,9 @@ def reconstruct_file(
         frames_per_block=tokenizer.config.video.frames_per_block,
         tokens_per_block=tokenizer.tokens_per_block,
     )
+    remove_outputs(output, RECONSTRUCTION)
     draw_report(
-        output / "reconstruction.png", [(clip, coded)], title=f"{clip.name}: {goal}", **sizes
+        output / "reconstruction.png", [(clip, coded)], title=f"{label(clip.name)}: {goal}", **sizes
     )
     write_side_by_side(output / "reconstruction.mp4", [(clip, coded)], **sizes)
     results = {"input": str(source), **coded[0].summary(frames)}

@@ -33,6 +33,25 @@ def on_abort(last_word: Callable[[], str]) -> Iterator[None]:
         install(signal.SIGABRT, previous)
 
 
+@contextlib.contextmanager
+def only_last_word(last_word: Callable[[], str]) -> Iterator[None]:
+    """`on_abort`, and nothing else goes to stderr while inside: C++ prints a stack trace first."""
+    stderr = os.dup(2)
+
+    def spoken() -> str:
+        os.dup2(stderr, 2)
+        return last_word()
+
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        with on_abort(spoken):
+            yield
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
+
+
 def say(text: str) -> None:
     """Writes one line of error to stderr, past Python's buffers, whatever else is stuck."""
     os.write(2, f"elastictok: error: {text}\n".encode())

@@ -4,21 +4,25 @@ jax finds the other processes by itself on TPU pods, under Slurm and under Open 
 process is told where process 0 is, how many there are, and which one it is.
 """
 
+import contextlib
 import functools
 import glob
 import importlib.util
 import itertools
 import math
 import os
+import socket
+import time
 from collections.abc import Mapping
 
 import jax
 import numpy as np
 from jax._src import distributed as _distributed  # the key-value store has no public name
+from jax._src.clusters import ClusterEnv  # nor has what it knows of clusters
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from elastictok_jax.errors import RunError, UsageError
-from elastictok_jax.parallel.abort import on_abort
+from elastictok_jax.parallel.abort import only_last_word
 
 # Options, and the variables that mean the same: jax itself reads the first by this name.
 VARIABLES = {
@@ -27,6 +31,8 @@ VARIABLES = {
     "process": "JAX_PROCESS_ID",
 }
 SHUTDOWN_SECONDS = 60
+ANSWER_SECONDS = 3.0  # for a machine to take a connection
+MAX_PORT = 65535
 _KEYS = "elastictok/first/"
 
 
@@ -42,8 +48,9 @@ def initialize(
     Must come before the first use of a device. What is not given is taken from the environment.
 
     Raises:
-      UsageError: if the settings are half given or do not fit each other.
-      RunError: if this is process 0 and cannot listen at its address.
+      UsageError: if the settings are half given or do not fit each other, or if process 0 cannot
+        be reached there: its host has no address, or is another machine, or its port is taken.
+      RunError: whatever else jax says.
 
     When not all processes have met after `timeout` seconds, jax aborts; the process then says so
     in one line and exits with status 1.
@@ -57,9 +64,16 @@ def initialize(
         raise UsageError(f"--initialization-timeout {timeout}: must be at least 1 second")
     # SIGTERM is the loop's own: jax's service would swallow those that come before it listens.
     jax.config.update("jax_enable_preemption_service", False)
-    where = given["coordinator_address"] if given else "the address that the cluster gives"
+    if given is not None:
+        require_host(given["coordinator_address"], process=given["process_id"], timeout=timeout)
+        where, me = given["coordinator_address"], given["process_id"]
+    else:
+        where, me = _place_in_cluster(timeout)
+    if where and me == 0:
+        require_port(os.environ.get("JAX_COORDINATOR_BIND_ADDRESS") or where)
+    where = where or "the address that the cluster gives"
     try:
-        with on_abort(
+        with only_last_word(
             lambda: (
                 f"not all processes met at {where} within --initialization-timeout = {timeout} s: "
                 "see that process 0 runs there, that its port is open, and that as many were "
@@ -71,11 +85,11 @@ def initialize(
                 initialization_timeout=timeout,
                 shutdown_timeout_seconds=SHUTDOWN_SECONDS,
             )
-    except (RuntimeError, ValueError, OSError) as error:
+    except (RuntimeError, ValueError, LookupError, OSError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise RunError(
-            f"this process could not join the others at {where} ({reason}): if it is process 0, "
-            "its port may be taken, choose another"
+            f"this process could not join the others at {where} ({reason}): see that each of them "
+            "has a number of its own, and that all are told the same --processes"
         ) from error
 
 
@@ -96,7 +110,7 @@ def explicit_settings(
     for name, variable in VARIABLES.items():
         value: str | int | None = options[name]
         if value is None:
-            value = environment.get(variable)
+            value = environment.get(variable) or None  # empty is unset
         if value is not None:
             found[name] = value
     if not found:
@@ -107,9 +121,7 @@ def explicit_settings(
     if missing:
         has = ", ".join(f"{name} = {value}" for name, value in found.items())
         raise UsageError(f"{has}: {' and '.join(missing)} must be given too, or none of the three")
-    host, _, port = str(found["coordinator"]).rpartition(":")
-    if not host or not port.isdigit():
-        raise UsageError(f"coordinator {found['coordinator']}: write HOST:PORT")
+    host_and_port(str(found["coordinator"]))
     try:
         processes, process = int(found["processes"]), int(found["process"])
     except ValueError:
@@ -133,9 +145,9 @@ def in_cluster(environment: Mapping[str, str]) -> bool:
     Raises:
       UsageError: if there are others, but jax cannot find them.
     """
-    if int(environment.get("SLURM_NTASKS", 1)) > 1 and "SLURM_STEP_NODELIST" in environment:
+    if _number(environment, "SLURM_NTASKS") > 1 and "SLURM_STEP_NODELIST" in environment:
         return True  # an `srun` of several tasks, not the shell of a batch script
-    if int(environment.get("OMPI_COMM_WORLD_SIZE", 1)) > 1:
+    if _number(environment, "OMPI_COMM_WORLD_SIZE") > 1:
         if "OMPI_MCA_orte_hnp_uri" in environment:
             return True
         raise UsageError(
@@ -144,6 +156,113 @@ def in_cluster(environment: Mapping[str, str]) -> bool:
             "--process $OMPI_COMM_WORLD_RANK"
         )
     return _has_tpu(environment)
+
+
+def _number(environment: Mapping[str, str], variable: str) -> int:
+    """How many processes a variable says there are: one if it is unset or empty."""
+    value = environment.get(variable) or "1"
+    if not value.isdecimal():
+        raise UsageError(f"{variable}={value}: must be a number of processes, or unset it")
+    return int(value)
+
+
+def _place_in_cluster(timeout: int) -> tuple[str | None, int | None]:
+    """Where jax will say that process 0 listens, and which process this is; None if unknown.
+
+    What is wrong with the cluster's variables, jax says itself when it starts.
+    """
+    try:
+        address, _, process, _ = ClusterEnv.auto_detect_unset_distributed_params(
+            None, None, None, None, None, timeout
+        )
+    except Exception:
+        return None, None
+    return address, process
+
+
+def host_and_port(address: str) -> tuple[str, int]:
+    """Host and port of `HOST:PORT` or `[IPv6]:PORT`.
+
+    Raises:
+      UsageError: if it is neither.
+    """
+    host, _, port = address.rpartition(":")
+    bare = host.removeprefix("[").removesuffix("]")
+    if not bare or not port.isdecimal() or (":" in host) != (host == f"[{bare}]"):
+        raise UsageError(f"coordinator {address}: write HOST:PORT, or [ADDRESS]:PORT for IPv6")
+    if not 1 <= int(port) <= MAX_PORT:
+        raise UsageError(f"coordinator {address}: a port is from 1 to {MAX_PORT}")
+    return bare, int(port)
+
+
+def require_host(address: str, *, process: int, timeout: float) -> None:
+    """Sees that the host of `address` is known here, and for process 0 that it is this machine.
+
+    Its name may be a little late in a cluster: processes but the first, which wait anyway, look
+    for it for up to `timeout` seconds.
+
+    Raises:
+      UsageError: if not.
+    """
+    host, port = host_and_port(address)
+    deadline = time.monotonic() + (timeout if process else 0)
+    while True:
+        try:
+            found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+            break
+        except (OSError, UnicodeError) as error:
+            if time.monotonic() >= deadline:
+                raise UsageError(
+                    f"coordinator {address}: this machine knows no host {host} "
+                    f"({getattr(error, 'strerror', None) or error}): give a name or address of the "
+                    "machine of process 0"
+                ) from None
+            time.sleep(1)
+    if process == 0 and not any(_leads_here(family, str(place[0])) for family, *_, place in found):
+        raise UsageError(
+            f"coordinator {address}: this is process 0, and {host} is another machine: run "
+            "process 0 there, or give an address of this one"
+        )
+
+
+def require_port(address: str) -> None:
+    """Sees that this process can listen on the port of `address`: jax crashes where it cannot.
+
+    Raises:
+      UsageError: if not.
+    """
+    port = host_and_port(address)[1]
+    try:
+        _listen(port).close()
+    except OSError as error:
+        reason = os.strerror(error.errno or 0)  # without what Python adds to it
+        raise UsageError(
+            f"coordinator {address}: process 0 cannot listen on port {port} ({reason}): "
+            f"choose a free one{' from 1024 on' if port < 1024 else ''}"
+        ) from None
+
+
+def _listen(port: int) -> socket.socket:
+    """A socket that listens at `port` of all addresses, as jax's service does."""
+    return socket.create_server(
+        ("", port),
+        family=socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET,
+        dualstack_ipv6=socket.has_dualstack_ipv6(),
+    )
+
+
+def _leads_here(family: socket.AddressFamily, address: str) -> bool:
+    """Whether `address` is this machine's, or a connection to it arrives by way of a gateway."""
+    with contextlib.suppress(OSError), socket.socket(family) as trial:
+        trial.bind((address, 0))
+        return True
+    with contextlib.suppress(OSError), _listen(0) as here:
+        port = here.getsockname()[1]
+        socket.create_connection((address, port), ANSWER_SECONDS).close()
+        here.settimeout(ANSWER_SECONDS)
+        here.accept()[0].close()
+        return True
+    return False
 
 
 def _has_tpu(environment: Mapping[str, str]) -> bool:
@@ -203,6 +322,17 @@ def meet(mesh: Mesh, *, timeout: float) -> None:
                 ones.shape, NamedSharding(mesh, spec), ones.__getitem__
             )
             jax.block_until_ready(jax.jit(add)(placed))
+
+
+def require_same_count(*, timeout: float) -> None:
+    """Raises UsageError if this process was told of another number of processes than process 0."""
+    process, processes = place()
+    first = int(first_says("processes", str(processes), timeout=timeout))
+    if first != processes:
+        raise UsageError(
+            f"process 0 is told of {first} processes and process {process} of {processes}: give "
+            "all the same --processes"
+        )
 
 
 def first_says(name: str, value: str, *, timeout: float) -> str:

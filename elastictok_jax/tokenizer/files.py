@@ -4,7 +4,7 @@ Both go from frame to frame, so a video may be of any length: what grows with it
 """
 
 import dataclasses
-import os
+import itertools
 import re
 import sys
 from collections.abc import Iterable, Iterator
@@ -12,10 +12,12 @@ from pathlib import Path
 
 import numpy as np
 
+from elastictok_jax import ctrl_c
 from elastictok_jax.data import media
 from elastictok_jax.data.footage import PIPE, Footage, open_footage
 from elastictok_jax.errors import RunError, UsageError
 from elastictok_jax.evaluation.metrics import psnr
+from elastictok_jax.evaluation.output import try_file
 from elastictok_jax.progress import Progress
 from elastictok_jax.tokenizer import entropy, etok
 from elastictok_jax.tokenizer.api import ElasticTokenizer
@@ -127,6 +129,7 @@ def _encode_in_order(tokenizer: ElasticTokenizer, footage: Footage, goal: Goal) 
         except KeyboardInterrupt:  # how one stops a camera
             if not pieces:
                 raise
+            ctrl_c.take_over()
             footage.fault = f"{footage.name} was interrupted"
     if not pieces:
         raise UsageError(footage.fault or f"{footage.name} has no frames: send at least one")
@@ -227,6 +230,8 @@ def decode_file(
             for number, frame in enumerate(frames):
                 name = output.name % number if numbered else output.name
                 media.write_image(output.with_name(name), frame)
+            if numbered:
+                _remove_numbered(output, first=tokens.frames)
     return {
         "input": str(source),
         "output": str(output),
@@ -235,6 +240,15 @@ def decode_file(
         "width": tokens.width,
         "fps": fps if suffix in VIDEO_SUFFIXES else tokens.fps,
     }
+
+
+def _remove_numbered(output: Path, *, first: int) -> None:
+    """Removes the pictures from `first` on that the decoding of a longer clip has left."""
+    for number in itertools.count(first):
+        try:
+            output.with_name(output.name % number).unlink()
+        except FileNotFoundError:
+            return
 
 
 def _require_kind(output: Path, tokens: Tokens, *, numbered: bool) -> None:
@@ -293,10 +307,8 @@ def require_writable(path: Path) -> None:
         raise UsageError(f"-o {path} is a folder: name a file in it")
     if not path.parent.is_dir():
         raise UsageError(f"-o {path}: its folder does not exist; make it first")
-    trial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        trial.touch()
-        trial.unlink()
+        try_file(path)
     except OSError as error:
         raise UsageError(
             f"-o {path} cannot be written ({error.strerror}): choose another place"

@@ -19,9 +19,10 @@ import optax
 from elastictok_jax.data import media
 from elastictok_jax.data.sources import open_feeds
 from elastictok_jax.errors import UsageError
+from elastictok_jax.evaluation.output import require_file
 from elastictok_jax.tokenizer.api import ElasticTokenizer
 from elastictok_jax.tokenizer.grid import Grid
-from elastictok_jax.tokenizer.router import Head, Router, features_of, predict
+from elastictok_jax.tokenizer.router import FILE, Head, Router, features_of, predict
 from elastictok_jax.tokenizer.search import log_spaced
 
 KNOTS = 32
@@ -38,9 +39,10 @@ def train_router(model: str | Path, *, blocks: int, steps: int) -> dict[str, flo
       of |n - n of the measured curve| / n of the measured curve there, over four targets.
 
     Raises:
-      UsageError: if there is no model, or too little data for it.
+      UsageError: if there is no model, too little data for it, or its folder cannot be written.
     """
     tokenizer = ElasticTokenizer.without_router(model)
+    require_file(Path(model) / FILE, change="make the model's folder writable, or copy it")
     lengths = log_spaced(tokenizer.min_tokens, tokenizer.tokens_per_block, count=KNOTS)
     items, features, curves = [], [], []
     for item, block_features, curve_K in measured_blocks(tokenizer, lengths, blocks=blocks):

@@ -6,7 +6,8 @@ from types import FrameType, TracebackType
 
 
 class StopRequest:
-    """A context in which `requested` turns true at the first SIGTERM or SIGINT.
+    """A context in which `requested` turns true at the first SIGTERM or, from `take_interrupts`
+    on, SIGINT.
 
     The second signal exits at once with status 128 + its number; what was saved stays.
     """
@@ -16,9 +17,15 @@ class StopRequest:
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> "StopRequest":
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self._previous[number] = signal.signal(number, self._handle)
+        self._take(signal.SIGTERM)
         return self
+
+    def take_interrupts(self) -> None:
+        """Called when the loop begins: until then Ctrl-C ends the process as anywhere else."""
+        self._take(signal.SIGINT)
+
+    def _take(self, number: signal.Signals) -> None:
+        self._previous[number] = signal.signal(number, self._handle)
 
     def __exit__(
         self,

@@ -15,7 +15,8 @@ from elastictok_jax.config import resolve, sequence_tokens
 from elastictok_jax.data.pipeline import BatchReader, DeviceBatches, local_part, to_device
 from elastictok_jax.data.sources import open_feeds
 from elastictok_jax.errors import RunError
-from elastictok_jax.parallel.distributed import first_says, meet
+from elastictok_jax.parallel.backend import require_devices
+from elastictok_jax.parallel.distributed import first_says, meet, require_same_count
 from elastictok_jax.parallel.mesh import make_mesh
 from elastictok_jax.parallel.peers import Peers
 from elastictok_jax.parallel.sharding import (
@@ -46,7 +47,13 @@ from elastictok_jax.training.validation import (
 )
 from elastictok_jax.training.votes import Votes
 from elastictok_jax.training.watchdog import Watchdog
-from elastictok_jax.training.workdir import FIRST_SECONDS, enter_workdir, newest_saved, write_config
+from elastictok_jax.training.workdir import (
+    FIRST_SECONDS,
+    enter_workdir,
+    newest_saved,
+    write_config,
+    write_held_out,
+)
 from elastictok_jax.weights.lpips import load_lpips
 
 
@@ -87,6 +94,8 @@ def _train(
     peers: Peers,
     stack: contextlib.ExitStack,
 ) -> bool:
+    require_same_count(timeout=FIRST_SECONDS)
+    require_devices()
     mesh = make_mesh(config)
     sharding = batch_sharding(mesh)
     rows, blocks = local_part(sharding, config)
@@ -130,6 +139,7 @@ def _train(
     else:
         state, position = checkpoints.restore(latest, abstract)
     write_config(workdir, config)
+    write_held_out(workdir, feeds.fingerprint("heldout"))
     start, reader.first_row = latest or 0, position["next_row"]
     steps = max(start, config.train.steps)
     writer: MetricWriter | Silent = Silent(peers.name)
@@ -158,6 +168,7 @@ def _train(
     batches = DeviceBatches(reader, sharding, start=0, stop=steps - start)
     stack.callback(batches.close)
 
+    stop.take_interrupts()  # before this there is nothing to save
     for step in range(start, steps + 1):
         last = step == steps or log.stop_agreed
         eval_metrics = None

@@ -19,6 +19,7 @@ FIXED_ON_RESUME = (
     *("model.heads", "model.patch", "model.bottleneck", "model.fsq_levels", "model.vae_dim"),
     *("model.rope_theta", "model.norm_eps", "model.conditioned", "video."),
 )
+HELD_OUT = "held_out.json"
 FIRST_SECONDS = 1800.0  # for process 0 to look through its data
 SHARED_SECONDS = 30.0  # for a network file system to show a new file
 
@@ -104,6 +105,20 @@ def write_config(workdir: Path, config: ml_collections.ConfigDict) -> None:
         temporary = workdir / "config.tmp"
         temporary.write_text(to_json(config))
         os.replace(temporary, workdir / "config.json")
+
+
+def write_held_out(workdir: Path, fingerprint: str) -> None:
+    """Notes what a run is judged on, for `elastictok compare`; process 0 does so for all."""
+    if place()[0] == 0:
+        (workdir / HELD_OUT).write_text(json.dumps({"files": fingerprint}) + "\n")
+
+
+def read_held_out(workdir: Path) -> str | None:
+    """What `write_held_out` has noted, or None where it has not."""
+    try:
+        return str(json.loads((workdir / HELD_OUT).read_text())["files"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
 
 
 def newest_saved(workdir: Path) -> str:

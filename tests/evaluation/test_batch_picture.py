@@ -13,7 +13,8 @@ from elastictok_jax.config import block_tokens, override, resolve
 from elastictok_jax.data.pipeline import BatchReader
 from elastictok_jax.data.sources import open_feeds
 from elastictok_jax.evaluation.batch_contents import batch_lengths
-from elastictok_jax.evaluation.batch_picture import evenly, shorten
+from elastictok_jax.evaluation.batch_picture import evenly
+from elastictok_jax.evaluation.drawing import shorten
 from elastictok_jax.registry import get_experiment
 from elastictok_jax.training.state import init_state
 from elastictok_jax.training.step import make_train_step

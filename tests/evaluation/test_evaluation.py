@@ -2,9 +2,11 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -17,8 +19,9 @@ from elastictok_jax.data import media
 from elastictok_jax.data.sources import EMBEDDED
 from elastictok_jax.errors import UsageError
 from elastictok_jax.evaluation.metrics import mse, psnr
+from elastictok_jax.evaluation.output import remove_outputs
 from elastictok_jax.evaluation.protocol import Clip, Limits
-from elastictok_jax.evaluation.run import evaluate_models, pictured, reconstruct_file
+from elastictok_jax.evaluation.run import REPORT, evaluate_models, pictured, reconstruct_file
 from elastictok_jax.tokenizer.goal import Goal
 from elastictok_jax.training.state import init_state
 from elastictok_jax.weights.safetensors import save_params
@@ -254,9 +257,44 @@ def test_reconstruct_verb_on_a_real_clip_and_photo(model, tmp_path, capsys):
     assert printed["blocks"] == 3 * 2  # 9 frames in blocks of 4, 16 x 28 pixels in tiles of 16
     assert media.probe(tmp_path / "reconstruction.mp4").frames == 9
     assert (tmp_path / "reconstruction.png").stat().st_size > 0
-    photo = EMBEDDED / "heldout" / "photo_chelsea.jpg"
+    photo = tmp_path / "_$x$ 中\n$.jpg"
+    shutil.copy(EMBEDDED / "heldout" / "photo_chelsea.jpg", photo)
     results = reconstruct_file(
-        str(photo), model=model, output=tmp_path / "photo", goal=Goal(budget=0.5), resolution=16
+        str(photo), model=model, output=tmp_path, goal=Goal(budget=0.5), resolution=16
     )
     assert results["tokens"] == sum(results["lengths"]) == 8  # half of 2 tiles of 8
-    assert not (tmp_path / "photo" / "reconstruction.mp4").exists()
+    assert not (tmp_path / "reconstruction.mp4").exists()  # that of the clip before
+
+
+def test_no_output_of_an_earlier_run_stays(tmp_path):
+    (tmp_path / "plots").mkdir()
+    for name in ("report.html", "plots/old.png", "notes.txt"):
+        (tmp_path / name).write_text("old")
+    remove_outputs(tmp_path, REPORT)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_the_work(model, tmp_path):
+    source = str(EMBEDDED / "heldout" / "photo_chelsea.jpg")
+    (tmp_path / "file").write_text("in the way")
+    for output in (tmp_path / "file", tmp_path / "file" / "folder", Path("/proc/no")):
+        with pytest.raises(UsageError, match="cannot be written"):
+            reconstruct_file(source, model=model, output=output, goal=Goal(tokens=1))
+        with pytest.raises(UsageError, match="cannot be written"):
+            evaluate_models([model], output=output)
+    assert (tmp_path / "file").read_text() == "in the way"
+
+
+def test_a_full_disk_names_the_file_and_leaves_none(tmp_path):
+    code = (
+        "import resource, sys\n"
+        "from pathlib import Path\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))\n"
+        "from elastictok_jax.evaluation.output import write_whole\n"
+        "write_whole(Path(sys.argv[1]) / 'a.png', bytes(1000))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=False
+    )
+    assert f"RunError: {tmp_path / 'a.png'} cannot be written (File too large)" in done.stderr
+    assert not list(tmp_path.iterdir())

@@ -359,6 +359,17 @@ def test_a_pipe_that_is_cut_off_keeps_whole_frames(tokenizer, refused, piped, tm
     assert Tokens.load(tmp_path / "clip.etok").frames == 3
 
 
+def test_numbered_pictures_of_a_longer_clip_do_not_stay(model, encode, decode, tmp_path):
+    for count in (6, 3):
+        encode(write(tmp_path / "in.mkv", footage(count)))
+        decode("frame-%02d.png")
+    kept = tmp_path / "frame-10.png"  # not of that clip: numbers between are missing
+    kept.touch()
+    decode("frame-%02d.png")
+    names = sorted(path.name for path in tmp_path.glob("frame-*"))
+    assert names == ["frame-00.png", "frame-01.png", "frame-02.png", kept.name]
+
+
 def test_an_interrupted_stream_keeps_its_blocks(tokenizer):
     frames = footage(8)
 

@@ -13,7 +13,7 @@ from elastictok_jax.errors import UsageError
 from elastictok_jax.tokenizer.goal import Goal
 from elastictok_jax.tokenizer.grid import Grid
 from elastictok_jax.tokenizer.router import FILE, Router, energies, features, predict
-from elastictok_jax.tokenizer.router_training import count_error, fit, held_back_items
+from elastictok_jax.tokenizer.router_training import count_error, fit, held_back_items, train_router
 from elastictok_jax.weights.safetensors import save_params
 from tests.tokenizer.small import LENGTH, make_tokenizer, moving_clip
 
@@ -55,6 +55,16 @@ def folder(request, tmp_path_factory):
     (folder / "config.json").write_text(to_json(tokenizer.config))
     save_params(folder / "model.safetensors", jax.device_get(tokenizer.params), metadata={})
     return folder
+
+
+def test_a_folder_that_cannot_take_the_router_is_refused_before_the_work(folder):
+    in_the_way = folder / "router.safetensors"
+    in_the_way.mkdir()
+    try:
+        with pytest.raises(UsageError, match=r"router\.safetensors cannot be written"):
+            train_router(folder, blocks=10**9, steps=1)
+    finally:
+        in_the_way.rmdir()
 
 
 def test_train_router_and_use_it(folder, capsys):

@@ -1,0 +1,174 @@
+"""Ctrl-C: one line that says how to go on, and exit status 130, whatever the program is doing.
+
+The first Ctrl-C raises KeyboardInterrupt in the main thread, so that temporary files are removed
+and worker processes end. C++ can delay that and a callback can swallow it, so a thread ends the
+process after GRACE seconds; a second Ctrl-C ends it at once. From the first on, stderr is closed
+to everything else: libraries print tracebacks while they are torn down.
+"""
+
+import atexit
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from types import FrameType
+from typing import NoReturn
+
+STATUS = 128 + signal.SIGINT
+GRACE = 5.0  # seconds for the main thread to end in order
+ECHO = 0.3  # seconds within which a second signal is the same Ctrl-C, passed on by a launcher
+ADVICE = {
+    "train": "run the same command again to go on from the newest checkpoint",
+    "evaluate": "measured clips are kept; run the same command again to go on",
+    "prepare": "finished shards are kept; run the same command again to go on",
+}
+OTHER_ADVICE = "nothing is left half-written; run the same command again"
+
+
+class _State:
+    interrupted = False
+    finished = False  # before it was interrupted
+    taken_over = False  # by code that ends in order and says how to go on
+    held = False  # while a process is started
+    pending = False  # since then
+    swallowed = False  # the KeyboardInterrupt, by a finalizer or a callback
+    said = False
+    stderr = 2
+
+
+def install() -> None:
+    """Handles SIGINT from here on, in the main thread of a program's own process."""
+    _State.stderr = os.dup(2)
+    signal.signal(signal.SIGINT, _handle)
+    import threading  # only now: a signal may come during imports
+
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    sys.unraisablehook = _unraisable
+    # Processes that end at once leave semaphores: multiprocessing removes them, and would say so.
+    sys.warnoptions.append("ignore:resource_tracker:UserWarning")
+    # Registered first, so called last: from there on Python would fall back on dying of SIGINT.
+    atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_watch, args=(reader,), name="ctrl-c", daemon=True).start()
+
+
+def interrupted() -> bool:
+    return _State.interrupted
+
+
+def take_over() -> None:
+    """Called where KeyboardInterrupt is caught to end in order: no deadline, and stderr works."""
+    if _State.interrupted:
+        _State.taken_over = True
+        os.dup2(_State.stderr, 2)
+
+
+def end_at_once() -> None:
+    """Has a later Ctrl-C end the process where it is: the command has done its work."""
+    _State.finished = True
+    signal.signal(signal.SIGINT, lambda number, frame: end())
+
+
+def say() -> None:
+    """Prints the one line, unless it or another has been printed."""
+    if _State.said or _State.taken_over:
+        return
+    _State.said = True
+    verb = sys.argv[1] if len(sys.argv) > 1 else ""
+    advice = ADVICE.get(verb, OTHER_ADVICE)
+    if _State.finished and not _State.interrupted:
+        advice = "the command had done its work"
+    start = "\r\033[K" if os.isatty(_State.stderr) else ""  # over a progress bar
+    with contextlib.suppress(OSError):
+        os.write(_State.stderr, f"{start}elastictok: interrupted: {advice}\n".encode())
+
+
+@contextlib.contextmanager
+def kept_from_children() -> Iterator[None]:
+    """While inside, processes that this thread starts are deaf to Ctrl-C: this one ends them.
+
+    A terminal sends it to all processes, and theirs may not have loaded Python's modules yet. One
+    that comes here is held until the end, so that no process is left half started.
+    """
+    import threading
+    from multiprocessing import resource_tracker
+
+    resource_tracker.ensure_running()  # its own start, with the first process, unblocks SIGINT
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    here = threading.current_thread() is threading.main_thread()
+    _State.held, _State.pending = here, False
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+        _State.held = False
+        if _State.pending and not _State.interrupted:
+            _handle(signal.SIGINT, None)
+
+
+def _handle(number: int, frame: FrameType | None) -> None:
+    if _State.interrupted or _State.held:
+        _State.pending = True
+        return  # the watching thread counts
+    _State.interrupted = True
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    if _loads_extension(frame):
+        end()
+    raise KeyboardInterrupt
+
+
+def _loads_extension(frame: FrameType | None) -> bool:
+    """Whether a C extension is being loaded: jaxlib's crashes if that raises."""
+    while frame is not None:
+        code = frame.f_code
+        if code.co_filename.endswith("_bootstrap_external>") and code.co_name.endswith("_module"):
+            loader = frame.f_locals.get("self")
+            if type(loader).__name__ == "ExtensionFileLoader":
+                return True
+        frame = frame.f_back
+    return False
+
+
+def _watch(reader: int) -> None:
+    """Ends the process if the main thread does not. A signal writes a byte to `reader` at once."""
+    import ctypes
+    import select
+    import threading
+    import time
+
+    main = ctypes.c_ulong(threading.main_thread().ident or 0)
+    first = None
+    while True:
+        ready = select.select([reader], [], [], None if first is None else 0.1)[0]
+        now = time.monotonic()
+        numbers = os.read(reader, 64) if ready else b""
+        if signal.SIGINT in numbers and signal.getsignal(signal.SIGINT) is _handle:
+            if first is None:
+                first = now
+            elif now - first > ECHO:
+                end()
+        if first is not None and not _State.taken_over and now - first > GRACE:
+            end()
+        if _State.swallowed:
+            _State.swallowed = False
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(main, ctypes.py_object(KeyboardInterrupt))
+
+
+def end() -> NoReturn:
+    """Ends the process at once with one line and STATUS, and the processes it has started."""
+    with contextlib.suppress(Exception):
+        processes = sys.modules.get("multiprocessing.process")
+        for child in processes.active_children() if processes else ():
+            child.kill()
+    say()
+    os._exit(STATUS)
+
+
+def _unraisable(unraisable: "sys.UnraisableHookArgs") -> None:
+    if isinstance(unraisable.exc_value, KeyboardInterrupt):
+        _State.swallowed = True
+    else:
+        sys.__unraisablehook__(unraisable)

@@ -1,0 +1,54 @@
+"""jax as the environment has it start: what is wrong with that in one line."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+
+from elastictok_jax.errors import RunError, UsageError
+
+
+@contextlib.contextmanager
+def jax_started() -> Iterator[None]:
+    """While inside, jax is imported, and a failure for want of a device says so.
+
+    jax looks for devices at their first use, which may be anywhere.
+
+    Raises:
+      UsageError: if the environment does not let jax start, or names a backend that is not there.
+    """
+    try:
+        import jax  # noqa: F401
+    except Exception as error:  # ValueError of a JAX_ variable, or whatever a plugin raises
+        raise UsageError(
+            f"jax does not start ({_first_line(error)}): check the environment's JAX_ variables"
+        ) from error
+    try:
+        yield
+    except (UsageError, RunError, OSError):
+        raise
+    except Exception:
+        require_devices()
+        raise
+
+
+def require_devices() -> None:
+    """Raises UsageError if jax has no device to run on."""
+    import jax
+
+    try:
+        jax.devices()
+    except Exception as error:  # RuntimeError, or an AssertionError for cuda without its plugin
+        asked = os.environ.get("JAX_PLATFORMS")
+        if asked:
+            raise UsageError(
+                f"JAX_PLATFORMS={asked}: jax finds no such device ({_first_line(error)}): unset "
+                "it, or install jax for that device"
+            ) from error
+        raise UsageError(
+            f"jax finds no device ({_first_line(error)}): see its driver, or set JAX_PLATFORMS=cpu"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).partition(" (set JAX_PLATFORMS=")[0].strip()
+    return text.splitlines()[0] if text else type(error).__name__

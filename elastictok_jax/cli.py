@@ -39,7 +39,8 @@ def main(argv: list[str] | None = None) -> int:
     where the reader of standard output has gone. Ctrl-C (130) is `__main__`'s.
     """
     argv = sys.argv[1:] if argv is None else argv
-    logging.getLogger("absl").setLevel(logging.ERROR)  # what orbax says of its options
+    # orbax warns of its options, and logs with a traceback what it then raises: that is ours to say
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
     try:
         try:
             return run_verb(argv)
@@ -148,6 +149,14 @@ def build_parser() -> argparse.ArgumentParser:
     compare.add_argument("-o", "--output", type=LOCAL, help="folder for tables, curves and a page")
     compare.add_argument("--json", action="store_true", help="print the rows")
     compare.set_defaults(run=run_compare)
+
+    inspect_run = verbs.add_parser(
+        "inspect",
+        help="list the checkpoints of a run: RUN@STEP and RUN@best name them wherever a MODEL goes",
+    )
+    inspect_run.add_argument("folder", type=LOCAL, metavar="RUN", help="a training workdir")
+    inspect_run.add_argument("--json", action="store_true", help="print the results")
+    inspect_run.set_defaults(run=run_inspect)
 
     encode = verbs.add_parser(
         "encode",
@@ -384,6 +393,16 @@ def run_compare(args: argparse.Namespace, overrides: dict[str, str]) -> None:
         print_results(rows, args)
     else:
         print(in_columns(rows))
+
+
+def run_inspect(args: argparse.Namespace, overrides: dict[str, str]) -> None:
+    from elastictok_jax.training.inspection import in_lines, inspect_run
+
+    found = inspect_run(args.folder)
+    if args.json:
+        print_results(found, args)
+    else:
+        print(in_lines(found))
 
 
 def run_encode(args: argparse.Namespace, overrides: dict[str, str]) -> None:

@@ -1,6 +1,7 @@
 """`elastictok evaluate` and `elastictok reconstruct`: code clips, write figures and JSON."""
 
 import dataclasses
+import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -154,7 +155,7 @@ def command_line(models: Sequence[str | Path], data: str | None, limits: Limits)
 
 def short_names(models: Sequence[str | Path]) -> list[str]:
     """The folders' names, with as much of their path as tells them apart."""
-    paths = [Path(model).resolve() for model in models]
+    paths = [Path(os.path.abspath(model)) for model in models]
     parts = 1
     while parts < max(len(path.parts) for path in paths):
         names = ["/".join(path.parts[-parts:]) for path in paths]

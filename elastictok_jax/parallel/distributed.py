@@ -33,7 +33,7 @@ VARIABLES = {
 SHUTDOWN_SECONDS = 60
 ANSWER_SECONDS = 3.0  # for a machine to take a connection
 MAX_PORT = 65535
-_KEYS = "elastictok/first/"
+FIRST_SECONDS = 1800.0  # for process 0 to look through its data
 
 
 def initialize(
@@ -304,7 +304,7 @@ def meet(mesh: Mesh, *, timeout: float) -> None:
     if store is None:
         return
     try:
-        store.wait_at_barrier("elastictok/meet", int(timeout * 1000))
+        store.wait_at_barrier(run_key("meet"), int(timeout * 1000))
     except RuntimeError as error:
         raise RunError(f"not all processes started within {timeout:g} s: see their logs") from error
     axes = [axis for axis in mesh.axis_names if mesh.shape[axis] > 1]
@@ -335,6 +335,22 @@ def require_same_count(*, timeout: float) -> None:
         )
 
 
+class _Runs:
+    """How many runs this program has begun: all its processes begin the same ones."""
+
+    begun = 0
+
+
+def begin_run() -> None:
+    """Called by each process when it begins a run: keys and barriers can be used only once."""
+    _Runs.begun += 1
+
+
+def run_key(name: str) -> str:
+    """A key in the store of all processes that no earlier run of this program has used."""
+    return f"elastictok/{_Runs.begun}/{name}"
+
+
 def first_says(name: str, value: str, *, timeout: float) -> str:
     """The `value` that process 0 gives under this `name`, in every process.
 
@@ -345,10 +361,10 @@ def first_says(name: str, value: str, *, timeout: float) -> str:
     if store is None:
         return value
     if place()[0] == 0:
-        store.key_value_set(_KEYS + name, value)
+        store.key_value_set(run_key(f"first/{name}"), value)
         return value
     try:
-        return store.blocking_key_value_get(_KEYS + name, int(timeout * 1000))
+        return store.blocking_key_value_get(run_key(f"first/{name}"), int(timeout * 1000))
     except RuntimeError as error:
         raise RunError(
             f"process 0 did not come to {name!r} within {timeout:g} s: see its log"

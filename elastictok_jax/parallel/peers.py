@@ -23,7 +23,6 @@ from elastictok_jax.parallel.abort import on_abort, say
 BEAT = 1.0  # seconds between signs of life
 LOST = 30.0  # seconds without one, after which a process is given up
 ANSWER = 10.0  # seconds that a disk or the network gets to answer when a process is about to end
-_SIGNS, _VERDICT = "elastictok/signs/", "elastictok/verdict"
 
 
 class Peers:
@@ -38,7 +37,9 @@ class Peers:
     """
 
     def __init__(self, *, kept: Callable[[], str]):
+        distributed.begin_run()
         self._kept = kept
+        self._signs, self._verdict = distributed.run_key("signs/"), distributed.run_key("verdict")
         self.before_end: Callable[[], None] = lambda: None
         self._client = distributed.client()
         self.process, self.processes = distributed.place()
@@ -95,7 +96,7 @@ class Peers:
     def _give_verdict(self, message: str, status: int) -> None:
         with contextlib.suppress(RuntimeError):  # there is one already
             verdict = {"message": message, "status": status}
-            self._client.key_value_set(_VERDICT, json.dumps(verdict))
+            self._client.key_value_set(self._verdict, json.dumps(verdict))
 
     def _exit(self, message: str, status: int) -> NoReturn:
         self._last_word.acquire()  # of two threads, one
@@ -106,7 +107,7 @@ class Peers:
 
     def _sign(self) -> tuple[str, str]:
         sign = {"name": self.name, "state": self._state, "at": time.monotonic()}
-        return f"{_SIGNS}{self.process}", json.dumps(sign)
+        return f"{self._signs}{self.process}", json.dumps(sign)
 
     def _give_signs(self) -> None:
         """Signs of life. Every call hangs when process 0 does, so that another thread looks on."""
@@ -115,7 +116,7 @@ class Peers:
             try:
                 self._client.key_value_set(*self._sign(), allow_overwrite=True)
                 if self.process == 0:
-                    wrong = signs.read(dict(self._client.key_value_dir_get(_SIGNS)))
+                    wrong = signs.read(dict(self._client.key_value_dir_get(self._signs)))
                     if wrong:
                         self._give_verdict(f"{wrong}. {self.kept()}", 1)
                 verdict = self._read_verdict()
@@ -127,7 +128,7 @@ class Peers:
 
     def _read_verdict(self) -> dict | None:
         try:
-            return json.loads(self._client.key_value_try_get(_VERDICT))
+            return json.loads(self._client.key_value_try_get(self._verdict))
         except RuntimeError:  # there is none
             return None
 

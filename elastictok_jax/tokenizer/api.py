@@ -10,6 +10,7 @@ same, bit for bit, whatever else is coded beside it.
 import functools
 import hashlib
 import itertools
+import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -35,6 +36,7 @@ from elastictok_jax.tokenizer.router import FILE, Router
 from elastictok_jax.tokenizer.tokens import Tokens, require_alike
 from elastictok_jax.training.checkpoint import Checkpointer
 from elastictok_jax.training.exported import is_exported, read_exported
+from elastictok_jax.training.references import split_reference
 
 # Keys of config.model that say how it runs, not what its codes mean.
 HOW_IT_RUNS = ("attention", "remat", "mlp_chunk_tokens", "scan_layers")
@@ -75,44 +77,70 @@ class ElasticTokenizer:
         )
 
     @classmethod
-    def from_pretrained(cls, model: str | Path) -> "ElasticTokenizer":
-        """Loads a training workdir (its newest checkpoint) or an exported folder, and its router.
+    def from_pretrained(
+        cls, model: str | Path, *, step: int | str | None = None
+    ) -> "ElasticTokenizer":
+        """Loads a training workdir or an exported folder, and its router.
+
+        Of a workdir, the newest checkpoint is read; where that is damaged, the one before, with a
+        note on stderr.
+
+        Args:
+          model: a path, or PATH@STEP or PATH@best.
+          step: of the checkpoint, or "best": that with the best `train.best_metric`.
 
         Raises:
-          UsageError: if there is no model, its weights do not fit its config, or its router is
-            damaged or of other weights.
+          UsageError: if there is no such model or checkpoint, its weights do not fit its config,
+            or its router is damaged or of other weights. A router of other weights than those of
+            a `step` that was asked for is left out instead.
         """
-        tokenizer = cls.without_router(model)
-        if (Path(model) / FILE).is_file():
-            tokenizer.router = Router.load(
-                Path(model), fingerprint=tokenizer.fingerprint, **tokenizer._bounds
-            )
+        tokenizer, is_newest = cls._load(model, step=step)
+        folder, _ = split_reference(model)
+        if (folder / FILE).is_file():
+            try:
+                tokenizer.router = Router.load(
+                    folder, fingerprint=tokenizer.fingerprint, **tokenizer._bounds
+                )
+            except UsageError as error:
+                if is_newest:
+                    raise
+                print(f"note: without its router: {error}", file=sys.stderr)
         return tokenizer
 
     @classmethod
-    def without_router(cls, model: str | Path) -> "ElasticTokenizer":
+    def without_router(
+        cls, model: str | Path, *, step: int | str | None = None
+    ) -> "ElasticTokenizer":
         """As `from_pretrained`, but does not look for a router: what trains one starts so."""
-        folder = Path(model)
+        return cls._load(model, step=step)[0]
+
+    @classmethod
+    def _load(cls, model: str | Path, *, step: int | str | None) -> tuple["ElasticTokenizer", bool]:
+        """The tokenizer, and whether it has the newest weights of its folder."""
+        folder, which = split_reference(model)
+        which = which if step is None else step
         if not folder.is_dir():
             raise UsageError(f"model {model} does not exist: give a workdir or an exported folder")
         if is_exported(folder):
+            if which is not None:
+                raise UsageError(f"model {folder} is exported, and has no checkpoints to choose of")
             config, params = read_exported(folder)
-            params = with_layout(params, stacked=config.model.scan_layers)
-            return cls(config, params)
+            return cls(config, with_layout(params, stacked=config.model.scan_layers)), True
         config = read_config(folder / "config.json")
         if not (folder / "checkpoints").is_dir():
             raise UsageError(f"model {model} has no checkpoints yet: train it first")
+        device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        placed = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device),
+            abstract_params(config),
+        )
         checkpoints = Checkpointer.for_reading(folder)
         try:
-            step = checkpoints.latest_step()
-            if step is None:
-                raise UsageError(f"model {model} has no whole checkpoint yet: train it further")
-            device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-            placed = jax.tree.map(
-                lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device),
-                abstract_params(config),
+            chosen = checkpoints.choose(which, best_metric=config.train.best_metric)
+            found, params = checkpoints.first_readable(
+                chosen, lambda number: checkpoints.restore_params(number, placed)
             )
-            return cls(config, checkpoints.restore_params(step, placed))
+            return cls(config, params), found == checkpoints.latest_step()
         finally:
             checkpoints.close()
 

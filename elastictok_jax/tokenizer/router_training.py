@@ -24,6 +24,7 @@ from elastictok_jax.tokenizer.api import ElasticTokenizer
 from elastictok_jax.tokenizer.grid import Grid
 from elastictok_jax.tokenizer.router import FILE, Head, Router, features_of, predict
 from elastictok_jax.tokenizer.search import log_spaced
+from elastictok_jax.training.references import split_reference
 
 KNOTS = 32
 CLIP_BLOCKS = 6  # blocks of a clip that are measured in a row
@@ -42,7 +43,8 @@ def train_router(model: str | Path, *, blocks: int, steps: int) -> dict[str, flo
       UsageError: if there is no model, too little data for it, or its folder cannot be written.
     """
     tokenizer = ElasticTokenizer.without_router(model)
-    require_file(Path(model) / FILE, change="make the model's folder writable, or copy it")
+    folder, _ = split_reference(model)
+    require_file(folder / FILE, change="make the model's folder writable, or copy it")
     lengths = log_spaced(tokenizer.min_tokens, tokenizer.tokens_per_block, count=KNOTS)
     items, features, curves = [], [], []
     for item, block_features, curve_K in measured_blocks(tokenizer, lengths, blocks=blocks):
@@ -56,7 +58,7 @@ def train_router(model: str | Path, *, blocks: int, steps: int) -> dict[str, flo
     params, best_step = fit(
         features_NF, curves_NK, held_back=held_back, steps=steps, seed=tokenizer.config.seed
     )
-    Router(params, tuple(lengths), tokenizer.fingerprint).save(Path(model))
+    Router(params, tuple(lengths), tokenizer.fingerprint).save(folder)
     predicted = np.asarray(predict(params, features_NF[held_back], knots=len(lengths)))
     error = count_error(predicted, curves_NK[held_back], lengths)
     return {"blocks": len(curves), "steps": best_step, "count_error": error}

@@ -5,12 +5,19 @@ A checkpoint is a Composite of `state` (the train state), `data` (position in th
 name and renamed when whole, so a killed process never leaves a checkpoint that looks complete.
 """
 
+import contextlib
+import functools
 import importlib.metadata
+import inspect
+import itertools
 import json
 import logging
 import math
+import os
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import ml_collections
@@ -20,10 +27,16 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy
 from elastictok_jax import __version__
 from elastictok_jax.errors import RunError, UsageError
 from elastictok_jax.models.layer_layout import is_stacked
+from elastictok_jax.training.references import BEST
 from elastictok_jax.training.relayout import relayout, relayout_shapes
 from elastictok_jax.training.state import TrainState
 
+T = TypeVar("T")
 LIBRARIES = ("jax", "flax", "optax", "orbax-checkpoint")
+
+
+class DamagedCheckpoint(UsageError):
+    """A checkpoint that is there and cannot be read."""
 
 
 class Checkpointer:
@@ -36,7 +49,7 @@ class Checkpointer:
     def __init__(
         self, workdir: Path, *, keep_last: int, keep_best: int, best_metric: str = "eval/mse"
     ):
-        sign = -1.0 if best_metric.startswith("eval/met_") else 1.0
+        sign = _sign(best_metric)
 
         def cost(metrics: dict[str, float] | None) -> float:
             missing = math.copysign(math.inf, sign)  # not every checkpoint is evaluated
@@ -81,9 +94,89 @@ class Checkpointer:
             self.folder.absolute(), options=ocp.CheckpointManagerOptions(**options)
         )
 
+    def steps(self) -> list[int]:
+        """Steps of the checkpoints on disk, the newest first; some may be damaged."""
+        return saved_steps(self.folder)
+
     def latest_step(self) -> int | None:
-        """Step of the newest whole checkpoint, or None."""
-        return self._manager.latest_step()
+        """Step of the newest checkpoint on disk, or None."""
+        return next(iter(self.steps()), None)
+
+    def best_steps(self, metric: str) -> list[int]:
+        """Steps of the checkpoints that were evaluated, that with the best `metric` first."""
+        values = {step: self.metrics(step).get(metric) for step in self.steps()}
+        known = {step: value for step, value in values.items() if value is not None}
+        return sorted(known, key=lambda step: _sign(metric) * known[step])
+
+    def choose(self, which: int | str | None, *, best_metric: str) -> list[int]:
+        """The steps that are meant by a reference, see `references`; for None all, newest first.
+
+        Raises:
+          UsageError: if there is none.
+        """
+        steps = self.steps()
+        if not steps:
+            raise UsageError(f"{self.folder.parent} has no checkpoint yet: train it first")
+        if which is None:
+            return steps
+        if which == BEST:
+            chosen = self.best_steps(best_metric)[:1]
+            if not chosen:
+                raise UsageError(
+                    f"no checkpoint in {self.folder} was saved with {best_metric}: name a step, "
+                    f"of {', '.join(map(str, steps))}"
+                )
+            return chosen
+        if which not in steps:
+            raise UsageError(
+                f"{self.folder} has no step {which}: choose one of {', '.join(map(str, steps))}, "
+                f"or {BEST}"
+            )
+        return [int(which)]
+
+    def first_readable(self, steps: list[int], read: Callable[[int], T]) -> tuple[int, T]:
+        """The first of `steps` that `read` can read, and what it gives; a note on stderr names
+        the damaged ones before it.
+
+        Raises:
+          DamagedCheckpoint: if none can be read.
+        """
+        damaged: list[str] = []
+        for step in steps:
+            try:
+                found = read(step)
+            except DamagedCheckpoint as error:
+                damaged.append(str(error))
+                continue
+            for line in damaged:
+                print(f"note: {line}: step {step} is read instead", file=sys.stderr)
+            return step, found
+        raise DamagedCheckpoint("; ".join(damaged))
+
+    def metrics(self, step: int) -> dict[str, float]:
+        """What was measured when a checkpoint was saved; {} for nothing, or if it is damaged."""
+        try:
+            metrics = json.loads((self.folder / str(step) / "metrics" / "metrics").read_bytes())
+        except (OSError, ValueError):
+            return {}
+        numbers = metrics.items() if isinstance(metrics, dict) else ()
+        return {name: float(x) for name, x in numbers if isinstance(x, int | float)}
+
+    def size(self, step: int) -> int:
+        """Bytes of a checkpoint on disk."""
+        files = (path for path in (self.folder / str(step)).rglob("*") if path.is_file())
+        return sum(path.stat().st_size for path in files)
+
+    def set_aside(self, step: int) -> Path:
+        """Moves a damaged checkpoint out of the way of the next one of its step."""
+        for number in itertools.count():
+            aside = self.folder.with_name("damaged") / f"{step}-{number}"
+            if not aside.exists():
+                break
+        aside.parent.mkdir(exist_ok=True)
+        os.rename(self.folder / str(step), aside)
+        self._manager.reload()
+        return aside
 
     def save(
         self,
@@ -135,21 +228,28 @@ class Checkpointer:
 
         Raises:
           UsageError: naming every weight that differs, with both shapes.
+          DamagedCheckpoint: if it cannot be read.
         """
         saved = self._saved(step)
-        wanted = relayout_shapes(abstract, stacked=is_stacked(saved["params"]))
+        with self._reading(step):
+            wanted = relayout_shapes(abstract, stacked=is_stacked(saved["params"]))
         self._check_shapes(step, shape_mismatches(saved, wanted))
-        restored = self._manager.restore(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.PyTreeRestore(
-                    item=wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted)
+        with self._reading(step):
+            restored = self._manager.restore(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.PyTreeRestore(
+                        item=wanted,
+                        restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
+                    ),
+                    data=ocp.args.JsonRestore(),
                 ),
-                data=ocp.args.JsonRestore(),
-            ),
-        )
+            )
+            position = restored["data"]
+            if not isinstance(position["next_row"], int) or "files" not in position:
+                raise ValueError("its position in the data is missing")
         state = relayout(restored["state"], stacked=is_stacked(abstract.params))
-        return state, restored["data"]
+        return state, position
 
     def saved_params(self, step: int) -> dict[str, Any]:
         """The weights to evaluate (the average where there is one) as a tree of what has a
@@ -173,17 +273,18 @@ class Checkpointer:
         saved in names, shapes and layout."""
         name = self._evaluated(step)
         wanted = {name: abstract_params}
-        restored = self._manager.restore(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.PyTreeRestore(
-                    item=wanted,
-                    restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
-                    partial_restore=True,
-                )
-            ),
-        )
-        return restored["state"][name]
+        with self._reading(step):
+            restored = self._manager.restore(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.PyTreeRestore(
+                        item=wanted,
+                        restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
+                        partial_restore=True,
+                    )
+                ),
+            )
+            return restored["state"][name]
 
     def finish(self) -> None:
         """Waits until the last save is on disk.
@@ -200,19 +301,35 @@ class Checkpointer:
         self._manager.close()
 
     def _failed(self, error: Exception) -> RunError:
-        step = self._manager.latest_step()
-        kept = "there is no earlier one" if step is None else f"step {step} is whole and kept"
-        reason = str(error).strip().splitlines() or [type(error).__name__]
+        step = self.latest_step()
+        kept = "there is no earlier one" if step is None else f"step {step} is kept"
         return RunError(
-            f"a checkpoint could not be written to {self.folder} ({reason[0]}): {kept}; "
-            "free space or mend the disk, then run the same command again"
+            f"a checkpoint could not be written to {self.folder} ({_first_line(error)}): {kept}; "
+            "free space or repair the disk, then run the same command again"
         )
 
+    @contextlib.contextmanager
+    def _reading(self, step: int) -> Iterator[None]:
+        """What orbax raises within, of damage, as DamagedCheckpoint."""
+        _ignore_late_answers()
+        try:
+            yield
+        except (UsageError, MemoryError, PermissionError, jax.errors.JaxRuntimeError):
+            raise  # not for what is on the disk
+        except Exception as error:  # orbax and tensorstore raise all kinds
+            raise DamagedCheckpoint(
+                f"checkpoint {self.folder / str(step)} is damaged ({_first_line(error)})"
+            ) from error
+
     def _saved(self, step: int) -> Any:
-        metadata = ocp.PyTreeCheckpointHandler().metadata(
-            self.folder.absolute() / str(step) / "state"
-        )
-        return metadata.tree
+        with self._reading(step):
+            metadata = ocp.PyTreeCheckpointHandler().metadata(
+                self.folder.absolute() / str(step) / "state"
+            )
+            tree = metadata.tree
+            if not tree["params"]:
+                raise ValueError("it names no weights")
+            return tree
 
     def _evaluated(self, step: int) -> str:
         return "ema_params" if self._saved(step)["ema_params"] else "params"
@@ -223,6 +340,42 @@ class Checkpointer:
                 f"checkpoint {self.folder / str(step)} does not fit the config: {'; '.join(wrong)}"
                 ". Use the config it was trained with, or another --workdir"
             )
+
+
+@functools.cache
+def _ignore_late_answers() -> None:
+    """Drops the tracebacks, one an array, of what tensorstore's threads and orbax's tasks still
+    come to after the first failure has ended orbax's event loop. That first one is raised."""
+    before = sys.unraisablehook
+
+    def hook(unraisable: "sys.UnraisableHookArgs") -> None:
+        closed = str(unraisable.exc_value) == "Event loop is closed"
+        if not closed and not inspect.iscoroutine(unraisable.object):
+            before(unraisable)
+
+    sys.unraisablehook = hook
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+
+
+def saved_steps(folder: Path) -> list[int]:
+    """Steps of the checkpoints in a folder, the newest first; some may be damaged."""
+    try:
+        names = [path.name for path in folder.iterdir() if path.is_dir()]
+    except OSError:
+        return []
+    return sorted((int(name) for name in names if name.isdecimal()), reverse=True)
+
+
+def _sign(metric: str) -> float:
+    """By which a metric is multiplied so that the lowest is the best."""
+    return -1.0 if metric.startswith("eval/met_") else 1.0
+
+
+def _first_line(error: Exception) -> str:
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    for details in (". See full TensorStore details", " [tensorstore_spec", " [source locations"):
+        line = line.partition(details)[0]
+    return line
 
 
 def shape_mismatches(saved: Any, wanted: Any) -> list[str]:

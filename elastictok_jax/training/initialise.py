@@ -18,11 +18,14 @@ import ml_collections
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from elastictok_jax.config import read_config
 from elastictok_jax.errors import UsageError
 from elastictok_jax.models.layer_layout import APART, STACKED, depths, is_stacked
-from elastictok_jax.paths import local_path
+from elastictok_jax.parallel.distributed import FIRST_SECONDS, first_says
+from elastictok_jax.paths import local_text
 from elastictok_jax.training.checkpoint import Checkpointer
 from elastictok_jax.training.exported import is_exported, read_exported
+from elastictok_jax.training.references import BEST, split_reference
 from elastictok_jax.training.relayout import relayout, relayout_shapes, stacked_struct
 from elastictok_jax.training.state import TrainState
 
@@ -82,7 +85,7 @@ def initialise(
         train.init_from_mismatch is "refuse"; or if no weight fits.
     """
     stacked = is_stacked(abstract.params)
-    with open_source(local_path(config.train.init_from)) as source:
+    with open_source(config.train.init_from) as source:
         layout = is_stacked(source.shapes)
         if depths(source.shapes) != depths(abstract.params):
             layout = False  # compared layer by layer
@@ -146,13 +149,14 @@ def record(plan: Plan, origin: str, *, path: Path) -> None:
 
 
 @contextlib.contextmanager
-def open_source(path: Path) -> Iterator[Source]:
-    """The weights of a workdir (its newest checkpoint, the average if it has one) or of an
-    exported folder.
+def open_source(model: str) -> Iterator[Source]:
+    """The weights of a workdir (of a checkpoint, see `references`; the average if it has one) or
+    of an exported folder. Process 0 chooses the checkpoint for all.
 
     Raises:
       UsageError: if it is neither, or damaged.
     """
+    path, which = split_reference(local_text(model))
     if is_exported(path):
         _, params = read_exported(path)
         stored = flatten_dict(params)
@@ -164,17 +168,20 @@ def open_source(path: Path) -> Iterator[Source]:
         return
     checkpoints = Checkpointer.for_reading(path)
     try:
-        step = checkpoints.latest_step()
-        if step is None:
+        if not checkpoints.steps():
             raise UsageError(
                 f"train.init_from = {path} has no checkpoint: give a workdir or an exported folder"
             )
+        best = read_config(path / "config.json").train.best_metric if which == BEST else ""
+        chosen = json.dumps(checkpoints.choose(which, best_metric=best))
+        steps = json.loads(first_says("init_from", chosen, timeout=FIRST_SECONDS))
+        step, shapes = checkpoints.first_readable(steps, checkpoints.saved_params)
 
         def read(wanted: Flat) -> Flat:
             tree = unflatten_dict(wanted)
             return flatten_dict(checkpoints.restore_some_params(step, tree))
 
-        yield Source(f"{path} at step {step}", checkpoints.saved_params(step), read)
+        yield Source(f"{path} at step {step}", shapes, read)
     finally:
         checkpoints.close()
 

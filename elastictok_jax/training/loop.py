@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,12 @@ from elastictok_jax.data.pipeline import BatchReader, DeviceBatches, local_part,
 from elastictok_jax.data.sources import open_feeds
 from elastictok_jax.errors import RunError
 from elastictok_jax.parallel.backend import require_devices
-from elastictok_jax.parallel.distributed import first_says, meet, require_same_count
+from elastictok_jax.parallel.distributed import (
+    FIRST_SECONDS,
+    first_says,
+    meet,
+    require_same_count,
+)
 from elastictok_jax.parallel.mesh import make_mesh
 from elastictok_jax.parallel.peers import Peers
 from elastictok_jax.parallel.sharding import (
@@ -26,13 +32,15 @@ from elastictok_jax.parallel.sharding import (
     replicated,
     sharding_notes,
 )
-from elastictok_jax.training.checkpoint import Checkpointer
+from elastictok_jax.training.checkpoint import Checkpointer, DamagedCheckpoint
 from elastictok_jax.training.initialise import initialise
 from elastictok_jax.training.interrupt import StopRequest
+from elastictok_jax.training.lock import WorkdirLock
 from elastictok_jax.training.metrics import (
     Console,
     MetricWriter,
     Silent,
+    open_wandb,
     require_sinks,
     shows_pictures,
 )
@@ -48,7 +56,6 @@ from elastictok_jax.training.validation import (
 from elastictok_jax.training.votes import Votes
 from elastictok_jax.training.watchdog import Watchdog
 from elastictok_jax.training.workdir import (
-    FIRST_SECONDS,
     enter_workdir,
     newest_saved,
     write_config,
@@ -101,6 +108,7 @@ def _train(
     rows, blocks = local_part(sharding, config)
     require_sinks(config)
     require_best_metric(config)
+    raise_if_lost, wandb_run = hold_workdir(workdir, config, first=peers.process == 0, stack=stack)
     feeds = open_feeds(config)
     reader = BatchReader(config, feeds, split="train", rows=rows, blocks=blocks)
     held_out = open_held_out(config, feeds, rows=rows, blocks=blocks)
@@ -128,16 +136,18 @@ def _train(
     peers.before_end = checkpoints.finish
     abstract = abstract_state(config, mesh)
     notes = sharding_notes(abstract)
-    newest = json.dumps(checkpoints.latest_step())  # as process 0 sees it, should others lag
-    latest = json.loads(first_says("newest checkpoint", newest, timeout=FIRST_SECONDS))
-    if latest is None:
+    steps_there = json.dumps(checkpoints.steps())  # as process 0 sees it, should others lag
+    candidates = json.loads(first_says("checkpoints", steps_there, timeout=FIRST_SECONDS))
+    latest = None
+    if not candidates:
         state = sharded_init(config, abstract)
         if config.train.init_from:
             state, taken = initialise(state, abstract, config=config, workdir=workdir)
             notes += taken
         position: dict[str, Any] = {"next_row": 0, "files": files}
     else:
-        state, position = checkpoints.restore(latest, abstract)
+        latest, state, position, lost = restore_newest(checkpoints, candidates, abstract)
+        notes += lost
     write_config(workdir, config)
     write_held_out(workdir, feeds.fingerprint("heldout"))
     start, reader.first_row = latest or 0, position["next_row"]
@@ -145,20 +155,18 @@ def _train(
     writer: MetricWriter | Silent = Silent(peers.name)
     console: Console | Silent = Silent(peers.name)
     if peers.process == 0:
-        writer = MetricWriter(workdir, config, start_step=start)
+        writer = MetricWriter(workdir, config, start_step=start, wandb_run=wandb_run)
         console = Console(total=steps, start=start)
     stack.callback(writer.close)
     stack.callback(console.close)
     console.line(describe(config, abstract, start=start, workdir=workdir))
+    notes += [f"left out: {damaged}" for damaged in feeds.damaged]
+    notes += [f"note: {note}" for note in feeds.notes]
+    if position["files"] != files:
+        notes.append("note: the data files have changed since this run was saved: it goes on,")
+        notes.append("      but not as it would have with the old ones")
     for note in notes:
         console.line(note)
-    for damaged in feeds.damaged:
-        console.line(f"left out: {damaged}")
-    for note in feeds.notes:
-        console.line(f"note: {note}")
-    if position["files"] != files:
-        console.line("note: the data files have changed since this run was saved: it goes on,")
-        console.line("      but not as it would have with the old ones")
 
     whole = replicated(mesh)  # so that every process reads the same metrics
     train_step = in_mesh(jit_train_step(config, abstract), mesh)
@@ -201,6 +209,7 @@ def _train(
         if last:
             break
         checkpoints.raise_if_failed()
+        raise_if_lost()
         waited = time.perf_counter()
         batch = next_batch(batches, checkpoints)
         waited = time.perf_counter() - waited
@@ -216,9 +225,70 @@ def _train(
     watchdog.pause()
     checkpoints.finish()
     saved = checkpoints.latest_step()
-    kept = "nothing to save yet" if saved is None else f"step {saved} is saved in {workdir}"
+    kept = "nothing is saved" if saved is None else f"step {saved} is saved in {workdir}"
     console.own_line(f"{'finished' if step == steps else 'stopped'} at step {step}: {kept}")
     return step == steps
+
+
+def hold_workdir(
+    workdir: Path,
+    config: ml_collections.ConfigDict,
+    *,
+    first: bool,
+    stack: contextlib.ExitStack,
+) -> tuple[Callable[[], None], Any]:
+    """Locks `workdir` until `stack` ends and starts the wandb run, in the first process alone.
+
+    Both come before data is read, as both may be refused.
+
+    Returns:
+      what raises RunError once the lock is lost, and the wandb run or None.
+    """
+    if not first:
+        return lambda: None, None
+    lock = WorkdirLock(workdir)
+    stack.callback(lock.close)
+    return lock.raise_if_lost, open_wandb(workdir, config)
+
+
+def restore_newest(
+    checkpoints: Checkpointer, steps: list[int], abstract: TrainState
+) -> tuple[int, TrainState, dict[str, Any], list[str]]:
+    """The first of `steps` whose checkpoint can be read: step, state, position in the data, and a
+    line on each damaged one, which is moved out of the way.
+
+    In several processes damage may be seen by one alone: that ends the run, and the next start
+    goes on from the checkpoint before.
+
+    Raises:
+      UsageError: if the weights have other shapes.
+      RunError: if none can be read; or, in several processes, if the first cannot.
+    """
+    damaged: list[tuple[int, DamagedCheckpoint]] = []
+    for step, before in zip(steps, [*steps[1:], None], strict=True):
+        try:
+            state, position = checkpoints.restore(step, abstract)
+        except DamagedCheckpoint as error:
+            damaged.append((step, error))
+            if before is None:
+                reasons = "; ".join(str(each) for _, each in damaged)
+                raise RunError(
+                    f"{reasons}: no checkpoint is left to go on from. Restore one from a copy, or "
+                    "start anew in another --workdir"
+                ) from error
+            if jax.process_count() > 1:
+                aside = checkpoints.set_aside(step)
+                raise RunError(
+                    f"{error} and was moved to {aside}: run the same command again in every "
+                    f"process to go on from step {before}"
+                ) from error
+        else:
+            break
+    lines = [
+        f"note: {error} and was moved to {checkpoints.set_aside(number)}: going on from step {step}"
+        for number, error in damaged
+    ]
+    return step, state, position, lines
 
 
 def next_batch(batches: DeviceBatches, checkpoints: Checkpointer) -> dict[str, jax.Array]:
@@ -231,7 +301,7 @@ def next_batch(batches: DeviceBatches, checkpoints: Checkpointer) -> dict[str, j
         return next(batches)
     except RunError as error:
         raise RunError(
-            f"{error}. Stopped: step {checkpoints.latest_step() or 0} is the newest saved; mend "
+            f"{error}. Stopped: step {checkpoints.latest_step() or 0} is the newest saved; repair "
             "the data, then run the same command again"
         ) from error
 

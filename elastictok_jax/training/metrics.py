@@ -1,10 +1,15 @@
 """Where metrics go: JSONL always, TensorBoard and wandb by extra, and the console."""
 
+import contextlib
 import importlib.util
 import json
 import os
+import re
 import sys
+import uuid
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import ml_collections
 import numpy as np
@@ -20,39 +25,67 @@ class MetricWriter:
     a logged step however often the run was killed.
     """
 
-    def __init__(self, workdir: Path, config: ml_collections.ConfigDict, *, start_step: int):
+    def __init__(
+        self,
+        workdir: Path,
+        config: ml_collections.ConfigDict,
+        *,
+        start_step: int,
+        wandb_run: Any = None,
+    ):
         self.path = workdir / "metrics.jsonl"
         _cut_back(self.path, start_step)
-        self._file = self.path.open("a", buffering=1)
-        self._tensorboard = None
+        self._file = self.path.open("a", buffering=1, encoding="utf-8")
+        self._others: dict[str, Any] = {}  # by name; one that fails once is used no more
         if config.train.tensorboard:
-            self._tensorboard = _open_tensorboard(workdir, start_step=start_step)
-        self._wandb = _open_wandb(workdir, config) if config.train.wandb_project else None
+            with self._used("TensorBoard"):
+                self._others["TensorBoard"] = _open_tensorboard(workdir, start_step=start_step)
+        if wandb_run is not None:
+            self._others["wandb"] = wandb_run
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """One JSONL line, and the same values to the other sinks."""
         self._file.write(json.dumps({"step": step, **values}) + "\n")
-        if self._tensorboard is not None:
-            for name, value in values.items():
-                self._tensorboard.add_scalar(name, value, step)
-        if self._wandb is not None:
-            self._wandb.log(values, step=step)
+        if "TensorBoard" in self._others:
+            with self._used("TensorBoard"):
+                for name, value in values.items():
+                    self._others["TensorBoard"].add_scalar(name, value, step)
+        if "wandb" in self._others:
+            with self._used("wandb"):
+                self._others["wandb"].log(values, step=step)
 
     def picture(self, step: int, name: str, image_HWC: np.ndarray) -> None:
         """A uint8 picture to TensorBoard and wandb."""
-        if self._tensorboard is not None:
-            self._tensorboard.add_image(name, image_HWC, step, dataformats="HWC")
-        if self._wandb is not None:
-            import wandb
+        if "TensorBoard" in self._others:
+            with self._used("TensorBoard"):
+                self._others["TensorBoard"].add_image(name, image_HWC, step, dataformats="HWC")
+        if "wandb" in self._others:
+            with self._used("wandb"):
+                import wandb
 
-            self._wandb.log({name: wandb.Image(image_HWC)}, step=step)
+                self._others["wandb"].log({name: wandb.Image(image_HWC)}, step=step)
 
     def close(self) -> None:
         self._file.close()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
-        if self._wandb is not None:
-            self._wandb.finish()
+        if "TensorBoard" in self._others:
+            with self._used("TensorBoard"):
+                self._others["TensorBoard"].close()
+        if "wandb" in self._others:
+            with self._used("wandb"):
+                self._others["wandb"].finish()
+
+    @contextlib.contextmanager
+    def _used(self, name: str) -> Iterator[None]:
+        """While a sink is used: no run ends since a service for watching it fails."""
+        try:
+            yield
+        except Exception as error:  # of other packages: all kinds
+            self._others.pop(name, None)
+            print(
+                f"note: {name} failed ({_first_line(error)}): metrics go on to {self.path} alone",
+                file=sys.stderr,
+                flush=True,
+            )
 
 
 class Console:
@@ -115,21 +148,50 @@ class Silent:
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """All whole lines of a `metrics.jsonl`; a last line cut short by a kill is left out."""
-    lines = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+    """The lines of a `metrics.jsonl`, each with a "step"; [] where there is no such file.
+
+    Lines that are not metrics, as the last one of a killed process or one that something else has
+    written, are left out, and a note on stderr says how many.
+    """
+    try:
+        raw = path.read_bytes().split(b"\n")
+    except (FileNotFoundError, IsADirectoryError):
+        return []
+    lines, bad = [], 0
+    for number, line in enumerate(raw, start=1):
+        values = _parsed(line)
+        if values is not None:
+            lines.append(values)
+        elif line and number < len(raw):  # the last was cut off by a kill
+            bad += 1
+    if bad:
+        print(f"note: {bad} lines of {path} are not metrics: left out", file=sys.stderr)
     return lines
 
 
+def _parsed(line: bytes) -> dict[str, float] | None:
+    """The numbers of one line, or None if it is not of metrics."""
+    try:
+        values = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(values, dict) or type(values.get("step")) is not int or values["step"] < 0:
+        return None
+    return {name: x for name, x in values.items() if x is None or type(x) in (int, float)}
+
+
 def _cut_back(path: Path, step: int) -> None:
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder: move it away, as the metrics go there")
     kept = [line for line in read_metrics(path) if line["step"] <= step]
     temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+    temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
     os.replace(temporary, path)
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0]
 
 
 def shows_pictures(config: ml_collections.ConfigDict) -> bool:
@@ -158,17 +220,35 @@ def _open_tensorboard(workdir: Path, *, start_step: int):
     return SummaryWriter(str(workdir / "tensorboard"), purge_step=start_step + 1)
 
 
-def _open_wandb(workdir: Path, config: ml_collections.ConfigDict):
-    import wandb
+def open_wandb(workdir: Path, config: ml_collections.ConfigDict) -> Any:
+    """The wandb run of `workdir`, gone on with if there is one; None if none is asked for.
 
-    kept = workdir / "wandb_run_id"  # a resumed run goes on in the same one
-    if not kept.exists():
-        kept.write_text(wandb.util.generate_id())
-    return wandb.init(
-        project=config.train.wandb_project,
-        id=kept.read_text().strip(),
-        name=config.name,
-        dir=str(workdir),
-        config=config.to_dict(),
-        resume="allow",
-    )
+    Raises:
+      UsageError: if wandb does not start one, as without a login.
+    """
+    if not config.train.wandb_project:
+        return None
+    kept = workdir / "wandb_run_id"
+    try:
+        name = kept.read_text(encoding="utf-8").strip()
+    except (FileNotFoundError, UnicodeDecodeError):
+        name = ""
+    if not re.fullmatch(r"[\w-]+", name):
+        name = uuid.uuid4().hex[:8]
+        kept.write_text(name, encoding="utf-8")
+    try:
+        import wandb
+
+        return wandb.init(
+            project=config.train.wandb_project,
+            id=name,
+            name=config.name,
+            dir=str(workdir),
+            config=config.to_dict(),
+            resume="allow",
+        )
+    except Exception as error:  # wandb's own, of network and login, and whatever a version breaks
+        raise UsageError(
+            f"train.wandb_project = {config.train.wandb_project}: wandb does not start "
+            f"({_first_line(error)}): run `wandb login`, set WANDB_MODE=offline, or leave it out"
+        ) from error

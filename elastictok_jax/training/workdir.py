@@ -11,7 +11,8 @@ import ml_collections
 
 from elastictok_jax.config import flatten, read_config, to_json
 from elastictok_jax.errors import UsageError
-from elastictok_jax.parallel.distributed import first_says, place
+from elastictok_jax.parallel.distributed import FIRST_SECONDS, first_says, place
+from elastictok_jax.training.checkpoint import saved_steps
 
 # What the state and its meaning hang on. Execution (dtype, remat, attention, mesh) may change.
 FIXED_ON_RESUME = (
@@ -20,7 +21,6 @@ FIXED_ON_RESUME = (
     *("model.rope_theta", "model.norm_eps", "model.conditioned", "video."),
 )
 HELD_OUT = "held_out.json"
-FIRST_SECONDS = 1800.0  # for process 0 to look through its data
 SHARED_SECONDS = 30.0  # for a network file system to show a new file
 
 
@@ -123,7 +123,6 @@ def read_held_out(workdir: Path) -> str | None:
 
 def newest_saved(workdir: Path) -> str:
     """A sentence on the newest whole checkpoint, as it lies on the disk, and how to go on."""
-    names = [path.name for path in (workdir / "checkpoints").glob("*")]
-    steps = [int(name) for name in names if name.isdigit()]
-    saved = f"Step {max(steps)} is the newest saved" if steps else "No step is saved yet"
+    steps = saved_steps(workdir / "checkpoints")
+    saved = f"Step {steps[0]} is the newest saved" if steps else "No step is saved yet"
     return f"{saved} in {workdir}: run the same command again in every process to go on from it"

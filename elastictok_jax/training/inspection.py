@@ -1,0 +1,70 @@
+"""What a training workdir holds: its checkpoints, what they measured, and whether they read."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from elastictok_jax.config import read_config
+from elastictok_jax.errors import UsageError
+from elastictok_jax.models.elastictok import abstract_params
+from elastictok_jax.training.checkpoint import Checkpointer, DamagedCheckpoint
+from elastictok_jax.training.exported import is_exported
+
+
+def inspect_run(folder: Path) -> dict[str, Any]:
+    """The checkpoints of a workdir, the newest first, as JSON values.
+
+    Each has its `step`, whether it is the `newest` and the `best` by the metric `best_metric`, the
+    `value` of that or None, its `bytes` on disk, and `damage`: why its weights cannot be read, ""
+    if they can. All weights are read to see that, one checkpoint at a time.
+
+    Raises:
+      UsageError: if it is not a workdir with checkpoints.
+    """
+    if is_exported(folder):
+        raise UsageError(f"{folder} is an exported model: it has no checkpoints")
+    config = read_config(folder / "config.json")
+    metric = config.train.best_metric
+    device = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
+    wanted = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device),
+        abstract_params(config),
+    )
+    checkpoints = Checkpointer.for_reading(folder)
+    try:
+        steps = checkpoints.choose(None, best_metric=metric)
+        best = checkpoints.best_steps(metric)[:1]
+
+        def damage(step: int) -> str:
+            try:
+                checkpoints.restore_params(step, wanted)
+            except DamagedCheckpoint as error:
+                return str(error)
+            return ""
+
+        rows = [
+            {
+                "step": step,
+                "newest": step == steps[0],
+                "best": step in best,
+                "value": checkpoints.metrics(step).get(metric),
+                "bytes": checkpoints.size(step),
+                "damage": damage(step),
+            }
+            for step in steps
+        ]
+    finally:
+        checkpoints.close()
+    return {"run": str(folder), "best_metric": metric, "checkpoints": rows}
+
+
+def in_lines(found: dict[str, Any]) -> str:
+    """What `inspect_run` has found, a line a checkpoint."""
+    lines = [f"{'step':>10} {found['best_metric']:>24} {'MiB':>9}"]
+    for row in found["checkpoints"]:
+        value = "not evaluated" if row["value"] is None else f"{row['value']:.6g}"
+        marks = [mark for mark in ("newest", "best") if row[mark]] + [row["damage"]]
+        text = f"{row['step']:>10} {value:>24} {row['bytes'] / 2**20:>9.1f}  {' '.join(marks)}"
+        lines.append(text.rstrip())
+    return "\n".join(lines)

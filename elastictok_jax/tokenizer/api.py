@@ -7,11 +7,11 @@ lengths left them, and no block is computed again because of a later one. A clip
 same, bit for bit, whatever else is coded beside it.
 """
 
+import dataclasses
 import functools
 import hashlib
 import itertools
 import sys
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -27,11 +27,13 @@ from elastictok_jax.models.elastictok import abstract_params, build_model
 from elastictok_jax.models.layer_layout import with_layout
 from elastictok_jax.models.patching import unpatchify
 from elastictok_jax.tokenizer.allocation import allocate
+from elastictok_jax.tokenizer.block_codes import BlockCodes
 from elastictok_jax.tokenizer.choosers import Chooser, Fixed, Frugal, Survey, Threshold
 from elastictok_jax.tokenizer.coder import CodedBlock, Coder, Decoder, Programs
 from elastictok_jax.tokenizer.distortion import Distortion, lpips_distortion
 from elastictok_jax.tokenizer.goal import Goal
 from elastictok_jax.tokenizer.grid import Grid, checked_video, in_blocks
+from elastictok_jax.tokenizer.lanes import Lanes
 from elastictok_jax.tokenizer.router import FILE, Router
 from elastictok_jax.tokenizer.tokens import Tokens, require_alike
 from elastictok_jax.training.checkpoint import Checkpointer
@@ -230,6 +232,10 @@ class ElasticTokenizer:
         approached from below. Memory stays the same however long the stream is. Joined by
         `Tokens.join`, what is yielded is what `encode` makes of the whole clip, budgets aside.
 
+        The caches of one tile are in memory. Of a frame in several tiles, those of the others are
+        in a temporary file, and as many blocks are taken together as a window has, so that they
+        are not read and written for each: tokens come that much later.
+
         Args:
           frames: uint8 [H, W, 3] or [t, H, W, 3], all of one size.
 
@@ -239,19 +245,25 @@ class ElasticTokenizer:
         goal = Goal(tokens, max_mse, min_psnr, max_lpips, budget, None, search)
         if np.ndim(tokens if tokens is not None else 0):
             raise UsageError("a stream takes one number of tokens for all its blocks")
-        lanes: deque[tuple[Coder, Chooser]] = deque()
-        for block_FHWC in in_blocks(frames, self.config.video.frames_per_block):
-            grid = Grid(block_FHWC.shape[:3], self.config)
-            if not lanes:
-                choosers = [self._of_a_stream(goal) for _ in range(grid.tiles)]
-                lanes.extend((self.coder(goal.metric), chooser) for chooser in choosers)
-            coded = []
-            for tile in zip(*grid.cut(block_FHWC), strict=True):
-                coder, chooser = lanes.popleft()
-                coded.append(chooser.keep(coder.block(*tile)))
-                if len(block_FHWC) == grid.frames_per_block:  # else nothing follows: an image, say
-                    lanes.append((coder, chooser))
-            yield self.tokens(coded, grid, fps=fps)
+        lanes: Lanes[tuple[Coder, Chooser]] | None = None
+        blocks = in_blocks(frames, self.config.video.frames_per_block)
+        for first in blocks:
+            tiles = Grid(first.shape[:3], self.config).tiles
+            if lanes is None:
+                lanes = Lanes(
+                    lambda: (self.coder(goal.metric), self._of_a_stream(goal)),
+                    tiles=tiles,
+                    caches=lambda lane: [lane[0].encoder_cache, lane[0].decoder_cache],
+                )
+            group = [first, *itertools.islice(blocks, self._at_once(tiles) - 1)]
+            grids = [Grid(block.shape[:3], self.config) for block in group]
+            coded: list[list[CodedBlock]] = [[] for _ in group]
+            for tile in range(tiles):
+                with lanes.tile(tile) as (coder, chooser):
+                    for block, grid, kept in zip(group, grids, coded, strict=True):
+                        kept.append(chooser.keep(coder.block(*grid.cut_tile(block, tile))))
+            for grid, kept in zip(grids, coded, strict=True):
+                yield self.tokens(kept, grid, fps=fps)
 
     def decode(self, tokens: Tokens) -> np.ndarray:
         """uint8 [T, H, W, 3] of stored tokens.
@@ -268,8 +280,33 @@ class ElasticTokenizer:
         Raises:
           UsageError: as `decode`, or if the pieces cannot be of one clip, as in `Tokens.join`.
         """
+        lanes: Lanes[Decoder] | None = None
+        pieces_checked = self._checked(pieces)
+        for first in pieces_checked:
+            tiles = first.grid.tiles
+            if lanes is None:
+                lanes = Lanes(
+                    functools.partial(Decoder, self._programs, window_blocks=first.window_blocks),
+                    tiles=tiles,
+                    caches=lambda decoder: [decoder.cache],
+                )
+            group = [first, *itertools.islice(pieces_checked, self._at_once(tiles) - 1)]
+            patches: list[list[np.ndarray]] = [[] for _ in group]
+            for tile in range(tiles):
+                with lanes.tile(tile) as decoder:
+                    for block, decoded in zip(group, patches, strict=True):
+                        decoded.append(decoder.block(block.codes[tile]))
+            for block, decoded in zip(group, patches, strict=True):
+                yield block.grid.join(np.stack(decoded), block=block.index)
+
+    def _at_once(self, tiles: int) -> int:
+        """How many blocks of a tile are coded before those of the next."""
+        return 1 if tiles == 1 else self.window_blocks
+
+    def _checked(self, pieces: Iterable[Tokens]) -> Iterator["_StoredBlock"]:
+        """The blocks of a clip's consecutive pieces; see `decode_stream`."""
         first: Tokens | None = None
-        decoders: deque[Decoder] = deque()
+        ended = False
         blocks = 0
         for number, tokens in enumerate(pieces):
             grid = Grid((tokens.frames, tokens.height, tokens.width), self.config)
@@ -282,22 +319,14 @@ class ElasticTokenizer:
                     f"tokenizer {self.window_blocks} at most: raise its window_blocks "
                     "(--window-blocks)"
                 )
-            if first is None:
-                first = tokens
-                window = dict(window_blocks=first.window_blocks)
-                decoders.extend(Decoder(self._programs, **window) for _ in range(grid.tiles))
+            first = first or tokens
             require_alike(tokens, first, number=number)
-            if not decoders:
+            if ended:
                 raise UsageError(f"piece {number} follows one that ends within a block")
             for index in range(grid.blocks):
                 codes = tokens.codes[index * grid.tiles : (index + 1) * grid.tiles]
-                tiles = []
-                for code in codes:
-                    decoder = decoders.popleft()
-                    tiles.append(decoder.block(code))
-                    if (index + 1) * grid.frames_per_block <= grid.frames:  # else nothing follows
-                        decoders.append(decoder)
-                yield grid.join(np.stack(tiles), block=index)
+                yield _StoredBlock(codes, grid, index, tokens.window_blocks)
+            ended = grid.frames % grid.frames_per_block != 0
 
     def code(
         self,
@@ -422,7 +451,7 @@ class ElasticTokenizer:
         lengths = tokens.lengths
         if lengths.min() < 1 or lengths.max() > self.tokens_per_block:
             raise UsageError(f"token lengths must lie in [1, {self.tokens_per_block}]")
-        flat = np.concatenate(tokens.codes)
+        flat = BlockCodes.of(tokens.codes).flat
         bottleneck = self.model.bottleneck
         if isinstance(bottleneck, FSQ):
             if flat.ndim != 1 or flat.dtype.kind not in "iu":
@@ -431,6 +460,16 @@ class ElasticTokenizer:
                 raise UsageError(f"codes must lie in [0, {bottleneck.codebook_size})")
         elif flat.shape[1:] != (bottleneck.latent_dims,) or not np.isfinite(flat).all():
             raise UsageError(f"codes must be finite, {bottleneck.latent_dims} values a token")
+
+
+@dataclasses.dataclass(frozen=True)
+class _StoredBlock:
+    """The codes of all tiles of one block, and where it is in the clip that `grid` cuts."""
+
+    codes: Sequence[np.ndarray]
+    grid: Grid
+    index: int
+    window_blocks: int
 
 
 def _fingerprint(config: ml_collections.ConfigDict, params) -> str:

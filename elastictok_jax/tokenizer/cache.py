@@ -8,7 +8,8 @@ computed twice. The cache grows by powers of two up to the window and is then a 
 bounded and there is one compiled program for each size of it, not for each clip.
 """
 
-from typing import Any
+import math
+from typing import Any, BinaryIO
 
 import jax
 import jax.numpy as jnp
@@ -91,6 +92,23 @@ class Cache:
                 self.past = _grow(self.past or _none_of(present), more)
             self.past = _put(self.past, present, np.int32(slot * self._per_block))
         self.blocks += 1
+
+    def write(self, file: BinaryIO) -> None:
+        """Moves keys and values to `file`, to be read again before the next use."""
+        leaves, self._tree = jax.tree.flatten(self.past)
+        self._stored = [(leaf.shape, leaf.dtype, leaf.sharding) for leaf in leaves]
+        for leaf in leaves:
+            file.write(np.asarray(leaf).reshape(-1).view(np.uint8).data)
+        self.past = {}
+
+    def read(self, file: BinaryIO) -> None:
+        """Takes what `write` has left in `file`, from its place there on."""
+        leaves = []
+        for shape, dtype, sharding in self._stored:
+            raw = np.empty(math.prod(shape) * dtype.itemsize, np.uint8)
+            file.readinto(raw.data)  # type: ignore[attr-defined]
+            leaves.append(jax.device_put(raw.view(dtype).reshape(shape), sharding))
+        self.past = jax.tree.unflatten(self._tree, leaves)
 
 
 def _none_of(present):

@@ -213,7 +213,7 @@ class Decoder:
 
     def __init__(self, programs: Programs, *, window_blocks: int) -> None:
         self._programs = programs
-        self._cache = Cache(window_blocks=window_blocks, tokens_per_block=programs.tokens_per_block)
+        self.cache = Cache(window_blocks=window_blocks, tokens_per_block=programs.tokens_per_block)
 
     def block(self, codes: np.ndarray) -> np.ndarray:
         """Patches uint8 [L, D] of the next block, whose first tokens are `codes`, [n] or [n, Z]."""
@@ -221,6 +221,6 @@ class Decoder:
         whole = jnp.asarray(np.pad(codes, rest))[None]
         lengths_C = np.asarray([len(codes)], np.int32)
         programs = self._programs
-        pixels, present = programs.decode(programs.params, self._cache, whole, lengths_C)
-        self._cache.keep(present)
-        return np.asarray(pixels[0])
+        pixels, present = programs.decode(programs.params, self.cache, whole, lengths_C)
+        self.cache.keep(present)
+        return np.array(pixels[0])  # a view would keep the device's buffer

@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from elastictok_jax.errors import UsageError
+from elastictok_jax.tokenizer.block_codes import BlockCodes, block_lengths
 
 MAX_LEVELS = 256  # of one dim: bounds the tables
 _SHARED_WEIGHT = 4  # observations that the counts of the whole dim are worth to a context
@@ -53,8 +54,8 @@ def encode_codes(codes: Sequence[np.ndarray], *, levels: tuple[int, ...]) -> np.
 
 
 def _encode(codes: Sequence[np.ndarray], levels: tuple[int, ...], *, stride: int) -> np.ndarray:
-    codes_S = np.concatenate(codes).astype(np.int32)
-    lengths = np.asarray([len(code) for code in codes], np.int64)
+    codes_S = BlockCodes.of(codes).flat.astype(np.int32)
+    lengths = block_lengths(codes).astype(np.int64)
     model, places = _Model(levels), _Places(lengths, stride=stride)
     encoder = _coder().stream.queue.RangeEncoder()
     for chunk in places.chunks():
@@ -191,16 +192,18 @@ def _likely_stride(codes: Sequence[np.ndarray], *, levels: tuple[int, ...]) -> i
     Of the divisors of N, the one with the most digits equal to those that many blocks back.
     """
     count = len(codes)
-    width = min(max(map(len, codes)), max(1, _STRIDE_SAMPLE // count))
+    lengths, flat = block_lengths(codes).astype(np.int64), BlockCodes.of(codes).flat
+    width = min(int(lengths.max()), max(1, _STRIDE_SAMPLE // count))
     heads = np.full((count, width, len(levels)), -1, np.int32)
-    for block, code in enumerate(codes):
-        heads[block, : len(code[:width])] = _digits(code[:width], levels)
+    is_code = np.arange(width) < lengths[:, None]
+    places = (np.cumsum(lengths) - lengths)[:, None] + np.arange(width)
+    heads[is_code] = _digits(flat[places[is_code]].astype(np.int32), levels)
 
     def equal_digits(stride: int) -> int:
         return int(((heads[stride:] == heads[:-stride]) & (heads[stride:] >= 0)).sum())
 
-    strides = [stride for stride in range(1, count) if count % stride == 0]
-    return max(strides, key=equal_digits, default=1)
+    strides = np.flatnonzero(count % np.arange(1, max(count, 2)) == 0) + 1
+    return max((int(s) for s in strides if s < count), key=equal_digits, default=1)
 
 
 def _digits(codes_C: np.ndarray, levels: tuple[int, ...]) -> np.ndarray:

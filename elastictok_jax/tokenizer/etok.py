@@ -23,6 +23,7 @@ from safetensors.numpy import save
 
 from elastictok_jax.errors import UsageError
 from elastictok_jax.tokenizer import entropy
+from elastictok_jax.tokenizer.block_codes import BlockCodes, block_lengths
 
 FORMAT = "etok-2"
 CODINGS = ("plain", "entropy")
@@ -46,10 +47,10 @@ def write_fields(path: str | Path, fields: Mapping[str, Any], *, coding: str) ->
     except (ValueError, TypeError) as error:
         raise UsageError(f"{path} cannot be written: these tokens are unsound: {error}") from None
     codes, levels = fields["codes"], fields["levels"]
-    lengths = np.asarray([len(code) for code in codes])
+    lengths = block_lengths(codes)
     arrays = {"lengths": _smallest(lengths), "mse": fields["mse"], "met": fields["met"]}
     if coding == "plain":
-        flat = np.concatenate(codes)
+        flat = BlockCodes.of(codes).flat
         arrays["codes"] = _smallest(flat) if flat.ndim == 1 else flat
     elif codes[0].ndim == 1:
         arrays["words"] = entropy.encode_codes(codes, levels=levels)
@@ -103,21 +104,23 @@ def check_fields(fields: Mapping[str, Any]) -> None:
     limits of this module: what `save` refuses to write and `load` to give."""
     _check_clip(fields)
     codes, levels = fields["codes"], fields["levels"]
-    if not codes:
+    if not len(codes):
         raise ValueError("there are no blocks")
-    _check_blocks(fields["mse"], fields["met"], lengths=np.asarray([len(c) for c in codes]))
-    kinds = {(code.dtype, code.shape[1:]) for code in codes}
-    if len(kinds) != 1:
-        raise ValueError("blocks have codes of several types")
-    ((dtype, tail),) = kinds
+    _check_blocks(fields["mse"], fields["met"], lengths=block_lengths(codes))
+    if not isinstance(codes, BlockCodes):
+        if len({(code.dtype, code.shape[1:]) for code in codes}) != 1:
+            raise ValueError("blocks have codes of several types")
+        codes = BlockCodes.of(codes)
+    flat = codes.flat
+    dtype, tail = flat.dtype, flat.shape[1:]
     if dtype == np.int32 and tail == ():
-        low, high = min(int(c.min()) for c in codes), max(int(c.max()) for c in codes)
+        low, high = int(flat.min()), int(flat.max())
         codebook = math.prod(levels) if levels else 2**31
         if low < 0 or high >= codebook:
             raise ValueError(f"codes from {low} to {high} in a codebook of {codebook}")
     elif dtype != np.float32 or len(tail) != 1 or levels:
         raise ValueError(f"codes are {dtype} [n{''.join(f', {n}' for n in tail)}]")
-    elif not all(np.isfinite(code).all() for code in codes):
+    elif not np.isfinite(flat).all():
         raise ValueError("codes are not all finite")
 
 
@@ -198,7 +201,7 @@ def _with_blocks(clip: dict[str, Any], arrays: dict[str, np.ndarray]) -> dict[st
         if flat.dtype == np.uint32 and int(flat.max()) >= 2**31:
             raise ValueError(f"a code is {flat.max()}")
         flat = flat if flat.dtype == np.float32 else flat.astype(np.int32)
-    codes = np.split(flat, np.cumsum(lengths)[:-1])
+    codes = BlockCodes(flat, lengths)
     fields = clip | {"codes": codes, "mse": mse, "met": met}
     check_fields(fields)
     return fields

@@ -19,6 +19,7 @@ class Grid:
 
     def __init__(self, size: tuple[int, int, int], config: ml_collections.ConfigDict) -> None:
         self.frames, self.height, self.width = size
+        self._config = config
         self._side, self._patch = config.video.resolution, tuple(config.model.patch)
         self.frames_per_block = config.video.frames_per_block
         self.blocks = -(-self.frames // self.frames_per_block)
@@ -65,6 +66,15 @@ class Grid:
         )
         inside = np.pad(np.ones(video_THWC.shape, bool), slack)
         return self._tiles(np.pad(video_THWC, slack, mode="edge")), self._tiles(inside)
+
+    def cut_tile(self, video_THWC: np.ndarray, tile: int) -> tuple[np.ndarray, np.ndarray]:
+        """`cut` of one tile alone: [S, D] each."""
+        row, column = divmod(tile, self.columns)
+        top, left = row * self._side, column * self._side
+        part = video_THWC[:, top : top + self._side, left : left + self._side]
+        one = Grid((self.frames, *part.shape[1:3]), self._config)
+        patches, inside = one.cut(part)
+        return patches[0], inside[0]
 
     def _tiles(self, video_THWC: np.ndarray) -> np.ndarray:
         tiles = rearrange(

@@ -11,6 +11,7 @@ import numpy as np
 
 from elastictok_jax.errors import UsageError
 from elastictok_jax.tokenizer import entropy, etok
+from elastictok_jax.tokenizer.block_codes import BlockCodes, block_lengths
 
 # What pieces of one clip have in common.
 SHARED = ("fingerprint", "height", "width", "fps", "bits_per_token", "window_blocks", "levels")
@@ -35,7 +36,7 @@ class Tokens:
       levels: of the FSQ that made the codes; empty for a VAE.
     """
 
-    codes: list[np.ndarray]
+    codes: Sequence[np.ndarray]
     mse: np.ndarray
     met: np.ndarray
     frames: int
@@ -50,7 +51,7 @@ class Tokens:
     @property
     def lengths(self) -> np.ndarray:
         """int32 [N], tokens kept in each block."""
-        return np.asarray([len(code) for code in self.codes], np.int32)
+        return block_lengths(self.codes)
 
     @property
     def num_tokens(self) -> int:
@@ -119,7 +120,10 @@ class Tokens:
                 )
         return dataclasses.replace(
             first,
-            codes=[code for piece in pieces for code in piece.codes],
+            codes=BlockCodes(
+                np.concatenate([BlockCodes.of(piece.codes).flat for piece in pieces]),
+                np.concatenate([piece.lengths for piece in pieces]),
+            ),
             mse=np.concatenate([piece.mse for piece in pieces]),
             met=np.concatenate([piece.met for piece in pieces]),
             frames=sum(piece.frames for piece in pieces),

@@ -440,6 +440,7 @@ class VideoReader:
         self._threads = threads
         self._index = _index_video(self.path, threads=threads, limits=limits)
         self._decoding: _Decoding | None = None
+        self._was_counted = False
 
     frame_count = property(lambda self: len(self._index.pts), doc="Frames in the file.")
     fps = property(lambda self: self._index.fps, doc="Mean frame rate, frames a second.")
@@ -502,7 +503,9 @@ class VideoReader:
         """Fills `out` with the frames at `wanted`, which are close together."""
         if self._try_run(wanted, crop=crop, out=out):
             return
-        if self._index.keyframes:  # the container's timestamps may be wrong: count frames instead
+        # The container's timestamps may be wrong: count frames instead, but look only once.
+        if self._index.keyframes and not self._was_counted:
+            self._was_counted = True
             counted = _times_when_decoded(self.path, threads=self._threads)
             if len(counted) == self.frame_count:
                 self._index = replace(self._index, pts=tuple(range(len(counted))), keyframes=())

@@ -116,7 +116,9 @@ class Checkpointer:
         """
         steps = self.steps()
         if not steps:
-            raise UsageError(f"{self.folder.parent} has no checkpoint yet: train it first")
+            raise UsageError(
+                f"model {self.folder.parent} has no whole checkpoint yet: train it further"
+            )
         if which is None:
             return steps
         if which == BEST:
@@ -245,9 +247,7 @@ class Checkpointer:
                     data=ocp.args.JsonRestore(),
                 ),
             )
-            position = restored["data"]
-            if not isinstance(position["next_row"], int) or "files" not in position:
-                raise ValueError("its position in the data is missing")
+            position = dict(restored["data"])
         state = relayout(restored["state"], stacked=is_stacked(abstract.params))
         return state, position
 

@@ -36,6 +36,7 @@ class WorkdirLock:
         self._path = workdir / LOCK
         self._token = uuid.uuid4().hex
         self._lost = ""
+        self._is_new = not workdir.exists()
         try:
             workdir.mkdir(parents=True, exist_ok=True)
             self._take()
@@ -57,11 +58,14 @@ class WorkdirLock:
             )
 
     def close(self) -> None:
-        """Gives the lock back."""
+        """Gives the lock back; a folder that was made for it alone goes, too."""
         self._closed.set()
         self._thread.join()
         if self._is_ours():
             self._path.unlink(missing_ok=True)
+        if self._is_new:
+            with contextlib.suppress(OSError):  # there is a run in it now
+                self._path.parent.rmdir()
 
     def _take(self) -> None:
         while not self._make():

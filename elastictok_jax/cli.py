@@ -126,6 +126,12 @@ def build_parser() -> argparse.ArgumentParser:
         "--data", type=INPUT, help="a folder, file, glob or data set to measure on"
     )
     evaluate.add_argument(
+        "--fps",
+        type=float,
+        metavar="F",
+        help="frames a second to measure at, 0 for all; else as MODEL's sources are trained on",
+    )
+    evaluate.add_argument(
         "--targets", metavar="X,...", help="MSE on the [-1, 1] scale, e.g. 0.003,0.015"
     )
     evaluate.add_argument(
@@ -175,7 +181,6 @@ def build_parser() -> argparse.ArgumentParser:
     encode.add_argument("--window-blocks", type=int, metavar="N", help="blocks that see each other")
     encode.add_argument("--compress", action="store_true", help="entropy-code the file")
     encode.add_argument("--size", metavar="WxH", help="of raw rgb24 frames on standard input")
-    encode.add_argument("--fps", type=float, help="frames a second on standard input")
     encode.add_argument("--json", action="store_true", help="print the results")
     encode.set_defaults(run=run_encode)
 
@@ -322,6 +327,12 @@ def add_clip_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--resolution", type=int, metavar="R", help="resize the shortest side; else its own size"
     )
+    parser.add_argument(
+        "--fps",
+        type=float,
+        metavar="F",
+        help="frames a second to take of a video, by time; those that standard input has",
+    )
     parser.add_argument("--max-frames", type=int, metavar="N", help="read no more than this")
 
 
@@ -379,7 +390,9 @@ def run_evaluate(args: argparse.Namespace, overrides: dict[str, str]) -> None:
 
     limits = Limits(args.targets, args.max_clips, args.max_blocks, args.search_blocks)
     models = [args.model, *args.baseline]
-    results = evaluate_models(models, output=args.output, data=args.data, limits=limits)
+    results = evaluate_models(
+        models, output=args.output, data=args.data, fps=args.fps, limits=limits
+    )
     print_results(results, args)
 
 
@@ -456,6 +469,7 @@ def run_reconstruct(args: argparse.Namespace, overrides: dict[str, str]) -> None
         goal=goal_of(args),
         resolution=args.resolution,
         max_frames=args.max_frames,
+        fps=args.fps,
     )
     print_results(results, args)
 

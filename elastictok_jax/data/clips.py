@@ -13,6 +13,7 @@ from typing import NamedTuple
 import ml_collections
 import numpy as np
 
+from elastictok_jax.data.frame_rate import frames_read, recorded_at
 from elastictok_jax.data.media import MediaError
 from elastictok_jax.data.mixture import frame_step
 from elastictok_jax.data.packing import Clip
@@ -93,6 +94,14 @@ class ClipReader:
             except MediaError as error:
                 yield Block(self._substitute(clip), str(error))
 
+    def read_frames(self, clip: Clip, *, most: int) -> np.ndarray:
+        """uint8 [T, R, R, 3]: an item from its start, as `read` gives it, but without repeats: its
+        first `most` frames, or all of fewer. Raises MediaError."""
+        view = self._view(clip)
+        frames = self._feeds[clip.feed].source.frames[clip.item]
+        count = min(most, int(frames_read(frames, view.step)))
+        return self._frames(clip, view, self._recorded(clip, view, np.arange(count)))
+
     def _substitute(self, clip: Clip) -> np.ndarray:
         items = self._feeds[clip.feed].items
         place = int(np.searchsorted(items, clip.item))
@@ -120,22 +129,28 @@ class ClipReader:
 
     def _read(self, clip: Clip, view: _View, block: int) -> np.ndarray:
         """uint8 [F, R, R, 3], or MediaError."""
-        feed, per_block, side = self._feeds[clip.feed], self._frames_per_block, self._side
-        last = int(feed.source.frames[clip.item]) - 1
-        wanted = np.arange(block * per_block, (block + 1) * per_block)
-        wanted = np.minimum(np.floor(wanted * view.step + 0.5).astype(np.int64), last)
+        per_block, side = self._frames_per_block, self._side
+        numbers = np.arange(block * per_block, (block + 1) * per_block)
+        wanted = self._recorded(clip, view, numbers)
         distinct = wanted[: per_block - int((wanted == wanted[-1]).sum()) + 1]
-        frames = self._decode(clip.feed, clip.item, distinct)
-        top = round(view.down * (frames.shape[1] - side))
-        left = round(view.across * (frames.shape[2] - side))
-        frames = frames[:, top : top + side, left : left + side]
-        if view.flip:
-            frames = _mirrored(frames)
+        frames = self._frames(clip, view, distinct)
         if len(distinct) == per_block:
             return frames
         if len(distinct) == 1:  # an image: no copies
             return np.broadcast_to(frames, (per_block, side, side, 3))
         return np.concatenate([frames, np.repeat(frames[-1:], per_block - len(distinct), axis=0)])
+
+    def _recorded(self, clip: Clip, view: _View, numbers: np.ndarray) -> np.ndarray:
+        frames = int(self._feeds[clip.feed].source.frames[clip.item])
+        return recorded_at(numbers, step=view.step, frames=frames)
+
+    def _frames(self, clip: Clip, view: _View, indices: np.ndarray) -> np.ndarray:
+        """Recorded frames at `indices`, cropped and maybe mirrored: uint8 [T, R, R, 3]."""
+        frames, side = self._decode(clip.feed, clip.item, indices), self._side
+        top = round(view.down * (frames.shape[1] - side))
+        left = round(view.across * (frames.shape[2] - side))
+        frames = frames[:, top : top + side, left : left + side]
+        return _mirrored(frames) if view.flip else frames
 
     def _read_side(self, feed: Feed) -> int:
         return feed.settings.resolution or self._side

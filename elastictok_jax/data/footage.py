@@ -55,7 +55,8 @@ def open_footage(
       side: length of the shortest side to resize to, in pixels.
       max_frames: read no more than these.
       size: width and height of raw frames; without, standard input is y4m.
-      fps: of raw frames, or in place of what a y4m stream says.
+      fps: of a pipe, what its frames have, in place of what a y4m stream says; of a video, what is
+        read of it: the frames nearest to 0, 1 / fps, 2 / fps, ... seconds, or all if it has fewer.
 
     Raises:
       UsageError: if it cannot be read, or the options do not fit it.
@@ -63,16 +64,20 @@ def open_footage(
     for name, value in (("resolution", side), ("max-frames", max_frames)):
         if value is not None and value < 1:
             raise UsageError(f"--{name} {value}: give at least 1")
+    if fps is not None and not media.is_rate(fps):
+        raise UsageError(f"--fps {fps:g}: give the frames a second, e.g. 4")
     if source == PIPE:
         footage = _open_pipe(size=size, fps=fps)
-    elif size is not None or fps is not None:
-        raise UsageError(f"--size and --fps are for raw frames from a pipe: {source} has its own")
+    elif size is not None:
+        raise UsageError(f"--size is for raw frames from a pipe: {source} has its own")
     elif media.file_kind(source) == "image":
+        if fps is not None:
+            raise UsageError(f"--fps {fps:g}: {source} is an image; leave it out")
         image = media.read_image(source)
         height, width, _ = image.shape
         footage = Footage(source, [image], height, width, fps=0.0, frames=1)
     else:
-        footage = _open_video(source)
+        footage = _open_video(source, fps=fps)
     if source != PIPE and (loss := media.loss_on_reading(source)):
         footage.notes.append(f"{source} {loss}")
     if max_frames is not None:
@@ -86,38 +91,41 @@ def open_footage(
     return footage
 
 
-def _open_video(source: str) -> Footage:
+def _open_video(source: str, *, fps: float | None) -> Footage:
     reader = media.VideoReader(source)
+    indices = reader.indices_at(fps or reader.fps)
+    lowered = fps is not None and fps < reader.fps
     notes = []
     if reader.has_audio:
         notes.append(f"{source}: its sound is left out")
-    if not reader.evenly_spaced:
+    if fps is not None and fps > reader.fps:
+        notes.append(f"{source}: it has {reader.fps:.6g} frames a second, fewer than --fps {fps:g}")
+    if not (reader.evenly_spaced or lowered):
         notes.append(
             f"{source}: its frame rate varies; every frame is kept, at the mean of "
             f"{reader.fps:.6g} a second"
         )
     return Footage(
         name=source,
-        stream=_in_order(reader),
+        stream=_in_order(reader, indices),
         height=reader.height,
         width=reader.width,
-        fps=reader.fps,
-        frames=reader.frame_count,
+        fps=fps if fps is not None and lowered else reader.fps,
+        frames=len(indices),
         notes=notes,
     )
 
 
-def _in_order(reader: media.VideoReader) -> Iterator[np.ndarray]:
+def _in_order(reader: media.VideoReader, indices: np.ndarray) -> Iterator[np.ndarray]:
+    """Frames at ascending `indices`; one that comes again is decoded once."""
     with reader:
-        for index in range(reader.frame_count):
-            yield reader.read(index, 1)[0]
+        for index, times in zip(*np.unique(indices, return_counts=True), strict=True):
+            yield from [reader.read(int(index), 1)[0]] * int(times)
 
 
 def _open_pipe(*, size: tuple[int, int] | None, fps: float | None) -> Footage:
     if sys.stdin is None or sys.stdin.isatty():
         raise UsageError("standard input is no pipe: send raw rgb24 frames or y4m into it")
-    if fps is not None and not media.is_rate(fps):
-        raise UsageError(f"--fps {fps}: give the frames a second, e.g. 30")
     stream: BinaryIO = sys.stdin.buffer
     if size is None:
         header = rawvideo.read_y4m_header(stream)

@@ -30,6 +30,7 @@ from PIL import Image, ImageOps, PngImagePlugin
 from simplejpeg import decode_jpeg, decode_jpeg_header
 
 from elastictok_jax.data import color, containers
+from elastictok_jax.data.frame_rate import frames_read, recorded_at, step_between
 from elastictok_jax.errors import RunError, UsageError
 
 IMAGE_SUFFIXES = frozenset(
@@ -449,6 +450,17 @@ class VideoReader:
     has_audio = property(lambda self: self._index.has_audio, doc="Whether the file has sound.")
     evenly_spaced = property(lambda self: self._index.is_even, doc="Whether fps is constant.")
 
+    def indices_at(self, fps: float) -> np.ndarray:
+        """int64, ascending: the frames nearest to 0, 1 / fps, 2 / fps, ... seconds, until the video
+        ends. Every frame, once, where `fps` is not below the video's own."""
+        step = float(step_between(self.fps, fps))
+        numbers = np.arange(frames_read(self.frame_count, step))
+        if self.evenly_spaced or step == 1:
+            return recorded_at(numbers, step=step, frames=self.frame_count)
+        times = np.asarray(self._index.times, np.float64) - self._index.times[0]
+        times *= (self.frame_count - 1) / times[-1]  # in frames at the mean rate
+        return np.searchsorted((times[1:] + times[:-1]) / 2, numbers * step, side="right")
+
     def __enter__(self) -> "VideoReader":
         return self
 
@@ -555,9 +567,11 @@ class _VideoIndex:
     the stream's time base. Without keyframes the timestamps are just 0, 1, 2, ... and frames can
     only be counted off from the start.
 
-    fps is the number of frames but one over the time from the first to the last."""
+    times are when frames are shown, in ticks of any length. fps is the number of frames but one
+    over the time from the first to the last."""
 
     pts: tuple[int, ...]
+    times: tuple[int, ...]
     keyframes: tuple[int, ...]
     fps: float
     is_even: bool
@@ -839,7 +853,7 @@ def _index_video(path: str, *, threads: int, limits: Limits) -> _VideoIndex:
             times = pts
             tick = 1 / Fraction(stated).limit_denominator(1001) if stated else Fraction(1, 1)
     fps = _mean_rate(times, stated=stated, tick=tick)
-    return _VideoIndex(pts, keyframes, fps, _is_even(times), height, width, has_audio)
+    return _VideoIndex(pts, times, keyframes, fps, _is_even(times), height, width, has_audio)
 
 
 def _mean_rate(times: tuple[int, ...], *, stated: float, tick: Fraction) -> float:

@@ -13,6 +13,7 @@ import ml_collections
 import numpy as np
 from grain.experimental import index_shuffle
 
+from elastictok_jax.data.frame_rate import frames_read, step_between
 from elastictok_jax.data.packing import Clip, pack
 from elastictok_jax.data.sources import SPLITS, Feed
 from elastictok_jax.errors import UsageError
@@ -22,17 +23,15 @@ EPOCHS_KEPT = 2  # orders of a feed that are remembered
 
 
 def item_blocks(feed: Feed, *, frames_per_block: int) -> np.ndarray:
-    """int64 [m]: whole blocks in each item of the feed, at least one."""
+    """int64 [m]: complete blocks in each item of the feed, at least one."""
     items = feed.items
-    frames = feed.source.frames[items] / frame_step(feed, items)
-    return np.maximum(1, np.ceil(frames).astype(np.int64) // frames_per_block)
+    frames = frames_read(feed.source.frames[items], frame_step(feed, items))
+    return np.maximum(1, frames // frames_per_block)
 
 
 def frame_step(feed: Feed, items: np.ndarray) -> np.ndarray:
     """float64, shape of `items`: recorded frames from one that is read to the next, 1 or more."""
-    if not feed.settings.fps:
-        return np.ones(np.shape(items))
-    return np.maximum(1.0, feed.source.fps[items] / feed.settings.fps)
+    return step_between(feed.source.fps[items], feed.settings.fps)
 
 
 class Stream:

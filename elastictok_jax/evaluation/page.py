@@ -66,12 +66,19 @@ def write_report(
     summary = (
         f"{numbers} ({limits['max_clips']} of each source and {limits['max_blocks']} blocks of "
         f"each clip at most), {blocks} blocks of {first['frames_per_block']} frames at "
-        f"{first['resolution']} pixels; MSE is on the [-1, 1] scale."
+        f"{first['resolution']} pixels{_at_rates(limits['fps'])}; MSE is on the [-1, 1] scale."
     )
     write_page(
         output / "report.html", title=title, summary=summary, command=command, sections=sections
     )
     plt.close("all")
+
+
+def _at_rates(rates: Sequence[float]) -> str:
+    if not rates:
+        return ""
+    said = " to ".join(f"{rate:.4g}" for rate in dict.fromkeys([min(rates), max(rates)]))
+    return f", video at {said} frames a second"
 
 
 def _slug(title: str) -> list[str]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 import os
 import re
 import sys
@@ -12,8 +13,10 @@ import ml_collections
 import numpy as np
 
 from elastictok_jax.config import override, resolve, source_config
-from elastictok_jax.data import media
-from elastictok_jax.data.sources import Feed, Source, open_feeds
+from elastictok_jax.data import media, packing
+from elastictok_jax.data.clips import ClipReader
+from elastictok_jax.data.mixture import frame_step
+from elastictok_jax.data.sources import Feed, open_feeds
 from elastictok_jax.errors import UsageError
 from elastictok_jax.evaluation.metrics import mse, psnr
 from elastictok_jax.tokenizer.api import ElasticTokenizer
@@ -83,27 +86,37 @@ class Limits:
         return resolve(changed)
 
 
-def clips_of(config: ml_collections.ConfigDict, *, data: str | None = None) -> list[Clip]:
-    """Clips as the model sees them: resized, cropped at the centre, cut to `evaluation.max_blocks`
-    blocks; `evaluation.max_clips` videos and as many images of each source at most. How many more
-    there are is said on stderr.
+def clips_of(
+    config: ml_collections.ConfigDict, *, data: str | None = None, fps: float | None = None
+) -> list[Clip]:
+    """Clips as training reads held-out ones: at the frame rate and resolution of their source,
+    cropped at the centre, cut to `evaluation.max_blocks` blocks; `evaluation.max_clips` videos and
+    as many images of each source at most. How many more there are is said on stderr.
 
     Args:
-      data: a folder, glob or data set, none of it left out as if trained on; None for what the
-        config's own sources hold out.
+      data: a folder, glob or data set, none of it left out as if trained on, read like the config's
+        own source (its first of video, where there are several); None for what the config's own
+        sources hold out.
+      fps: frames a second at most, 0 for all, in place of what the sources say.
 
     Raises:
-      UsageError: if there are none.
+      UsageError: if there are none, or fps is below 0.
     """
-    if data is None:
-        opened = open_feeds(config)
-        feeds = opened.heldout
-    else:
-        config = ml_collections.ConfigDict(config.to_dict())
+    if fps is not None and not 0 <= fps < math.inf:
+        raise UsageError(f"--fps {fps:g}: give the frames a second, e.g. 4, or 0 for all there are")
+    config = ml_collections.ConfigDict(config.to_dict())
+    config.data.cache_mib = 0  # each clip is read once
+    if data is not None:
+        read_as = _source_to_read_as(config)
         config.data.sources = ml_collections.ConfigDict({"main": source_config(path=data)})
+        config.data.sources.main.update(read_as)
         config.data.eval_fraction = 0.0
-        opened = open_feeds(config)
-        feeds = opened.train + opened.heldout  # of the embedded footage there are both
+    for source in config.data.sources.values():
+        source.fps = source.fps if fps is None else fps
+    opened = open_feeds(config)
+    feeds = opened.heldout
+    if data is not None:
+        feeds = opened.train + feeds  # of the embedded footage there are both
     for note in opened.notes:
         print(f"note: {note}", file=sys.stderr)
     if not feeds:
@@ -111,19 +124,19 @@ def clips_of(config: ml_collections.ConfigDict, *, data: str | None = None) -> l
             f"the data sources ({', '.join(config.data.sources)}) have nothing held out to "
             "evaluate on: give --data, or train with data.eval_fraction above 0"
         )
-    side = config.video.resolution
+    reader = ClipReader(feeds, config, split="heldout")
     most = config.evaluation.max_blocks * config.video.frames_per_block
     clips: list[Clip] = []
-    for source, item in _chosen(feeds, most=config.evaluation.max_clips):
-        indices = np.arange(min(source.frames[item], most))
+    for index, item in _chosen(feeds, most=config.evaluation.max_clips):
+        feed = feeds[index]
         try:
-            frames = source.read(item, indices, side=side)
+            frames = reader.read_frames(packing.Clip(index, item, 0, 0, 1), most=most)
         except media.MediaError as error:
             print(f"left out: {error}", file=sys.stderr)
             continue
-        frames = media.center_crop(frames, height=side, width=side)
-        name = re.sub(r"\.\w+(@\d+)?$", r"\1", source.name(item))  # without a suffix
-        clips.append(Clip(name, frames, float(source.fps[item])))
+        name = re.sub(r"\.\w+(@\d+)?$", r"\1", feed.source.name(item))  # without a suffix
+        rate = feed.source.fps[item] / frame_step(feed, np.array(item))
+        clips.append(Clip(name, frames, float(rate)))
     if not clips:
         raise UsageError("none of the clips to evaluate on can be read: see above")
     folder = os.path.commonpath([os.path.dirname(clip.name) for clip in clips])
@@ -131,14 +144,30 @@ def clips_of(config: ml_collections.ConfigDict, *, data: str | None = None) -> l
     return [dataclasses.replace(c, name=name) for c, name in zip(clips, names, strict=True)]
 
 
-def _chosen(feeds: Sequence[Feed], *, most: int) -> list[tuple[Source, int]]:
-    """Items of each source, `most` videos and then `most` images."""
-    chosen: list[tuple[Source, int]] = []
+def _source_to_read_as(config: ml_collections.ConfigDict) -> dict[str, float]:
+    """The frame rate and resolution of the source that tells how other data is read."""
+    used = [(name, one) for name, one in sorted(config.data.sources.items()) if one.weight]
+    first, source = next(((n, one) for n, one in used if one.kind != "image"), used[0])
+    chosen = {"fps": source.fps, "resolution": source.resolution}
+    if any(one[key] != value for _, one in used for key, value in chosen.items()):
+        said = ", ".join(f"{key} {value:g}" for key, value in chosen.items())
+        print(f"note: --data is read like data.sources.{first}: {said}", file=sys.stderr)
+    return chosen
+
+
+def _chosen(feeds: Sequence[Feed], *, most: int) -> list[tuple[int, int]]:
+    """(index of a feed, item) of each source, `most` videos and then `most` images."""
+    chosen: list[tuple[int, int]] = []
     for source in {id(feed.source): feed.source for feed in feeds}.values():
-        items = np.concatenate([feed.items for feed in feeds if feed.source is source])
+        places = [
+            (index, int(item))
+            for index, feed in enumerate(feeds)
+            if feed.source is source
+            for item in feed.items
+        ]
         for is_video in (True, False):
-            some = items[source.is_video[items] == is_video]
-            chosen += [(source, int(item)) for item in some[:most]]
+            some = [place for place in places if source.is_video[place[1]] == is_video]
+            chosen += some[:most]
             if len(some) > most:
                 kind = "videos" if is_video else "images"
                 print(

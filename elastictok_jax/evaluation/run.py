@@ -45,6 +45,7 @@ def evaluate_models(
     *,
     output: Path,
     data: str | None = None,
+    fps: float | None = None,
     limits: Limits = NO_LIMITS,
 ) -> dict[str, Any]:
     """Measures `models` on the same clips and each elastic one against each fixed one; writes
@@ -55,7 +56,7 @@ def evaluate_models(
 
     Args:
       models: training workdirs or exported folders; clips are pictured as the first has them.
-      data: a source of clips; None for what the first held out.
+      data, fps: as in `clips_of`, by the first model's config.
       limits: of the config, replaced.
 
     Raises:
@@ -66,7 +67,7 @@ def evaluate_models(
     _require_alike(tokenizers, models)
     config = limits.of(tokenizers[0].config)
     make_folder(output / RECORDS)
-    clips = clips_of(config, data=data)
+    clips = clips_of(config, data=data, fps=fps)
     plan, judge = make_plan(tokenizers[0], config.evaluation), make_judge(config)
     with Progress("measuring", unit="clip") as progress:
         records = measure_all(
@@ -81,6 +82,7 @@ def evaluate_models(
     ]
     results = summarise(measured, clips, plan)
     results["plan"] |= {key: config.evaluation[key] for key in ("max_clips", "max_blocks")}
+    results["plan"]["fps"] = sorted({clip.fps for clip in clips if clip.fps})
     curve = read_metrics(Path(models[0]) / "metrics.jsonl")
     held_out = [line["eval/mse"] for line in curve if "eval/mse" in line]
     if held_out:
@@ -89,7 +91,9 @@ def evaluate_models(
     coded, results["clips"] = [], {}
     for clip in clips:
         of_clip = decode_record(tokenizers[0], clip, measured[0].records[clip.name], plan)
-        results["clips"][clip.name] = [each.summary(clip.frames) for each in of_clip]
+        results["clips"][clip.name] = [
+            {"fps": clip.fps, **each.summary(clip.frames)} for each in of_clip
+        ]
         if any(clip is each for each in shown):
             coded.append((clip, of_clip))
     remove_outputs(output, REPORT)
@@ -107,7 +111,7 @@ def evaluate_models(
     write_report(
         output,
         title=f"Evaluation of {', '.join(model.name for model in measured)}",
-        command=command_line(models, data, limits),
+        command=command_line(models, data, fps, limits),
         measured=measured,
         results=results,
         clips=clips,
@@ -140,12 +144,15 @@ def decode_record(
     return coded
 
 
-def command_line(models: Sequence[str | Path], data: str | None, limits: Limits) -> str:
+def command_line(
+    models: Sequence[str | Path], data: str | None, fps: float | None, limits: Limits
+) -> str:
     """The command that makes an evaluation."""
     words = ["elastictok", "evaluate", str(models[0])]
     for model in models[1:]:
         words += ["--baseline", str(model)]
     words += ["--data", data] if data else []
+    words += ["--fps", f"{fps:g}"] if fps is not None else []
     for key, value in dataclasses.asdict(limits).items():
         if value is not None:
             said = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
@@ -188,6 +195,7 @@ def reconstruct_file(
     goal: Goal,
     resolution: int | None = None,
     max_frames: int | None = None,
+    fps: float | None = None,
 ) -> dict[str, object]:
     """Encodes and decodes one file; writes reconstruction.png (frames and token strip),
     reconstruction.mp4 (video only) and reconstruction.json below `output`.
@@ -197,7 +205,7 @@ def reconstruct_file(
     """
     if source == PIPE:
         raise UsageError("reconstruct reads a file: `elastictok encode -` reads a pipe")
-    footage = open_footage(source, side=resolution, max_frames=max_frames)
+    footage = open_footage(source, side=resolution, max_frames=max_frames, fps=fps)
     tokenizer = ElasticTokenizer.from_pretrained(model)
     make_folder(output)
     frames = np.stack(list(footage.stream))
@@ -214,7 +222,7 @@ def reconstruct_file(
         output / "reconstruction.png", [(clip, coded)], title=f"{label(clip.name)}: {goal}", **sizes
     )
     write_side_by_side(output / "reconstruction.mp4", [(clip, coded)], **sizes)
-    results = {"input": str(source), **coded[0].summary(frames)}
+    results = {"input": str(source), "fps": clip.fps, **coded[0].summary(frames)}
     write_json(output / "reconstruction.json", results)
     print(f"reconstruction in {output}", file=sys.stderr)
     return results

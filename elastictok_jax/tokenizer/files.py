@@ -52,7 +52,7 @@ def encode_file(
       resolution: length to resize the shortest side to, in pixels; None keeps the size.
       window_blocks: how many blocks see each other; as in training if None.
       coding: as in `Tokens.save`.
-      size, fps: width and height, and frame rate, of raw frames.
+      size: width and height of raw frames; fps: as in `open_footage`.
 
     Returns:
       What came of it, as JSON values.

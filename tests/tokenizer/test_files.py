@@ -16,10 +16,12 @@ import pytest
 from PIL import Image
 
 from elastictok_jax import ElasticTokenizer, Tokens, cli
-from elastictok_jax.config import default_config, override, resolve, to_json
+from elastictok_jax.config import default_config, override, resolve, source_config, to_json
 from elastictok_jax.data import media, rawvideo
-from elastictok_jax.data.footage import Footage
-from elastictok_jax.data.sources import EMBEDDED
+from elastictok_jax.data.clips import ClipReader
+from elastictok_jax.data.footage import Footage, open_footage
+from elastictok_jax.data.packing import Clip
+from elastictok_jax.data.sources import EMBEDDED, Feed, FileSource
 from elastictok_jax.evaluation.metrics import mse
 from elastictok_jax.tokenizer import etok
 from elastictok_jax.tokenizer.files import _encode_in_order
@@ -403,7 +405,7 @@ def test_more_than_a_file_may_hold_is_kept_so_far(tokenizer, refused, tmp_path, 
         (b"\x00" * 800, ["--size", "16", "--fps", "3"], "--size 16: write WIDTHxHEIGHT"),
         (b"\x00" * 800, ["--size", "16x0", "--fps", "3"], "frames of 16x0"),
         (b"\x00" * 800, ["--size", "99999x99999", "--fps", "3"], "99999x99999: give 1 to"),
-        (b"\x00" * 800, ["--size", "16x16", "--fps", "0"], "--fps 0.0: give"),
+        (b"\x00" * 800, ["--size", "16x16", "--fps", "0"], "--fps 0: give"),
         (b"\x00" * 80, ["--size", "16x16", "--fps", "3"], "frame 0: 80 of 768 bytes"),
         (b"", ["--size", "16x16", "--fps", "3"], "has no frames"),
         (b"YUV4MPEG2 W16", [], "damaged y4m header"),
@@ -438,7 +440,8 @@ def test_bad_files_and_options_are_named(refused, tmp_path):
         ((image, "-o", tmp_path / "folder.etok", "--tokens", 3), "is a folder: name a file"),
         ((image, "-o", tmp_path / "no" / "a.etok", "--tokens", 3), "folder does not exist"),
         ((image, "-o", "/proc/a.etok", "--tokens", 3), "-o /proc/a.etok cannot be written"),
-        ((image, *encode, "--size", "3x3"), "are for raw frames from a pipe"),
+        ((image, *encode, "--size", "3x3"), "--size is for raw frames from a pipe"),
+        ((image, *encode, "--fps", 4), "in.png is an image; leave it out"),
         ((image, *encode, "--resolution", 0), "--resolution 0: give at least 1"),
         ((image, *encode, "--max-frames", 0), "--max-frames 0: give at least 1"),
         ((image, *encode, "--window-blocks", 0), "--window-blocks 0: give at least 1 and"),
@@ -460,6 +463,48 @@ def test_a_resolution_beyond_the_limit_is_refused_at_once(refused, tmp_path):
             line = refused(*words, "--resolution", 100_000)
             assert f"{name}: 16x16 scaled to 100000 pixels" in line
             assert "more than 67108864 pixels" in line
+
+
+@pytest.mark.parametrize("fps", [4.0, 10.0, 7.3, 0.5])
+def test_frames_of_a_file_are_taken_by_time_as_training_takes_them(encode, fps):
+    path = EMBEDDED / "heldout" / "bbb_kite.mp4"
+    results, tokens, _ = encode(path, "--fps", str(fps))
+    source = FileSource(path)
+    settings = source_config(path=str(path), fps=fps)
+    config = default_config()
+    override(config, SMALL)
+    feeds = (Feed("main", 0, source, settings, np.arange(1)),)
+    trained = ClipReader(feeds, config, split="heldout").read_frames(Clip(0, 0, 0, 0, 1), most=99)
+    footage = open_footage(str(path), side=16, fps=fps)
+    taken = media.center_crop(np.stack(list(footage.stream)), height=16, width=16)
+    np.testing.assert_array_equal(taken, trained)
+    seconds = source.frames[0] / source.fps[0]
+    assert results["frames"] == tokens.frames == len(taken) == int(np.ceil(seconds * fps - 1e-9))
+    assert tokens.fps == fps
+
+
+def test_a_file_of_fewer_frames_than_asked_for_is_kept_as_it_is(encode, tmp_path):
+    media.write_video(tmp_path / "a.mp4", footage(5), fps=10)
+    results, tokens, said = encode(tmp_path / "a.mp4", "--fps", "24")
+    assert (results["frames"], tokens.fps) == (5, 10.0)
+    assert "it has 10 frames a second, fewer than --fps 24" in said
+
+
+def test_frames_at_uneven_times_are_taken_by_time(tmp_path):
+    path, shades = str(tmp_path / "uneven.mkv"), [0, 50, 100, 150, 200, 250]
+    with av.open(path, "w") as container:
+        stream = container.add_stream("ffv1", rate=1000)
+        stream.width, stream.height, stream.pix_fmt = 16, 16, "bgr0"
+        for shade, milliseconds in zip(shades, [0, 100, 200, 1000, 2200, 2300], strict=True):
+            picture = np.full((16, 16, 3), shade, np.uint8)
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            frame.pts, frame.time_base = milliseconds, Fraction(1, 1000)
+            container.mux(stream.encode(frame.reformat(format="bgr0")))
+        container.mux(stream.encode())
+    footage = open_footage(path, fps=2.0)
+    seen = [int(frame[0, 0, 0]) for frame in footage.stream]
+    assert (seen, footage.fps, footage.notes) == ([0, 100, 150, 150, 200, 250], 2.0, [])
+    assert len(list(open_footage(path).stream)) == 6
 
 
 def test_what_is_lost_of_an_animation_is_said(encode, tmp_path):

@@ -1,6 +1,7 @@
 """The router: fitted to curves, kept in a file, asked by the searches."""
 
 import dataclasses
+import itertools
 import json
 
 import jax
@@ -9,11 +10,18 @@ import pytest
 
 from elastictok_jax import ElasticTokenizer, cli
 from elastictok_jax.config import to_json
+from elastictok_jax.data import media
 from elastictok_jax.errors import UsageError
 from elastictok_jax.tokenizer.goal import Goal
 from elastictok_jax.tokenizer.grid import Grid
 from elastictok_jax.tokenizer.router import FILE, Router, energies, features, predict
-from elastictok_jax.tokenizer.router_training import count_error, fit, held_back_items, train_router
+from elastictok_jax.tokenizer.router_training import (
+    count_error,
+    fit,
+    held_back_items,
+    train_router,
+    training_clips,
+)
 from elastictok_jax.weights.safetensors import save_params
 from tests.tokenizer.small import LENGTH, make_tokenizer, moving_clip
 
@@ -65,6 +73,19 @@ def test_a_folder_that_cannot_take_the_router_is_refused_before_the_work(folder)
             train_router(folder, blocks=10**9, steps=1)
     finally:
         in_the_way.rmdir()
+
+
+def test_a_router_learns_from_frames_as_training_reads_them(tmp_path):
+    frames = np.empty((48, 24, 24, 3), np.uint8)
+    frames[:] = 5 * np.arange(48)[:, None, None, None]
+    frames[:, :, :4] = 0  # a dark edge, out of reach of a crop at the centre
+    media.write_video(tmp_path / "a.mkv", frames, fps=24, codec="ffv1")
+    main = {"path": str(tmp_path), "fps": 4.0, "resolution": 24, "crop": "center"}
+    settings = {f"data.sources.main.{key}": value for key, value in main.items()}
+    config = make_tokenizer(**settings, **{"data.eval_fraction": 0.0}).config
+    for item, video in itertools.islice(training_clips(config), 3):
+        assert item == (0, 0) and video.shape == (8, 16, 16, 3)
+        np.testing.assert_allclose(video.mean(axis=(1, 2, 3)), 5 * 6 * np.arange(8), atol=2)
 
 
 def test_train_router_and_use_it(folder, capsys):

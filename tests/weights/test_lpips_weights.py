@@ -105,6 +105,16 @@ def test_vgg_weights_load_from_the_cache(cache):
     assert weights.load_lpips("vgg")["conv_12"]["kernel"].shape == (3, 3, 512, 512)
 
 
+def test_vgg_weights_that_are_there_are_not_fetched_again(cache, monkeypatch):
+    cache.mkdir()
+    safetensors.numpy.save_file(blank("vgg"), cache / "lpips_vgg.safetensors")
+    monkeypatch.setattr(sys, "executable", "/no/such/python")  # pip's
+    assert weights.fetch_lpips_vgg() == cache / "lpips_vgg.safetensors"
+    (cache / "lpips_vgg.safetensors").write_bytes(b"torn")
+    with pytest.raises(RunError):
+        weights.fetch_lpips_vgg()
+
+
 @pytest.mark.parametrize("kept", [0, 4, 1000, -1])
 def test_truncated_file_is_refused_with_its_mend(tmp_path, monkeypatch, kept):
     path = tmp_path / "lpips_alex.safetensors"

@@ -1,0 +1,90 @@
+"""Scripts in launch/ with stand-ins for the programs of a cluster: weights come before training."""
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+LAUNCH = Path(__file__).parents[1] / "launch"
+FETCH, TRAIN = "elastictok fetch-weights lpips-vgg", "elastictok train elastictok_fsq --workdir w"
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Runs a command with stand-ins on PATH; gives status, stderr, and what they were called with.
+
+    Each notes its words; one whose words hold FAIL_ON fails.
+    """
+    stand_in = (
+        '#!/bin/bash\necho "${0##*/} $*" >>"$CALLS"\n'
+        '[ -z "${FAIL_ON:-}" ] || [[ "$*" != *"$FAIL_ON"* ]] || exit 1\n'
+        'case "$*" in *grep*) echo "finished at step" ;; esac\n'
+    )
+    (tmp_path / "bin").mkdir()
+    for name in ("gcloud", "srun", "scontrol", "elastictok"):
+        (tmp_path / "bin" / name).write_text(stand_in)
+        (tmp_path / "bin" / name).chmod(0o755)
+
+    def run(*command, **variables):
+        (tmp_path / "calls").unlink(missing_ok=True)
+        (tmp_path / "slurm-7-0.log").write_text("finished at step 3\n")
+        environment = {
+            **{"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "HOME": str(tmp_path)},
+            **{"CALLS": str(tmp_path / "calls"), "TPU": "pod", "ZONE": "z"},
+            **{"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2"},
+        }
+        result = subprocess.run(
+            command,
+            env=environment | variables,
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        return result.returncode, result.stderr, (tmp_path / "calls").read_text().splitlines()
+
+    return run
+
+
+def place(calls: list[str], part: str) -> int:
+    return next((index for index, call in enumerate(calls) if part in call), -1)
+
+
+@pytest.mark.parametrize("script", ["tpu_vm.sh", "slurm.sh"])
+def test_weights_are_fetched_on_every_machine_before_training(run, script):
+    words = ("bash", str(LAUNCH / script), *TRAIN.split()[2:])
+    status, _, calls = run(*words)
+    assert status == 0 and 0 <= place(calls, FETCH) < place(calls, TRAIN)
+    everywhere = "--worker=all" if script == "tpu_vm.sh" else "srun --ntasks=2 --ntasks-per-node=1"
+    assert any(everywhere in call and FETCH in call for call in calls)
+
+    status, said, calls = run(*words, FAIL_ON="fetch-weights")
+    assert status == {"tpu_vm.sh": 1, "slurm.sh": 2}[script] and place(calls, TRAIN) < 0
+    (line,) = said.splitlines()
+    assert line.startswith(script) and "run 'elastictok fetch-weights lpips-vgg'" in line
+
+    status, _, calls = run(*words, WEIGHTS="", FAIL_ON="fetch-weights")
+    assert status == 0 and place(calls, "fetch-weights") < 0 <= place(calls, TRAIN)
+
+
+def test_weights_of_this_machine_are_sent_to_hosts_of_a_tpu(run, tmp_path):
+    weights = tmp_path / ".cache" / "elastictok_jax" / "lpips_vgg.safetensors"
+    weights.parent.mkdir(parents=True)
+    weights.write_bytes(b"")
+    _, _, calls = run("bash", str(LAUNCH / "tpu_vm.sh"), *TRAIN.split()[2:])
+    sent = place(calls, f"scp {weights} pod:.cache/elastictok_jax/")
+    assert 0 < sent < place(calls, FETCH)
+
+
+def test_pods_fetch_weights_into_their_volume_before_training(run):
+    job = yaml.safe_load((LAUNCH / "gke.yaml").read_text())["spec"]["replicatedJobs"][0]
+    (container,) = job["template"]["spec"]["template"]["spec"]["containers"]
+    (mount,) = container["volumeMounts"]
+    (cache,) = [one["value"] for one in container["env"] if one["name"] == "ELASTICTOK_CACHE"]
+    assert Path(cache).is_relative_to(mount["mountPath"])
+    status, _, calls = run(*container["command"])
+    assert status == 0 and 0 <= place(calls, FETCH) < place(calls, "elastictok train")
+    status, _, calls = run(*container["command"], FAIL_ON="fetch-weights")
+    assert status == 2 and place(calls, "elastictok train") < 0

@@ -142,7 +142,8 @@ def _vint(data: mmap.mmap, at: int, end: int, *, keep_marker: bool) -> tuple[int
 
 def _ogg_fault(data: mmap.mmap, size: int) -> str:
     """Pages must follow each other without a gap, be numbered on, and have their checksum."""
-    at, numbers = 0, {}
+    at = 0
+    numbers: dict[bytes, int] = {}  # of the next page of each stream
     while at < size:
         head = data[at : at + 27]
         table = data[at + 27 : at + 27 + head[26]] if len(head) == 27 else b""

@@ -117,7 +117,8 @@ def _walk(roots: list[Path], listing: Listing) -> Iterator[tuple[Path, list[str]
     where it also has another.
     """
     seen: set[tuple[int, int]] = set()
-    folders, links = list(reversed(roots)), []
+    folders = list(reversed(roots))
+    links: list[Path] = []
     while folders or links:
         folder = folders.pop() if folders else links.pop(0)
         try:

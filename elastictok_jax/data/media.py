@@ -454,7 +454,7 @@ class VideoReader:
         """int64, ascending: the frames nearest to 0, 1 / fps, 2 / fps, ... seconds, until the video
         ends. Every frame, once, where `fps` is not below the video's own."""
         step = float(step_between(self.fps, fps))
-        numbers = np.arange(frames_read(self.frame_count, step))
+        numbers = np.arange(int(frames_read(self.frame_count, step)))
         if self.evenly_spaced or step == 1:
             return recorded_at(numbers, step=step, frames=self.frame_count)
         times = np.asarray(self._index.times, np.float64) - self._index.times[0]
@@ -693,7 +693,8 @@ class _ToRgb:
 def _display_matrix(frame: av.VideoFrame) -> tuple[int, int, int, int]:
     """(a, b, c, d), by which the stored pixel (x, y) is shown at (a x + c y, b x + d y), x to the
     right and y down (ISO/IEC 14496-12, 8.3.2), in units of which only the signs matter here."""
-    for entry in frame.side_data:
+    entries: Any = frame.side_data  # whose stubs have it as a mapping
+    for entry in entries:
         if entry.type == SideDataType.DISPLAYMATRIX:
             a, b, _, c, d, *_ = np.frombuffer(bytes(entry)[:36], np.int32).tolist()
             return a, b, c, d

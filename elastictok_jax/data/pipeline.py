@@ -9,7 +9,7 @@ import os
 import queue
 import threading
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import grain
@@ -69,7 +69,8 @@ def local_part(
     shape, per_block = (config.data.batch_size, sequence_tokens(config)), block_tokens(config)
     first: dict[tuple[int, int], int] = {}  # process that holds a block
     held: dict[int, set[int]] = {}
-    for device, index in sharding.devices_indices_map(shape).items():
+    devices: Mapping[Any, Any] = sharding.devices_indices_map(shape)
+    for device, index in devices.items():
         (top, bottom, _), (left, right, _) = (
             axis.indices(size) for axis, size in zip(index, shape, strict=True)
         )

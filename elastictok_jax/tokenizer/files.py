@@ -211,8 +211,9 @@ def decode_file(
     require_writable(output)
     tokens = Tokens.load(source)
     _require_kind(output, tokens, numbered=numbered)
+    rate = tokens.fps
     if suffix in VIDEO_SUFFIXES:
-        fps = _writable_rate(output, tokens, fps)
+        rate = _writable_rate(output, tokens, fps)
     elif fps is not None:
         raise UsageError(f"--fps {fps:g}: pictures have no frame rate; leave it out, or write .mp4")
     tokenizer = ElasticTokenizer.from_pretrained(model)
@@ -225,7 +226,7 @@ def decode_file(
             total=tokens.frames,
         )
         if suffix in VIDEO_SUFFIXES:
-            _write_video(output, frames, tokens, fps=fps)
+            _write_video(output, frames, tokens, fps=rate)
         else:
             for number, frame in enumerate(frames):
                 name = output.name % number if numbered else output.name
@@ -238,7 +239,7 @@ def decode_file(
         "frames": tokens.frames,
         "height": tokens.height,
         "width": tokens.width,
-        "fps": fps if suffix in VIDEO_SUFFIXES else tokens.fps,
+        "fps": rate,
     }
 
 

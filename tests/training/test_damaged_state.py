@@ -1,8 +1,11 @@
 """Damaged or chosen checkpoints, garbage in the log, failing sinks: states to be expected."""
 
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 
 import pytest
 
@@ -212,11 +215,21 @@ def test_wandb_runs_offline_and_goes_on_in_the_same_run(workdir, monkeypatch, ca
     assert "note: wandb failed" not in capfd.readouterr().err
 
 
-def test_wandb_without_a_login_is_refused_before_data_is_read(tmp_path, monkeypatch, capfd):
+def test_wandb_without_a_login_is_refused_before_data_is_read(tmp_path):
     pytest.importorskip("wandb")
-    for name in ("WANDB_API_KEY", "WANDB_MODE"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    config = tiny(**{"train.wandb_project": "x", "data.sources.main.path": "/absent"})
-    with pytest.raises(UsageError, match=r"wandb does not start .*wandb login"):
-        train(config, workdir=tmp_path / "run")
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("WANDB")}
+    words = ["--config.train.wandb_project=x", "--config.data.sources.main.path=/absent"]
+    done = subprocess.run(
+        [sys.executable, "-m", "elastictok_jax", "train", "quickstart", "--workdir", "run", *words],
+        check=False,
+        cwd=tmp_path,
+        env=environment | {"HOME": str(tmp_path), "PYTHONPATH": os.getcwd()},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert re.search(
+        r"error: train.wandb_project = x: wandb does not start .*wandb login", done.stderr
+    )
+    assert "Traceback" not in done.stderr

@@ -52,8 +52,9 @@ def test_scores_far_beyond_float32_exp_stay_finite():
     arrays = [jnp.asarray(rng.normal(size=(1, 96, 1, 16)), jnp.float32) for _ in range(4)]
     arrays[0] *= 1e3
     places = places_of(np.repeat([[1, 2]], 48, axis=1), 32)
-    wanted = value_and_grads(arrays, places, "dense")
-    for got, want in zip(value_and_grads(arrays, places, "fused"), wanted, strict=True):
+    run = jax.jit(value_and_grads, static_argnames="backend")
+    wanted = run(arrays, places, "dense")
+    for got, want in zip(run(arrays, places, "fused"), wanted, strict=True):
         # Scores of thousands have steps of 1e-4 in float32, which weights and gradients inherit.
         np.testing.assert_allclose(got, want, atol=1e-3 * float(jnp.abs(want).max()), rtol=0)
 
@@ -115,8 +116,13 @@ def test_half_precision_uses_its_own_tiles():
     seen = Visibility(ids, ids, 128)
     results = []
     for kernel in (fused.Fused(interpret=True), Blockwise()):
-        out, pull = jax.vjp(lambda *qkv, k=kernel: flash_attention(k, *qkv, seen), *qkv)
-        results.append([np.asarray(x, np.float32) for x in (out, *pull(cotangent))])
+
+        @jax.jit
+        def run(qkv, cotangent, kernel=kernel):
+            out, pull = jax.vjp(lambda *qkv: flash_attention(kernel, *qkv, seen), *qkv)
+            return out, *pull(cotangent)
+
+        results.append([np.asarray(x, np.float32) for x in run(qkv, cotangent)])
     for got, want in zip(*results, strict=True):
         # Weights are rounded (2^-9) before one kernel or the other has normalised them.
         np.testing.assert_allclose(got, want, atol=0.03, rtol=0)

@@ -49,6 +49,17 @@ def block_mask(length, first=0):
     return jnp.asarray(block_S[None, :] <= block_S[:, None])
 
 
+def value_and_pull(f, arrays, cotangent):
+    """(f(*arrays), its gradients under a cotangent), compiled as one program."""
+
+    @jax.jit
+    def run(arrays, cotangent):
+        out, pull = jax.vjp(f, *arrays)
+        return out, *pull(cotangent)
+
+    return run(arrays, cotangent)
+
+
 def assert_close(got, want, tolerance=1e-5):
     for ours, theirs in zip(got, want, strict=True):
         np.testing.assert_allclose(
@@ -61,11 +72,10 @@ def assert_close(got, want, tolerance=1e-5):
 def test_forward_and_gradient_equal_the_reference(kernel, length):
     *qkv, cotangent = arrays(4)
     ids = some_ids()
-    got, pull = jax.vjp(
-        lambda *qkv: flash_attention(kernel, *qkv, Visibility(ids, ids, length)), *qkv
-    )
-    want, reference_pull = jax.vjp(lambda *qkv: reference(*qkv, ids, block_mask(length)), *qkv)
-    assert_close((got, *pull(cotangent)), (want, *reference_pull(cotangent)))
+    seen, mask_ST = Visibility(ids, ids, length), block_mask(length)
+    got = value_and_pull(lambda *qkv: flash_attention(kernel, *qkv, seen), qkv, cotangent)
+    want = value_and_pull(lambda *qkv: reference(*qkv, ids, mask_ST), qkv, cotangent)
+    assert_close(got, want)
 
 
 @pytest.mark.parametrize("kernel", KERNELS.values(), ids=KERNELS)
@@ -73,15 +83,15 @@ def test_blocks_may_begin_at_another_place_in_every_row(kernel):
     *qkv, cotangent = arrays(4, seed=1)
     ids, first = some_ids(1), (70, 5)
     seen = Visibility(ids, ids, 100, jnp.asarray(first))
-    got, pull = jax.vjp(lambda *qkv: flash_attention(kernel, *qkv, seen), *qkv)
+    got = value_and_pull(lambda *qkv: flash_attention(kernel, *qkv, seen), qkv, cotangent)
     for row in range(B):
         alone = slice(row, row + 1)
-        want, reference_pull = jax.vjp(
-            lambda *qkv, row=row: reference(*qkv, ids[row : row + 1], block_mask(100, first[row])),
-            *(x[alone] for x in qkv),
+        mask_ST = block_mask(100, first[row])
+        want = value_and_pull(
+            lambda *qkv, ids=ids[alone], mask_ST=mask_ST: reference(*qkv, ids, mask_ST),
+            *([x[alone] for x in qkv], cotangent[alone]),
         )
-        ours = [x[alone] for x in (got, *pull(cotangent))]
-        assert_close(ours, (want, *reference_pull(cotangent[alone])))
+        assert_close([x[alone] for x in got], want)
 
 
 @pytest.mark.parametrize("kernel", KERNELS.values(), ids=KERNELS)
@@ -93,19 +103,19 @@ def test_parts_of_the_keys_add_up_to_the_whole(kernel):
         (key[:, :, keys], value[:, :, keys], Visibility(ids, ids[:, keys]))
         for keys in (slice(0, cut), slice(cut, S))
     ]
-    results = [kernel.forward(query, *part) for part in parts]
+    forward, backward = jax.jit(kernel.forward), jax.jit(kernel.backward)
+    results = [forward(query, *part) for part in parts]
     lowest = jnp.min(jnp.stack([lse for _, lse in results]))
     assert lowest < HIDDEN_SCORE / 10  # a clip that lies in one part only
     assert np.isfinite(np.asarray(results[0][0])).all()
     out, lse = merge(*results[0], *results[1])
     grads = [
-        kernel.backward(query, *part, out_BHSK=out, lse_BHS=lse, grad_BHSK=cotangent)
-        for part in parts
+        backward(query, *part, out_BHSK=out, lse_BHS=lse, grad_BHSK=cotangent) for part in parts
     ]
     together = [grads[0][0] + grads[1][0]]
     together += [jnp.concatenate(halves, 2) for halves in zip(*(g[1:] for g in grads), strict=True)]
-    want, reference_pull = jax.vjp(lambda *qkv: reference(*qkv, ids, None), *(query, key, value))
-    assert_close((out, *together), (want, *reference_pull(cotangent)))
+    want = value_and_pull(lambda *qkv: reference(*qkv, ids, None), [query, key, value], cotangent)
+    assert_close((out, *together), want)
 
 
 @pytest.mark.parametrize("kernel", KERNELS.values(), ids=KERNELS)
@@ -114,11 +124,12 @@ def test_bfloat16_is_off_by_its_rounding(kernel):
     *qkv, cotangent = arrays(4, seed=3, dtype=jnp.bfloat16)
     ids = some_ids(3)
     exact = [x.astype(jnp.float32) for x in qkv]
-    got, pull = jax.vjp(lambda *qkv: flash_attention(kernel, *qkv, Visibility(ids, ids, 64)), *qkv)
-    want, reference_pull = jax.vjp(lambda *qkv: reference(*qkv, ids, block_mask(64)), *exact)
-    assert got.dtype == jnp.bfloat16
-    wanted = (want, *reference_pull(cotangent.astype(jnp.float32)))
-    assert_close((got, *pull(cotangent)), wanted, tolerance=0.03)
+    seen, mask_ST = Visibility(ids, ids, 64), block_mask(64)
+    got = value_and_pull(lambda *qkv: flash_attention(kernel, *qkv, seen), qkv, cotangent)
+    exactly = exact, cotangent.astype(jnp.float32)
+    want = value_and_pull(lambda *qkv: reference(*qkv, ids, mask_ST), *exactly)
+    assert got[0].dtype == jnp.bfloat16
+    assert_close(got, want, tolerance=0.03)
 
 
 @given(

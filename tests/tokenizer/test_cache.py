@@ -27,9 +27,8 @@ def whole_pass(tokenizer, clip, lengths):
     tokens = blocks * LENGTH
     places = TokenPlaces(np.arange(tokens), np.ones((1, tokens), np.int32), LENGTH)
     keep = keep_mask(np.asarray([lengths]), tokens_per_block=LENGTH)
-    output = tokenizer.model.apply(
-        {"params": tokenizer.params}, to_float(patches[None]), keep, places
-    )
+    apply = jax.jit(lambda params, pixels: tokenizer.model.apply(params, pixels, keep, places))
+    output = apply({"params": tokenizer.params}, to_float(patches[None]))
     codes = np.asarray(output.codes)[0].reshape(blocks, LENGTH, *output.codes.shape[2:])
     return codes, np.asarray(output.reconstruction)[0].reshape(blocks, LENGTH, -1)
 

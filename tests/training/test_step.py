@@ -314,20 +314,13 @@ def test_lpips_compares_one_frame_and_ignores_padding():
 
     batch = {"patches": jnp.asarray(patches_BSD), "segment_ids": jnp.asarray(segments_BS)}
     target_BSD = jnp.asarray(to_pixels(patches_BSD), jnp.float32)
-    reconstruction_BSD = (
-        build_model(config)
-        .apply(
-            {"params": state.params},
-            target_BSD,
-            jnp.ones((2, BLOCKS * L), bool),
-            token_places(batch, tokens_per_block=L),
-        )
-        .reconstruction
-    )
+    everything, places = jnp.ones((2, BLOCKS * L), bool), token_places(batch, tokens_per_block=L)
+    apply = jax.jit(lambda *x: build_model(config).apply(*x, everything, places).reconstruction)
+    reconstruction_BSD = apply({"params": state.params}, target_BSD)
     frames = [
         unpatchify(x[0, :L], patch=PATCH, frames_per_block=F, height=SIDE, width=SIDE)
         for x in (reconstruction_BSD, target_BSD)
     ]
-    distances_F = np.asarray(lpips(lpips_params, *frames, net="alex"))
+    distances_F = np.asarray(jax.jit(functools.partial(lpips, net="alex"))(lpips_params, *frames))
     matches = np.isclose(distances_F, metrics["lpips"], rtol=1e-3)
     assert matches.sum() == 1, (distances_F, metrics["lpips"])

@@ -67,17 +67,14 @@ class ClipReader:
         self._frames_per_block = config.video.frames_per_block
         self._training = split == "train"
         self._seed = [config.seed, SPLITS.index(split)]
-        # Held-out batches are read once, when a run starts: all of the room is for the others.
-        cache_mib = config.data.cache_mib if self._training else 0
-        room = cache_mib * 2**20 / max(1, config.data.workers)
-        self._kept: list[dict[int, np.ndarray | str] | None] = []  # str: what is wrong with it
+        room = config.data.cache_mib * 2**20 / max(1, config.data.workers)
+        self._kept: list[dict[int, np.ndarray] | None] = []
         for feed in feeds:
             side = self._read_side(feed)
             size = int(feed.source.frames[feed.items].sum()) * side * side * WIDEST * 3
             self._kept.append({} if size <= room else None)
             room -= size if size <= room else 0
         self._lock = threading.Lock()
-        self._item_locks: dict[tuple[int, int], threading.Lock] = {}
 
     def read(self, clip: Clip, start: int, stop: int) -> Iterator[Block]:
         """Blocks start, ..., stop - 1 of an item, one after the other.
@@ -162,27 +159,20 @@ class ClipReader:
         if kept is None:
             return feed.source.read(item, indices, side=side)
         if item not in kept:
-            with self._lock:
-                lock = self._item_locks.setdefault((feed_index, item), threading.Lock())
-            with lock:  # one thread decodes it, those that need it wait for that
+            with self._lock:  # one thread decodes it, the others wait for that
                 if item not in kept:
                     everything = np.arange(feed.source.frames[item])
-                    try:
-                        kept[item] = feed.source.read(item, everything, side=side)
-                    except MediaError as error:
-                        kept[item] = str(error)
+                    kept[item] = feed.source.read(item, everything, side=side)
         frames = kept[item]
-        if isinstance(frames, str):
-            raise MediaError(frames)
         if indices[-1] - indices[0] == len(indices) - 1:
             return frames[indices[0] : indices[-1] + 1]  # a view
         return frames[indices]
 
     def __getstate__(self) -> dict:
         state = self.__dict__ | {"_kept": [None if kept is None else {} for kept in self._kept]}
-        del state["_lock"], state["_item_locks"]
+        del state["_lock"]
         return state
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)
-        self._lock, self._item_locks = threading.Lock(), {}
+        self._lock = threading.Lock()

@@ -3,13 +3,11 @@
 Dimension key: B batch, N blocks, S tokens (N blocks x L), D values a patch.
 """
 
-import dataclasses
 import multiprocessing
 import os
 import queue
 import threading
-from bisect import bisect_left
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import grain
@@ -33,68 +31,12 @@ JOIN_SECONDS = 5.0
 ENOUGH_BLOCKS = 100  # to judge from what share of the data is damaged
 
 
-@dataclasses.dataclass(frozen=True)
-class LocalPart:
-    """The blocks of each global batch that the devices of a process hold, and no others: on a pod
-    its devices are not neighbors in the mesh.
-
-    Attributes:
-      blocks: those of each row of the batch that it holds any of, all ascending.
-      counted: the (row, block) whose damage this process counts, as the first that holds them.
-    """
-
-    blocks: dict[int, tuple[int, ...]]
-    counted: frozenset[tuple[int, int]]
-
-    @property
-    def width(self) -> int:
-        """Blocks of the row that has most."""
-        return max(len(blocks) for blocks in self.blocks.values())
-
-
-def whole_batch(config: ml_collections.ConfigDict) -> LocalPart:
-    """All rows and blocks, as one process alone has them."""
-    rows, blocks = range(config.data.batch_size), tuple(range(config.data.sequence_blocks))
-    return LocalPart(
-        dict.fromkeys(rows, blocks), frozenset((row, block) for row in rows for block in blocks)
-    )
-
-
-def local_part(
-    sharding: NamedSharding, config: ml_collections.ConfigDict, *, process: int | None = None
-) -> LocalPart:
-    """What `process`, this one if not given, holds of global batches, blocks it holds in part
-    included."""
-    process = jax.process_index() if process is None else process
-    shape, per_block = (config.data.batch_size, sequence_tokens(config)), block_tokens(config)
-    first: dict[tuple[int, int], int] = {}  # process that holds a block
-    held: dict[int, set[int]] = {}
-    devices: Mapping[Any, Any] = sharding.devices_indices_map(shape)
-    for device, index in devices.items():
-        (top, bottom, _), (left, right, _) = (
-            axis.indices(size) for axis, size in zip(index, shape, strict=True)
-        )
-        blocks = range(left // per_block, -(-right // per_block))
-        for row in range(top, bottom):
-            if device.process_index == process:
-                held.setdefault(row, set()).update(blocks)
-            for block in blocks:
-                place = row, block
-                first[place] = min(first.get(place, device.process_index), device.process_index)
-    return LocalPart(
-        {row: tuple(sorted(held[row])) for row in sorted(held)},
-        frozenset(
-            (row, block) for row in held for block in held[row] if first[row, block] == process
-        ),
-    )
-
-
 class BatchReader:
     """Makes any batch, or any part of it, on request; holds no position.
 
     Args:
       split: "train" or "heldout".
-      part: of each global batch that this process needs; all, if not given.
+      rows, blocks: the part of each global batch that this process needs; all, if not given.
       first_row: the global row that batch 0 begins with.
 
     Raises:
@@ -107,7 +49,8 @@ class BatchReader:
         feeds: Feeds,
         *,
         split: str,
-        part: LocalPart | None = None,
+        rows: range | None = None,
+        blocks: range | None = None,
         first_row: int = 0,
     ):
         self.config, self.first_row = config, first_row
@@ -115,8 +58,8 @@ class BatchReader:
         self._batch_size, self._patch = config.data.batch_size, tuple(config.model.patch)
         self._block_tokens, self._patch_values = block_tokens(config), patch_values(config)
         self._frames_per_block = config.video.frames_per_block
-        self._row_blocks = range(config.data.sequence_blocks)
-        self.part = part or whole_batch(config)
+        self.rows = range(config.data.batch_size) if rows is None else rows
+        self.blocks = range(config.data.sequence_blocks) if blocks is None else blocks
         self.feeds = feeds.split(split)
         if not self.feeds:
             raise UsageError(
@@ -128,73 +71,63 @@ class BatchReader:
 
     def __call__(self, index: int) -> dict[str, Any]:
         """This process's part of batch `index`: patches uint8 [b, s, D], segment_ids int32
-        [b, s], and "faults", a list of messages, one for each block that had to be replaced.
-
-        b are the rows of `part`, s the tokens of their blocks; a row with fewer ends in zeros.
-        """
+        [b, s], and "faults", a list of messages, one for each block that had to be replaced."""
         first = self.first_row + index * self._batch_size
-        tokens = self.part.width * self._block_tokens
-        patches = np.zeros((len(self.part.blocks), tokens, self._patch_values), np.uint8)
-        segment_ids = np.zeros((len(self.part.blocks), tokens), np.int32)
-        faults: list[str] = []
-        for place, (number, blocks) in enumerate(self.part.blocks.items()):
-            mine = len(blocks) * self._block_tokens
-            row = self.read_row(first + number, blocks=blocks, out=patches[place, :mine])
-            segment_ids[place, :mine] = row["segment_ids"]
-            faults += [
-                fault
-                for block, fault in zip(row["fault_blocks"], row["faults"], strict=True)
-                if (number, block) in self.part.counted
-            ]
-        return {"patches": patches, "segment_ids": segment_ids, "faults": "\n".join(faults)}
+        tokens = len(self.blocks) * self._block_tokens
+        patches = np.empty((len(self.rows), tokens, self._patch_values), np.uint8)
+        rows = [
+            self.read_row(first + row, out=out) for row, out in zip(self.rows, patches, strict=True)
+        ]
+        return {
+            "patches": patches,
+            "segment_ids": np.stack([row["segment_ids"] for row in rows]),
+            "faults": "\n".join(fault for row in rows for fault in row["faults"]),
+        }
 
-    def read_row(
-        self, row: int, *, blocks: Sequence[int] | None = None, out: np.ndarray | None = None
-    ) -> dict[str, Any]:
-        """Global row `row`, or those of its `blocks`, ascending: patches uint8 [s, D] (in `out`,
-        if given), segment_ids int32 [s], "faults", and "fault_blocks" where they are."""
+    def read_row(self, row: int, *, out: np.ndarray | None = None) -> dict[str, Any]:
+        """Global row `row`: patches uint8 [s, D] (in `out`, if given), segment_ids int32 [s], and
+        "faults"."""
         clips = self.mixture.row(row)
-        blocks = self._row_blocks if blocks is None else blocks
         per_block, patch, frames = self._block_tokens, self._patch, self._frames_per_block
         if out is None:
-            out = np.empty((len(blocks) * per_block, self._patch_values), np.uint8)
+            out = np.empty((len(self.blocks) * per_block, self._patch_values), np.uint8)
         segments: list[int] = []  # of each block
         faults: list[str] = []
-        fault_blocks: list[int] = []
         first = 0  # block of the row where the clip begins
         for number, clip in enumerate(clips, start=1):
+            start, stop = max(first, self.blocks.start), min(first + clip.blocks, self.blocks.stop)
             shift = clip.start - first
-            for start, stop in _runs(blocks, first, first + clip.blocks):
-                # A block at a time, while it is in the processor's cache.
-                some = self.clips.read(clip, start + shift, stop + shift)
-                for at, block in enumerate(some, start=start):
-                    token = len(segments) * per_block
-                    tokens = out[token : token + per_block]
-                    patchify_into(tokens, block.frames, patch=patch, frames_per_block=frames)
-                    segments.append(number)
-                    if block.fault:
-                        segments[-1] = len(clips) + 1 + at  # a clip of its own
-                        faults.append(block.fault)
-                        fault_blocks.append(at)
+            # A block at a time, while it is in the processor's cache.
+            blocks = self.clips.read(clip, start + shift, stop + shift)
+            for at, block in enumerate(blocks, start=start):
+                token = (at - self.blocks.start) * per_block
+                tokens = out[token : token + per_block]
+                patchify_into(tokens, block.frames, patch=patch, frames_per_block=frames)
+                segments.append(number)
+                if block.fault:
+                    segments[-1] = len(clips) + 1 + at  # a clip of its own
+                    faults.append(block.fault)
             first += clip.blocks
-        rest = len(blocks) - len(segments)
-        assert rest == 0
         return {
             "patches": out,
             "segment_ids": np.repeat(np.array(segments, np.int32), per_block),
             "faults": faults,
-            "fault_blocks": fault_blocks,
         }
 
 
-def _runs(blocks: Sequence[int], start: int, stop: int) -> Iterator[tuple[int, int]]:
-    """Those of ascending `blocks` in [start, stop), as ranges [first, last + 1) without gaps."""
-    mine = blocks[bisect_left(blocks, start) : bisect_left(blocks, stop)]
-    first = 0
-    for last in range(1, len(mine) + 1):
-        if last == len(mine) or mine[last] != mine[last - 1] + 1:
-            yield mine[first], mine[last - 1] + 1
-            first = last
+def local_part(sharding: NamedSharding, config: ml_collections.ConfigDict) -> tuple[range, range]:
+    """The rows and blocks of a global batch that this process's devices hold, if only in part."""
+    shape = config.data.batch_size, sequence_tokens(config)
+    indices = sharding.addressable_devices_indices_map(shape).values()
+    spans = [
+        [part.indices(size) for part, size in zip(index, shape, strict=True)]
+        for index in indices
+        if index is not None
+    ]
+    lows = [min(span[axis][0] for span in spans) for axis in (0, 1)]
+    highs = [max(span[axis][1] for span in spans) for axis in (0, 1)]
+    per_block = block_tokens(config)
+    return range(lows[0], highs[0]), range(lows[1] // per_block, -(-highs[1] // per_block))
 
 
 def read_ahead(reader: BatchReader, *, start: int, stop: int) -> Iterator[dict[str, Any]]:
@@ -239,26 +172,21 @@ def end_with_parent(worker: int, workers: int) -> None:
 
 def to_device(batch: Batch, reader: BatchReader, sharding: NamedSharding) -> dict[str, jax.Array]:
     """A reader's part of a batch as shards of global uint8 and int32 [B, S, ...] arrays."""
-    config, held = reader.config, reader.part.blocks
-    shape, per_block = (config.data.batch_size, sequence_tokens(config)), block_tokens(config)
-    places = {row: place for place, row in enumerate(held)}
+    config = reader.config
+    shape = config.data.batch_size, sequence_tokens(config)
+    corner = reader.rows.start, reader.blocks.start * block_tokens(config)
 
     def place(part: np.ndarray) -> jax.Array:
         def shard(index) -> np.ndarray:
-            (top, bottom, _), (left, right, _) = (
-                axis.indices(size) for axis, size in zip(index, shape, strict=False)
-            )
-
-            def start(row: int) -> int:
-                """Where the shard begins among the tokens held of a row."""
-                return held[row].index(left // per_block) * per_block + left % per_block
-
-            rows, size = range(top, bottom), right - left
-            if len({start(row) for row in rows}) == 1:  # no copy
-                return part[places[top] : places[top] + len(rows)][
-                    :, start(top) : start(top) + size
-                ]
-            return np.stack([part[places[row], start(row) : start(row) + size] for row in rows])
+            cut = [
+                slice(low - first, high - first)
+                for (low, high, _), first in zip(
+                    (axis.indices(size) for axis, size in zip(index, shape, strict=False)),
+                    corner,
+                    strict=True,
+                )
+            ]
+            return part[tuple(cut)]
 
         return jax.make_array_from_callback((*shape, *part.shape[2:]), sharding, shard)
 
@@ -268,42 +196,24 @@ def to_device(batch: Batch, reader: BatchReader, sharding: NamedSharding) -> dic
 class DeviceBatches:
     """Batches start, ..., stop - 1 on the devices, read and placed by a thread ahead of use.
 
-    Args:
-      before: blocks that could not be read and blocks read, by all processes, before the run was
-        last stopped.
-
     Attributes:
-      new_faults: what was wrong with blocks that could not be read, each once, since it was last
-        emptied.
+      replaced: blocks so far that could not be read, of those that this process was given.
+      new_faults: what was wrong with them, each once, since it was last emptied.
     """
 
-    def __init__(
-        self,
-        reader: BatchReader,
-        sharding: NamedSharding,
-        *,
-        start: int,
-        stop: int,
-        before: tuple[int, int] = (0, 0),
-    ):
-        self._before = before
+    def __init__(self, reader: BatchReader, sharding: NamedSharding, *, start: int, stop: int):
         self._data = reader.config.data
         self._reader, self._sharding = reader, sharding
         self._queue: queue.Queue = queue.Queue(ON_DEVICE)
         self._closed = threading.Event()
-        self._given = self._replaced = 0
+        self._given = 0
+        self.replaced = 0
         self._known: set[str] = set()
         self.new_faults: list[str] = []
         self._thread = threading.Thread(
             target=self._fill, args=(start, stop), name="batches", daemon=True
         )
         self._thread.start()
-
-    @property
-    def replaced(self) -> int:
-        """Blocks so far that could not be read, of those that this process counts; process 0 has
-        those from before, so that the sum over all is that of the run."""
-        return self._replaced + (self._before[0] if jax.process_index() == 0 else 0)
 
     def __next__(self) -> dict[str, jax.Array]:
         """The next batch.
@@ -321,25 +231,20 @@ class DeviceBatches:
             ) from None
         if isinstance(batch, BaseException):
             raise RunError(f"reading the data failed: {batch}") from batch
-        self._given += len(self._reader.part.counted)
+        self._given += len(self._reader.rows) * len(self._reader.blocks)
         self._count(faults)
         return batch
 
     def _count(self, faults: list[str]) -> None:
-        self._replaced += len(faults)
+        self.replaced += len(faults)
         for fault in faults:
             if fault not in self._known:
                 self._known.add(fault)
                 self.new_faults.append(fault)
         limit = self._data.max_bad_fraction
-        # As if each process had had its share of what was before.
-        replaced, given = (
-            now + before / jax.process_count()
-            for now, before in zip((self._replaced, self._given), self._before, strict=True)
-        )
-        if faults and replaced > limit * max(given, ENOUGH_BLOCKS):
+        if self.replaced > limit * max(self._given, ENOUGH_BLOCKS):
             raise RunError(
-                f"{replaced:.0f} of {given:.0f} blocks could not be read, more than "
+                f"{self.replaced} of {self._given} blocks could not be read, more than "
                 f"data.max_bad_fraction = {limit:g} allows; the last: {faults[-1]}"
             )
 

@@ -105,13 +105,13 @@ def _train(
     require_devices()
     mesh = make_mesh(config)
     sharding = batch_sharding(mesh)
-    part = local_part(sharding, config)
+    rows, blocks = local_part(sharding, config)
     require_sinks(config)
     require_best_metric(config)
     raise_if_lost, wandb_run = hold_workdir(workdir, config, first=peers.process == 0, stack=stack)
     feeds = open_feeds(config)
-    reader = BatchReader(config, feeds, split="train", part=part)
-    held_out = open_held_out(config, feeds, part=part)
+    reader = BatchReader(config, feeds, split="train", rows=rows, blocks=blocks)
+    held_out = open_held_out(config, feeds, rows=rows, blocks=blocks)
     lpips_params = {}
     if config.loss.lpips_weight:
         lpips_params = replicate(load_lpips(config.loss.lpips_net), mesh)
@@ -173,9 +173,7 @@ def _train(
     eval_step = in_mesh(jax.jit(make_eval_step(config), out_shardings=(whole, sharding)), mesh)
     draw = in_mesh(jax.jit(make_first_frames(config), out_shardings=whole), mesh)
     log, votes = StepLog(config, writer, console, workdir), Votes(mesh)
-    log.replaced = position.get("replaced", 0)
-    before = log.replaced, position["next_row"] * config.data.sequence_blocks
-    batches = DeviceBatches(reader, sharding, start=0, stop=steps - start, before=before)
+    batches = DeviceBatches(reader, sharding, start=0, stop=steps - start)
     stack.callback(batches.close)
 
     stop.take_interrupts()  # before this there is nothing to save
@@ -203,7 +201,7 @@ def _train(
             checkpoints.save(
                 step,
                 state,
-                data_position={"next_row": next_row, "files": files, "replaced": log.replaced},
+                data_position={"next_row": next_row, "files": files},
                 config=config,
                 metrics=eval_metrics,
             )

@@ -34,9 +34,6 @@ class StepLog:
 
     def __post_init__(self) -> None:
         self.stop_agreed = False  # after the same step in all processes
-        self.replaced = (
-            0  # blocks of all processes that could not be read, up to the last step read
-        )
         self._stops: list[jax.Array] = []  # votes of the steps under way
         self._pending: list[tuple[int, dict[str, jax.Array]]] = []
         self._waited = 0.0
@@ -83,7 +80,6 @@ class StepLog:
                     "command again with --config.optimizer.learning_rate lower, or another "
                     "--config.seed to see other batches"
                 )
-        self.replaced = int(read[-1][1]["replaced_blocks"])
         for step, metrics in read:
             if step % self.config.train.log_every == 0:
                 values = {key: float(value) for key, value in metrics.items()} | self._speed()

@@ -66,9 +66,9 @@ def main() -> None:
     config = config_for(args.workers)
     mesh = make_mesh(config)
     sharding = batch_sharding(mesh)
-    part = local_part(sharding, config)
+    rows, blocks = local_part(sharding, config)
     feeds = open_feeds(config)
-    reader = BatchReader(config, feeds, split="train", part=part)
+    reader = BatchReader(config, feeds, split="train", rows=rows, blocks=blocks)
     checkpoints = Checkpointer(args.workdir, keep_last=1, keep_best=0)
     start = 0
     if args.restore:

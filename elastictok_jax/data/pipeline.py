@@ -184,6 +184,7 @@ def local_part(
     shape = config.data.batch_size, sequence_tokens(config)
     needed_BN = np.zeros((config.data.batch_size, config.data.sequence_blocks), bool)
     first_BN = np.full(needed_BN.shape, np.iinfo(np.int64).max)
+    device: Any
     for device, index in sharding.devices_indices_map(shape).items():
         (top, bottom, _), (left, right, _) = (
             part.indices(size) for part, size in zip(index, shape, strict=True)

@@ -153,8 +153,8 @@ def make_loss(config: ml_collections.ConfigDict) -> Callable[..., tuple[Array, M
                 segments_BS,
                 config=config,
             )
-            frames = (frame.reshape(-1, *frame.shape[2:]) for frame in frames)
-            distance_BG = lpips(lpips_params, *frames, net=weights.lpips_net)
+            images = [frame.reshape(-1, *frame.shape[2:]) for frame in frames]
+            distance_BG = lpips(lpips_params, *images, net=weights.lpips_net)
             distance_BG = distance_BG.reshape(weight_BG.shape)
             distance = jnp.sum(jnp.where(weight_BG > 0, weight_BG * distance_BG, 0.0))
             metrics["lpips"] = distance / totals["blocks"]

@@ -44,6 +44,7 @@ POSITIVE = (
         "data.packing_rows",
     ),
     "data.timeout_seconds",
+    "loss.lpips_every_blocks",
 )
 NOT_NEGATIVE = (
     *("loss.lpips_weight", "loss.kl_weight", "optimizer.weight_decay", "optimizer.warmup_steps"),
@@ -100,6 +101,7 @@ def default_config() -> ml_collections.ConfigDict:
     config.loss = ml_collections.ConfigDict()
     config.loss.lpips_weight = 0.1
     config.loss.lpips_net = "vgg"
+    config.loss.lpips_every_blocks = 1  # LPIPS looks at one frame of as many blocks of a row
     config.loss.kl_weight = 1e-8
 
     config.optimizer = optimizer = ml_collections.ConfigDict()

@@ -7,7 +7,8 @@ import dataclasses
 import hashlib
 import struct
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future
 from typing import NamedTuple
 
 import ml_collections
@@ -59,7 +60,9 @@ def _mirrored(frames_FHWC: np.ndarray) -> np.ndarray:
 class ClipReader:
     """Reads blocks of clips: a function of (seed, split, clip, block) and the data.
 
-    Sources of which all items fit in what is left of `data.cache_mib` are decoded once and kept.
+    Training sources of which all items fit in what is left of `data.cache_mib` are decoded once
+    and kept, and so is what is wrong with a damaged item. Held-out blocks are read once, and take
+    no part of that memory.
     """
 
     def __init__(self, feeds: tuple[Feed, ...], config: ml_collections.ConfigDict, *, split: str):
@@ -68,16 +71,17 @@ class ClipReader:
         self._training = split == "train"
         self._seed = [config.seed, SPLITS.index(split)]
         room = config.data.cache_mib * 2**20 / max(1, config.data.workers)
-        self._kept: list[dict[int, np.ndarray] | None] = []
+        self._kept: list[dict[int, Future[np.ndarray | str]] | None] = []
         for feed in feeds:
             side = self._read_side(feed)
             size = int(feed.source.frames[feed.items].sum()) * side * side * WIDEST * 3
-            self._kept.append({} if size <= room else None)
-            room -= size if size <= room else 0
+            fits = self._training and size <= room
+            self._kept.append({} if fits else None)
+            room -= size if fits else 0
         self._lock = threading.Lock()
 
-    def read(self, clip: Clip, start: int, stop: int) -> Iterator[Block]:
-        """Blocks start, ..., stop - 1 of an item, one after the other.
+    def read(self, clip: Clip, blocks: Iterable[int]) -> Iterator[Block]:
+        """Blocks of an item, one after the other.
 
         A video is read at its own rate or at `fps` of its source; an image, and a video shorter
         than a block, repeats its last frame. A block that cannot be read is replaced by the first
@@ -85,7 +89,7 @@ class ClipReader:
         readable, by black.
         """
         view = self._view(clip)
-        for block in range(start, stop):
+        for block in blocks:
             try:
                 yield Block(self._read(clip, view, block), "")
             except MediaError as error:
@@ -158,15 +162,32 @@ class ClipReader:
         side = self._read_side(feed)
         if kept is None:
             return feed.source.read(item, indices, side=side)
-        if item not in kept:
-            with self._lock:  # one thread decodes it, the others wait for that
-                if item not in kept:
-                    everything = np.arange(feed.source.frames[item])
-                    kept[item] = feed.source.read(item, everything, side=side)
-        frames = kept[item]
+        frames = self._decode_once(feed, item, kept, side=side)
         if indices[-1] - indices[0] == len(indices) - 1:
             return frames[indices[0] : indices[-1] + 1]  # a view
         return frames[indices]
+
+    def _decode_once(
+        self, feed: Feed, item: int, kept: dict[int, Future[np.ndarray | str]], *, side: int
+    ) -> np.ndarray:
+        """All frames of an item. The first thread to ask decodes it; those that ask for the same
+        item wait for that. Damage is remembered as its message."""
+        with self._lock:
+            first = item not in kept
+            future = kept.setdefault(item, Future())
+        if first:
+            try:
+                everything = np.arange(feed.source.frames[item])
+                future.set_result(feed.source.read(item, everything, side=side))
+            except MediaError as error:
+                future.set_result(str(error))
+            except BaseException as error:  # whatever it is, those who wait must hear of it
+                future.set_exception(error)
+                raise
+        frames = future.result()
+        if isinstance(frames, str):
+            raise MediaError(frames)
+        return frames
 
     def __getstate__(self) -> dict:
         state = self.__dict__ | {"_kept": [None if kept is None else {} for kept in self._kept]}

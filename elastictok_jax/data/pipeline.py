@@ -3,11 +3,14 @@
 Dimension key: B batch, N blocks, S tokens (N blocks x L), D values a patch.
 """
 
+import dataclasses
+import functools
+import math
 import multiprocessing
 import os
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import grain
@@ -31,12 +34,44 @@ JOIN_SECONDS = 5.0
 ENOUGH_BLOCKS = 100  # to judge from what share of the data is damaged
 
 
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """Which blocks of each global batch a process reads: those that its devices hold.
+
+    Attributes:
+      needed_BN: bool, of each block of each row.
+      counted_BN: bool, of these, the ones whose damage this process counts: of the processes that
+        read a block, one does.
+    """
+
+    needed_BN: np.ndarray
+    counted_BN: np.ndarray
+
+    @functools.cached_property
+    def places_BN(self) -> np.ndarray:
+        """int64: the place of each needed block among all of them, row by row."""
+        return (np.cumsum(self.needed_BN) - 1).reshape(self.needed_BN.shape)
+
+    @functools.cached_property
+    def stretch(self) -> int:
+        """Blocks of the longest stretches that all runs of needed blocks are made of."""
+        edges = np.diff(np.pad(self.needed_BN, [(0, 0), (1, 1)]).astype(np.int8), axis=1).ravel()
+        runs = np.flatnonzero(edges < 0) - np.flatnonzero(edges > 0)
+        return math.gcd(*runs.tolist())
+
+
+def complete(config: ml_collections.ConfigDict) -> Part:
+    """All of a batch."""
+    needed_BN = np.ones((config.data.batch_size, config.data.sequence_blocks), bool)
+    return Part(needed_BN, needed_BN)
+
+
 class BatchReader:
     """Makes any batch, or any part of it, on request; holds no position.
 
     Args:
       split: "train" or "heldout".
-      rows, blocks: the part of each global batch that this process needs; all, if not given.
+      part: of each global batch, what this process needs; all, if not given.
       first_row: the global row that batch 0 begins with.
 
     Raises:
@@ -49,8 +84,7 @@ class BatchReader:
         feeds: Feeds,
         *,
         split: str,
-        rows: range | None = None,
-        blocks: range | None = None,
+        part: Part | None = None,
         first_row: int = 0,
     ):
         self.config, self.first_row = config, first_row
@@ -58,8 +92,7 @@ class BatchReader:
         self._batch_size, self._patch = config.data.batch_size, tuple(config.model.patch)
         self._block_tokens, self._patch_values = block_tokens(config), patch_values(config)
         self._frames_per_block = config.video.frames_per_block
-        self.rows = range(config.data.batch_size) if rows is None else rows
-        self.blocks = range(config.data.sequence_blocks) if blocks is None else blocks
+        self.part = complete(config) if part is None else part
         self.feeds = feeds.split(split)
         if not self.feeds:
             raise UsageError(
@@ -70,43 +103,63 @@ class BatchReader:
         self.clips = ClipReader(self.feeds, config, split=split)
 
     def __call__(self, index: int) -> dict[str, Any]:
-        """This process's part of batch `index`: patches uint8 [b, s, D], segment_ids int32
-        [b, s], and "faults", a list of messages, one for each block that had to be replaced."""
+        """Returns this process's part of batch `index`.
+
+        "patches" uint8 [n, s, D] and "segment_ids" int32 [n, s] are the n stretches of equal length
+        (`Part.stretch`) that the part is made of, in the order of rows and blocks: all rows, of a
+        complete batch. "faults" has a line for each counted block that had to be replaced.
+        """
         first = self.first_row + index * self._batch_size
-        tokens = len(self.blocks) * self._block_tokens
-        patches = np.empty((len(self.rows), tokens, self._patch_values), np.uint8)
-        rows = [
-            self.read_row(first + row, out=out) for row, out in zip(self.rows, patches, strict=True)
-        ]
+        needed_BN, counted_BN = self.part.needed_BN, self.part.counted_BN
+        stretch = self.part.stretch * self._block_tokens
+        count = int(needed_BN.sum()) * self._block_tokens
+        patches = np.empty((count, self._patch_values), np.uint8)
+        segment_ids = np.empty(count, np.int32)
+        faults: list[str] = []
+        done = 0
+        for row in np.flatnonzero(needed_BN.any(axis=1)):
+            blocks = np.flatnonzero(needed_BN[row])
+            here = slice(done, done + len(blocks) * self._block_tokens)
+            read = self.read_row(first + int(row), blocks=blocks.tolist(), out=patches[here])
+            segment_ids[here] = read["segment_ids"]
+            faults += [fault for at, fault in read["faults"].items() if counted_BN[row, at]]
+            done = here.stop
         return {
-            "patches": patches,
-            "segment_ids": np.stack([row["segment_ids"] for row in rows]),
-            "faults": "\n".join(fault for row in rows for fault in row["faults"]),
+            "patches": patches.reshape(-1, stretch, self._patch_values),
+            "segment_ids": segment_ids.reshape(-1, stretch),
+            "faults": "\n".join(faults),
         }
 
-    def read_row(self, row: int, *, out: np.ndarray | None = None) -> dict[str, Any]:
-        """Global row `row`: patches uint8 [s, D] (in `out`, if given), segment_ids int32 [s], and
-        "faults"."""
+    def read_row(
+        self, row: int, *, blocks: Sequence[int] | None = None, out: np.ndarray | None = None
+    ) -> dict[str, Any]:
+        """Reads `blocks`, in ascending order, of global row `row`; all, if not given.
+
+        Returns:
+          patches uint8 [s, D] (in `out`, if given), segment_ids int32 [s], and "faults": what was
+          wrong with each block that had to be replaced, by block.
+        """
         clips = self.mixture.row(row)
         per_block, patch, frames = self._block_tokens, self._patch, self._frames_per_block
+        if blocks is None:
+            blocks = range(self.part.needed_BN.shape[1])
         if out is None:
-            out = np.empty((len(self.blocks) * per_block, self._patch_values), np.uint8)
+            out = np.empty((len(blocks) * per_block, self._patch_values), np.uint8)
         segments: list[int] = []  # of each block
-        faults: list[str] = []
+        faults: dict[int, str] = {}
         first = 0  # block of the row where the clip begins
         for number, clip in enumerate(clips, start=1):
-            start, stop = max(first, self.blocks.start), min(first + clip.blocks, self.blocks.stop)
-            shift = clip.start - first
+            inside = [at for at in blocks if first <= at < first + clip.blocks]
             # A block at a time, while it is in the processor's cache.
-            blocks = self.clips.read(clip, start + shift, stop + shift)
-            for at, block in enumerate(blocks, start=start):
-                token = (at - self.blocks.start) * per_block
+            read = self.clips.read(clip, [clip.start + at - first for at in inside])
+            for at, block in zip(inside, read, strict=True):
+                token = len(segments) * per_block
                 tokens = out[token : token + per_block]
                 patchify_into(tokens, block.frames, patch=patch, frames_per_block=frames)
                 segments.append(number)
                 if block.fault:
                     segments[-1] = len(clips) + 1 + at  # a clip of its own
-                    faults.append(block.fault)
+                    faults[at] = block.fault
             first += clip.blocks
         return {
             "patches": out,
@@ -115,19 +168,31 @@ class BatchReader:
         }
 
 
-def local_part(sharding: NamedSharding, config: ml_collections.ConfigDict) -> tuple[range, range]:
-    """The rows and blocks of a global batch that this process's devices hold, if only in part."""
-    shape = config.data.batch_size, sequence_tokens(config)
-    indices = sharding.addressable_devices_indices_map(shape).values()
-    spans = [
-        [part.indices(size) for part, size in zip(index, shape, strict=True)]
-        for index in indices
-        if index is not None
-    ]
-    lows = [min(span[axis][0] for span in spans) for axis in (0, 1)]
-    highs = [max(span[axis][1] for span in spans) for axis in (0, 1)]
+def local_part(
+    sharding: NamedSharding, config: ml_collections.ConfigDict, *, process: int | None = None
+) -> Part:
+    """The blocks of a global batch that the devices of a process hold, if only in part.
+
+    A process's chips are seldom neighbours in the order of a mesh, so that its blocks are no
+    rectangle. Of the processes that hold a block, the first counts its damage.
+
+    Args:
+      process: this one, if not given.
+    """
+    process = jax.process_index() if process is None else process
     per_block = block_tokens(config)
-    return range(lows[0], highs[0]), range(lows[1] // per_block, -(-highs[1] // per_block))
+    shape = config.data.batch_size, sequence_tokens(config)
+    needed_BN = np.zeros((config.data.batch_size, config.data.sequence_blocks), bool)
+    first_BN = np.full(needed_BN.shape, np.iinfo(np.int64).max)
+    device: Any
+    for device, index in sharding.devices_indices_map(shape).items():
+        (top, bottom, _), (left, right, _) = (
+            part.indices(size) for part, size in zip(index, shape, strict=True)
+        )
+        held = slice(top, bottom), slice(left // per_block, -(-right // per_block))
+        needed_BN[held] |= device.process_index == process
+        first_BN[held] = np.minimum(first_BN[held], device.process_index)
+    return Part(needed_BN, first_BN == process)
 
 
 def read_ahead(reader: BatchReader, *, start: int, stop: int) -> Iterator[dict[str, Any]]:
@@ -174,19 +239,22 @@ def to_device(batch: Batch, reader: BatchReader, sharding: NamedSharding) -> dic
     """A reader's part of a batch as shards of global uint8 and int32 [B, S, ...] arrays."""
     config = reader.config
     shape = config.data.batch_size, sequence_tokens(config)
-    corner = reader.rows.start, reader.blocks.start * block_tokens(config)
+    per_block, places_BN = block_tokens(config), reader.part.places_BN
 
     def place(part: np.ndarray) -> jax.Array:
+        blocks_PL = part.reshape(-1, per_block, *part.shape[2:])
+
         def shard(index) -> np.ndarray:
-            cut = [
-                slice(low - first, high - first)
-                for (low, high, _), first in zip(
-                    (axis.indices(size) for axis, size in zip(index, shape, strict=False)),
-                    corner,
-                    strict=True,
-                )
-            ]
-            return part[tuple(cut)]
+            (top, bottom, _), (left, right, _) = (
+                axis.indices(size) for axis, size in zip(index[:2], shape, strict=True)
+            )
+            first = left // per_block
+            places = places_BN[top:bottom, first : -(-right // per_block)].ravel()
+            low, high = int(places[0]), int(places[-1]) + 1
+            # Blocks that lie side by side, which is the rule, are not copied.
+            held = blocks_PL[low:high] if high - low == len(places) else blocks_PL[places]
+            tokens = held.reshape(bottom - top, -1, *part.shape[2:])
+            return tokens[:, left - first * per_block : right - first * per_block]
 
         return jax.make_array_from_callback((*shape, *part.shape[2:]), sharding, shard)
 
@@ -196,17 +264,32 @@ def to_device(batch: Batch, reader: BatchReader, sharding: NamedSharding) -> dic
 class DeviceBatches:
     """Batches start, ..., stop - 1 on the devices, read and placed by a thread ahead of use.
 
+    Args:
+      replaced_before: blocks of all processes that could not be read before the run was resumed.
+        With the rows before `reader.first_row` they count towards the limit on damage, so that
+        one damaged file does not stop a long run that happens to resume at it.
+
     Attributes:
-      replaced: blocks so far that could not be read, of those that this process was given.
+      replaced: blocks so far that could not be read, of those that this process counts.
       new_faults: what was wrong with them, each once, since it was last emptied.
     """
 
-    def __init__(self, reader: BatchReader, sharding: NamedSharding, *, start: int, stop: int):
+    def __init__(
+        self,
+        reader: BatchReader,
+        sharding: NamedSharding,
+        *,
+        start: int,
+        stop: int,
+        replaced_before: int = 0,
+    ):
         self._data = reader.config.data
         self._reader, self._sharding = reader, sharding
         self._queue: queue.Queue = queue.Queue(ON_DEVICE)
         self._closed = threading.Event()
-        self._given = 0
+        share = float(reader.part.counted_BN.mean())  # of what all processes were given before
+        self._given = round(share * reader.first_row * self._data.sequence_blocks)
+        self._replaced_before = round(share * replaced_before)
         self.replaced = 0
         self._known: set[str] = set()
         self.new_faults: list[str] = []
@@ -231,7 +314,7 @@ class DeviceBatches:
             ) from None
         if isinstance(batch, BaseException):
             raise RunError(f"reading the data failed: {batch}") from batch
-        self._given += len(self._reader.rows) * len(self._reader.blocks)
+        self._given += int(self._reader.part.counted_BN.sum())
         self._count(faults)
         return batch
 
@@ -242,9 +325,10 @@ class DeviceBatches:
                 self._known.add(fault)
                 self.new_faults.append(fault)
         limit = self._data.max_bad_fraction
-        if self.replaced > limit * max(self._given, ENOUGH_BLOCKS):
+        replaced = self._replaced_before + self.replaced
+        if faults and replaced > limit * max(self._given, ENOUGH_BLOCKS):
             raise RunError(
-                f"{self.replaced} of {self._given} blocks could not be read, more than "
+                f"{replaced} of {self._given} blocks could not be read, more than "
                 f"data.max_bad_fraction = {limit:g} allows; the last: {faults[-1]}"
             )
 

@@ -94,7 +94,6 @@ def read_row(
     clips = reader.mixture.row(number)
     segments_N = parts["segment_ids"][::per_block]
     clip_N = np.repeat(np.arange(len(clips)), [clip.blocks for clip in clips])
-    alone = np.flatnonzero(segments_N > len(clips))  # as BatchReader marks what it replaced
     blocks_NLD = parts["patches"].reshape(len(segments_N), per_block, -1)
     named = [
         (clip, feed.name, feed.source.name(clip.item))
@@ -107,7 +106,7 @@ def read_row(
         segments_N=segments_N,
         clip_N=np.where(segments_N == 0, -1, clip_N),
         lengths_N=lengths_N,
-        replaced=dict(zip(alone.tolist(), parts["faults"], strict=True)),
+        replaced=parts["faults"],
         frames_nFHWC=unpatchify(
             blocks_NLD[blocks],
             patch=tuple(config.model.patch),

@@ -105,13 +105,13 @@ def _train(
     require_devices()
     mesh = make_mesh(config)
     sharding = batch_sharding(mesh)
-    rows, blocks = local_part(sharding, config)
+    part = local_part(sharding, config)
     require_sinks(config)
     require_best_metric(config)
     raise_if_lost, wandb_run = hold_workdir(workdir, config, first=peers.process == 0, stack=stack)
     feeds = open_feeds(config)
-    reader = BatchReader(config, feeds, split="train", rows=rows, blocks=blocks)
-    held_out = open_held_out(config, feeds, rows=rows, blocks=blocks)
+    reader = BatchReader(config, feeds, split="train", part=part)
+    held_out = open_held_out(config, feeds, part=part)
     lpips_params = {}
     if config.loss.lpips_weight:
         lpips_params = replicate(load_lpips(config.loss.lpips_net), mesh)
@@ -151,6 +151,7 @@ def _train(
     write_config(workdir, config)
     write_held_out(workdir, feeds.fingerprint("heldout"))
     start, reader.first_row = latest or 0, position["next_row"]
+    replaced_before = position.get("replaced_blocks", 0)  # by all processes
     steps = max(start, config.train.steps)
     writer: MetricWriter | Silent = Silent(peers.name)
     console: Console | Silent = Silent(peers.name)
@@ -172,8 +173,11 @@ def _train(
     train_step = in_mesh(jit_train_step(config, abstract), mesh)
     eval_step = in_mesh(jax.jit(make_eval_step(config), out_shardings=(whole, sharding)), mesh)
     draw = in_mesh(jax.jit(make_first_frames(config), out_shardings=whole), mesh)
-    log, votes = StepLog(config, writer, console, workdir), Votes(mesh)
-    batches = DeviceBatches(reader, sharding, start=0, stop=steps - start)
+    log = StepLog(config, writer, console, workdir, replaced_blocks=replaced_before)
+    votes = Votes(mesh)
+    batches = DeviceBatches(
+        reader, sharding, start=0, stop=steps - start, replaced_before=replaced_before
+    )
     stack.callback(batches.close)
 
     stop.take_interrupts()  # before this there is nothing to save
@@ -201,7 +205,11 @@ def _train(
             checkpoints.save(
                 step,
                 state,
-                data_position={"next_row": next_row, "files": files},
+                data_position={
+                    "next_row": next_row,
+                    "files": files,
+                    "replaced_blocks": log.replaced_blocks,
+                },
                 config=config,
                 metrics=eval_metrics,
             )
@@ -215,7 +223,8 @@ def _train(
         waited = time.perf_counter() - waited
         while batches.new_faults:
             console.own_line(f"replaced: {batches.new_faults.pop(0)}")
-        wishes = votes.cast(stop=stop.requested, replaced_blocks=batches.replaced)
+        replaced = batches.replaced + (replaced_before if peers.process == 0 else 0)
+        wishes = votes.cast(stop=stop.requested, replaced_blocks=replaced)
         with jax.transfer_guard("disallow"):
             state, metrics = train_step(state, batch, lpips_params, wishes)
         log.record(step + 1, metrics, waited)

@@ -1,6 +1,7 @@
 """The jitted training and evaluation steps.
 
-Dimension key: B batch, S tokens, D values a patch, N blocks, L tokens a block, F frames.
+Dimension key: B batch, S tokens, D values a patch, N blocks, L tokens a block, F frames,
+G runs of blocks that LPIPS looks at one frame of.
 All randomness is a function of (config.seed, step, global row or block index).
 """
 
@@ -63,39 +64,63 @@ def row_keys(key: Array, rows_B: Array) -> Array:
 
 
 def random_frames(
-    keys_B: Array, videos_BSD: tuple[Array, ...], segment_ids_BS: Array, *, config
-) -> tuple[Array, ...]:
-    """The same random frame of a random valid block from each of `videos`: [B, H, W, 3]."""
+    key: Array, rows_B: Array, videos_BSD: tuple[Array, ...], segment_ids_BS: Array, *, config
+) -> tuple[tuple[Array, ...], Array]:
+    """Draws one frame of each run of `loss.lpips_every_blocks` blocks of a row.
+
+    A run's frame is a random one of a random valid block, drawn by global block index. A row's last
+    run is shorter if the number does not divide `data.sequence_blocks`.
+
+    Returns:
+      The drawn frames [B, G, H, W, 3] of each of `videos`, and float32 [B, G]: how many valid
+      blocks each stands for, 0 for a run of padding. The weighted sum over runs of any function of
+      frames has the expectation of its sum over valid blocks of its mean over their frames.
+    """
     per_block, frames = block_tokens(config), config.video.frames_per_block
     side = config.video.resolution
     valid_BN = segment_ids_BS[:, ::per_block] != 0
+    rows, blocks = valid_BN.shape
+    run = min(config.loss.lpips_every_blocks, blocks)
+    short = -blocks % run  # blocks that the last run lacks
 
-    def choose(key: Array, valid_N: Array) -> tuple[Array, Array]:
-        block_key, frame_key = jax.random.split(key)
-        scores_N = jax.random.uniform(block_key, valid_N.shape) + valid_N
-        return jnp.argmax(scores_N), jax.random.randint(frame_key, (), 0, frames)
+    def draw(index: Array) -> tuple[Array, Array]:
+        block_key, frame_key = jax.random.split(jax.random.fold_in(key, index))
+        return jax.random.uniform(block_key), jax.random.randint(frame_key, (), 0, frames)
 
-    block_B, frame_B = jax.vmap(choose)(keys_B, valid_BN)
+    def in_runs(values_BN: Array, fill=0) -> Array:
+        pad = [(0, 0), (0, short), *[(0, 0)] * (values_BN.ndim - 2)]
+        padded = jnp.pad(values_BN, pad, constant_values=fill)
+        return padded.reshape(rows, -1, run, *values_BN.shape[2:])
+
+    def of_run(values_BN: Array, index_BG: Array) -> Array:
+        """The value at `index` within each run."""
+        if run == 1:
+            return values_BN
+        return jax.vmap(jax.vmap(lambda values, index: values[index]))(in_runs(values_BN), index_BG)
+
+    score_BN, frame_BN = jax.vmap(jax.vmap(draw))(rows_B[:, None] * blocks + jnp.arange(blocks))
+    block_BG = jnp.argmax(in_runs(score_BN + valid_BN, fill=-1), axis=2)
+    frame_BG = of_run(frame_BN, block_BG)
 
     def take(video_BSD: Array) -> Array:
-        blocks_BNLD = video_BSD.reshape(*valid_BN.shape, per_block, -1)
-        block_BLD = jax.vmap(lambda blocks, index: blocks[index])(blocks_BNLD, block_B)
-        clip_BFHWC = unpatchify(
-            block_BLD,
+        blocks_BNLD = video_BSD.reshape(rows, blocks, per_block, -1)
+        clip_BGFHWC = unpatchify(
+            of_run(blocks_BNLD, block_BG),
             patch=tuple(config.model.patch),
             frames_per_block=frames,
             height=side,
             width=side,
         )
-        return jax.vmap(lambda clip, index: clip[index])(clip_BFHWC, frame_B)
+        return jax.vmap(jax.vmap(lambda clip, index: clip[index]))(clip_BGFHWC, frame_BG)
 
-    return tuple(take(video) for video in videos_BSD)
+    weight_BG = jnp.sum(in_runs(valid_BN), axis=2).astype(jnp.float32)
+    return tuple(take(video) for video in videos_BSD), weight_BG
 
 
 def make_loss(config: ml_collections.ConfigDict) -> Callable[..., tuple[Array, Metrics]]:
     """loss(params, batch, rows_B, *, keys, totals, lpips_params) -> (loss, metrics).
 
-    `keys` are `step_keys`. `totals` counts the valid tokens, blocks and rows of the whole batch:
+    `keys` are `step_keys`. `totals` counts the valid tokens and blocks of the complete batch:
     terms are shares of it, so that the sum over microbatches is exactly the loss of the batch
     (paper, section 3.3).
     """
@@ -121,15 +146,18 @@ def make_loss(config: ml_collections.ConfigDict) -> Callable[..., tuple[Array, M
         metrics = {"mse": error / totals["tokens"]}
         total = metrics["mse"]
         if weights.lpips_weight:
-            frames = random_frames(
-                row_keys(frame_key, rows_B),
+            frames, weight_BG = random_frames(
+                frame_key,
+                rows_B,
                 (output.reconstruction, target_BSD),
                 segments_BS,
                 config=config,
             )
-            distance_B = lpips(lpips_params, *frames, net=weights.lpips_net)
-            distance = jnp.sum(jnp.where(jnp.any(valid_BS, axis=1), distance_B, 0.0))
-            metrics["lpips"] = distance / totals["rows"]
+            images = [frame.reshape(-1, *frame.shape[2:]) for frame in frames]
+            distance_BG = lpips(lpips_params, *images, net=weights.lpips_net)
+            distance_BG = distance_BG.reshape(weight_BG.shape)
+            distance = jnp.sum(jnp.where(weight_BG > 0, weight_BG * distance_BG, 0.0))
+            metrics["lpips"] = distance / totals["blocks"]
             total += weights.lpips_weight * metrics["lpips"]
         if output.kl_BS is not None:
             metrics["kl"] = kl_sum(output.kl_BS, keep_BS & valid_BS) / totals["blocks"]
@@ -158,7 +186,6 @@ def make_train_step(
         totals = {
             "tokens": jnp.maximum(jnp.sum(valid_BS), 1).astype(jnp.float32),
             "blocks": jnp.maximum(jnp.sum(valid_BS[:, ::per_block]), 1).astype(jnp.float32),
-            "rows": jnp.maximum(jnp.sum(jnp.any(valid_BS, axis=1)), 1).astype(jnp.float32),
         }
         grad = jax.grad(loss, has_aux=True)
 

@@ -31,6 +31,7 @@ class StepLog:
     writer: MetricWriter | Silent
     console: Console | Silent
     workdir: Path
+    replaced_blocks: int = 0  # of the run, by all processes, as of the last step that was read
 
     def __post_init__(self) -> None:
         self.stop_agreed = False  # after the same step in all processes
@@ -80,6 +81,7 @@ class StepLog:
                     "command again with --config.optimizer.learning_rate lower, or another "
                     "--config.seed to see other batches"
                 )
+        self.replaced_blocks = int(read[-1][1]["replaced_blocks"])
         for step, metrics in read:
             if step % self.config.train.log_every == 0:
                 values = {key: float(value) for key, value in metrics.items()} | self._speed()

@@ -9,7 +9,7 @@ import ml_collections
 import numpy as np
 
 from elastictok_jax.config import block_tokens
-from elastictok_jax.data.pipeline import BatchReader, read_ahead
+from elastictok_jax.data.pipeline import BatchReader, Part, read_ahead
 from elastictok_jax.data.sources import Feeds, has_held_out
 from elastictok_jax.errors import UsageError
 from elastictok_jax.models.bottlenecks import codebook_statistics
@@ -22,7 +22,7 @@ PICTURE_ROWS = 8  # of a batch, in the picture
 
 
 def open_held_out(
-    config: ml_collections.ConfigDict, feeds: Feeds, *, rows: range, blocks: range
+    config: ml_collections.ConfigDict, feeds: Feeds, *, part: Part
 ) -> list[dict[str, np.ndarray]]:
     """The held-out batches, the same at every evaluation; empty if nothing is to be held out.
 
@@ -31,7 +31,7 @@ def open_held_out(
     """
     if not has_held_out(config):
         return []
-    reader = BatchReader(config, feeds, split="heldout", rows=rows, blocks=blocks)
+    reader = BatchReader(config, feeds, split="heldout", part=part)
     forward_passes = config.evaluation.max_cost * STEP_COST * config.train.eval_every
     afforded = max(1, int(forward_passes / len(fractions_of(config))))
     return list(read_ahead(reader, start=0, stop=min(config.evaluation.batches, afforded)))

@@ -14,10 +14,11 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from elastictok_jax.config import override, resolve, sequence_tokens
-from elastictok_jax.data import media
+from elastictok_jax.data import clips, media
 from elastictok_jax.data.pipeline import (
     BatchReader,
     DeviceBatches,
+    Part,
     local_part,
     read_ahead,
     to_device,
@@ -85,8 +86,13 @@ def test_neither_start_nor_threads_nor_workers_matter(from_the_start, workers, t
 
 @pytest.mark.parametrize("by", ["rows", "blocks"])
 def test_parts_of_several_processes_make_the_whole_batch(from_the_start, by):
-    spans = (range(1), range(1, 3), range(3, 4)) if by == "rows" else (range(2), range(2, 3))
-    parts = [list(read_ahead(open_reader(tiny(), **{by: s}), start=0, stop=2)) for s in spans]
+    needed = [np.zeros((ROWS, 3), bool) for _ in range(2)]
+    if by == "rows":
+        needed[0][:1], needed[1][1:] = True, True
+    else:
+        needed[0][:, :2], needed[1][:, 2:] = True, True
+    readers = [open_reader(tiny(), part=Part(needed_BN, needed_BN)) for needed_BN in needed]
+    parts = [list(read_ahead(reader, start=0, stop=2)) for reader in readers]
     for index in range(2):
         for key in ("patches", "segment_ids"):
             joined = np.concatenate([part[index][key] for part in parts], axis=int(by == "blocks"))
@@ -165,8 +171,26 @@ def test_a_file_damaged_after_the_start_is_replaced_named_once_and_counted(noisy
     assert "3.mp4" in fault and "truncated" in fault
     segments = np.concatenate([np.asarray(batch["segment_ids"]) for batch in read])
     assert segments.min() >= 1
-    clips = [clip for row in range(80) for clip in reader.mixture.row(row)]
-    assert batches.replaced == sum(clip.blocks for clip in clips if clip.item == 3) > 0
+    read = [clip for row in range(80) for clip in reader.mixture.row(row)]
+    assert batches.replaced == sum(clip.blocks for clip in read if clip.item == 3) > 0
+
+
+def test_damage_after_a_resume_is_judged_with_all_that_was_read_before(noisy_folder):
+    """12 blocks a batch, all of them unreadable."""
+    for first_row, replaced_before, stops in ((0, 0, 1), (400, 0, 12), (400, 110, 1)):
+        config = folder_config(noisy_folder, data__cache_mib=0)
+        reader = open_reader(config, first_row=first_row)
+        reader.clips.read = lambda clip, blocks: (
+            clips.Block(np.zeros((4, 16, 16, 3), np.uint8), "damaged") for _ in blocks
+        )
+        batches = DeviceBatches(
+            reader, one_device(), start=0, stop=20, replaced_before=replaced_before
+        )
+        with pytest.raises(RunError, match=f"^{replaced_before + 12 * stops} of .* blocks"):
+            for _ in range(20):
+                next(batches)
+        batches.close()
+        assert batches.replaced == 12 * stops  # this process's own, since the start
 
 
 def test_too_much_damage_stops_with_a_message(noisy_folder):
@@ -220,7 +244,8 @@ def test_storage_that_hangs_is_noticed():
 def test_to_device_places_the_part_of_this_process(from_the_start, axes):
     mesh = jax.make_mesh((1, 1), axes, axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:1])
     sharding, config = NamedSharding(mesh, PartitionSpec("data", "sequence")), tiny()
-    assert local_part(sharding, config) == (range(config.data.batch_size), range(3))
+    part = local_part(sharding, config)
+    assert part.needed_BN.all() and part.counted_BN.all() and part.stretch == 3
     placed = to_device(from_the_start[0], open_reader(tiny()), sharding)
     for key in ("patches", "segment_ids"):
         assert placed[key].sharding == sharding

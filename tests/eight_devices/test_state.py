@@ -128,9 +128,9 @@ def test_the_pipeline_delivers_shards_that_are_no_whole_blocks():
     config = resolve(config)
     mesh = run.mesh_for(config)
     sharding = batch_sharding(mesh)
-    rows, blocks = local_part(sharding, config)
-    assert (rows, blocks) == (range(2), range(4))
-    reader = BatchReader(config, open_feeds(config), split="train", rows=rows, blocks=blocks)
+    part = local_part(sharding, config)
+    assert part.counted_BN.all() and part.needed_BN.shape == (2, 4)
+    reader = BatchReader(config, open_feeds(config), split="train", part=part)
     batch = reader(0)
     placed = to_device(batch, reader, sharding)
     for key, value in placed.items():

@@ -6,6 +6,7 @@ one step are (1 - b1) times them, as nothing is clipped.
 
 import itertools
 import runpy
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,8 +14,11 @@ import jax
 import numpy as np
 import pytest
 
+from elastictok_jax.config import block_tokens
+from elastictok_jax.parallel.sharding import batch_sharding
 from elastictok_jax.training.checkpoint import Checkpointer
 from elastictok_jax.training.state import abstract_state
+from elastictok_jax.training.step import random_frames
 
 SCRIPT = Path(__file__).parent.parent / "multiprocess" / "train_steps.py"
 run = SimpleNamespace(**runpy.run_path(str(SCRIPT)))
@@ -100,3 +104,27 @@ def test_shards_that_are_no_whole_blocks(tmp_path):
     (want_loss, want), (loss, gradients) = results.values()
     assert loss == pytest.approx(want_loss, rel=1e-5)
     run.assert_close_norms(gradients, want, rtol=1e-5, what="8 shards of 4 blocks")
+
+
+@pytest.mark.parametrize("every", [1, 2, 3])
+def test_frames_that_lpips_looks_at_are_those_of_one_device(every):
+    drawn = {}
+    for sizes in ("1x1x1x1", "2x2x1x2", "1x1x1x8"):
+        config = run.config_for(
+            sizes, loss__lpips_every_blocks=every, data__batch_size=4, data__sequence_blocks=4
+        )
+        tokens = 4 * block_tokens(config)
+        patches = np.random.default_rng(0).random((4, tokens, 8 * 8 * 3), np.float32)
+        segments = np.ones((4, tokens), np.int32)
+        segments[1:, -block_tokens(config) :] = 0
+        patches, segments = jax.device_put(
+            (patches, segments), batch_sharding(run.mesh_for(config))
+        )
+        (frames,), weights = jax.jit(partial(random_frames, config=config))(
+            jax.random.key(1), np.arange(4), (patches,), segments
+        )
+        drawn[sizes] = np.asarray(frames), np.asarray(weights)
+    (want, want_weights), *others = drawn.values()
+    for frames, weights in others:
+        np.testing.assert_array_equal(frames, want)
+        np.testing.assert_array_equal(weights, want_weights)

@@ -66,9 +66,9 @@ def main() -> None:
     config = config_for(args.workers)
     mesh = make_mesh(config)
     sharding = batch_sharding(mesh)
-    rows, blocks = local_part(sharding, config)
+    part = local_part(sharding, config)
     feeds = open_feeds(config)
-    reader = BatchReader(config, feeds, split="train", rows=rows, blocks=blocks)
+    reader = BatchReader(config, feeds, split="train", part=part)
     checkpoints = Checkpointer(args.workdir, keep_last=1, keep_best=0)
     start = 0
     if args.restore:

@@ -14,7 +14,7 @@ from tensorboardX.proto.event_pb2 import Event
 from elastictok_jax import cli
 from elastictok_jax.config import override, read_config
 from elastictok_jax.data import media
-from elastictok_jax.data.sources import EMBEDDED
+from elastictok_jax.data.sources import EMBEDDED, open_feeds
 from elastictok_jax.errors import UsageError
 from elastictok_jax.registry import get_experiment
 from elastictok_jax.tokenizer.api import ElasticTokenizer
@@ -240,3 +240,23 @@ def test_a_file_that_is_damaged_while_training_is_replaced_and_counted(tmp_path,
     lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
     if "replaced: " in shown:
         assert lines[-1]["replaced_blocks"] > 0
+
+
+def test_counts_of_damage_go_on_when_a_run_resumes(tmp_path, monkeypatch):
+    source = type(open_feeds(tiny()).train[0].source)
+    read = source.read
+
+    def every_third_damaged(self, item, indices, *, side):
+        if item % 3 == 0:
+            raise media.MediaError(f"item {item} is damaged")
+        return read(self, item, indices, side=side)
+
+    monkeypatch.setattr(source, "read", every_third_damaged)
+    counts = []
+    for name, ends in (("straight", [4]), ("resumed", [2, 4])):
+        for steps in ends:
+            options = {"data.max_bad_fraction": 0.9, "train.log_every": 1, "train.steps": steps}
+            assert train(tiny(options), workdir=tmp_path / name)
+        lines = read_metrics(tmp_path / name / "metrics.jsonl")
+        counts.append([line.get("replaced_blocks", 0) for line in lines if "loss" in line])
+    assert counts[0] == counts[1] and 0 < counts[0][1] < counts[0][3], counts

@@ -265,31 +265,61 @@ def test_masks_and_noise_follow_seed_and_step():
         assert float(changed["kept_fraction"]) != float(first["kept_fraction"])
 
 
-def test_random_frames_are_the_same_frame_of_a_valid_block():
-    config = tiny()
-    # Every pixel of a frame says which frame it is: row * 100 + frame of the row.
-    number_BT = np.arange(4)[:, None] * 100 + np.arange(BLOCKS * F)
-    video = np.broadcast_to(number_BT[..., None, None, None], (4, BLOCKS * F, SIDE, SIDE, 3))
+@pytest.mark.parametrize("every", [1, 2, 3, 9])
+def test_frames_that_lpips_looks_at_stand_for_all_frames_of_valid_blocks(every):
+    """For any number of blocks a frame: the mean over draws of the weighted sum over drawn frames
+    is the sum over valid blocks of the mean over their frames."""
+    rows, blocks, draws = 4, 4, 400
+    config = tiny(loss__lpips_every_blocks=every, data__sequence_blocks=blocks)
+    valid_BN = np.array([[1, 1, 1, 1], [1, 0, 1, 0], [0, 0, 0, 0], [0, 2, 3, 0]], np.int32)
+    # Every pixel of a frame says which frame of the batch it is.
+    number_BT = np.arange(rows * blocks * F).reshape(rows, -1)
+    video = np.broadcast_to(number_BT[..., None, None, None], (rows, blocks * F, SIDE, SIDE, 3))
     patches_BSD = jnp.asarray(patchify(video, patch=PATCH, frames_per_block=F), jnp.float32)
-    choose = jax.jit(
-        lambda keys_B: random_frames(
-            keys_B, (patches_BSD, -patches_BSD), jnp.asarray(SEGMENTS_BS), config=config
+    segments_BS = jnp.asarray(np.repeat(valid_BN, L, axis=1))
+
+    def draw(key):
+        videos = patches_BSD, -patches_BSD
+        (one, other), weight = random_frames(
+            key, jnp.arange(rows), videos, segments_BS, config=config
         )
+        return one[:, :, 0, 0, 0], jnp.ptp(one, axis=(2, 3, 4)), jnp.abs(one + other).max(), weight
+
+    numbers_KBG, spread, differ, weight_KBG = jax.jit(jax.vmap(draw))(
+        jax.random.split(jax.random.key(0), draws)
     )
-    seen = [set() for _ in range(4)]
-    for seed in range(100):
-        one, other = choose(jax.random.split(jax.random.key(seed), 4))
-        assert one.shape == (4, SIDE, SIDE, 3)
-        np.testing.assert_array_equal(one, -other)
-        for row, frame in enumerate(np.asarray(one)):
-            assert (frame == frame[0, 0, 0]).all()
-            seen[row].add(int(frame[0, 0, 0]))
-    assert seen[0] == set(range(8))  # both blocks
-    assert seen[1] == set(range(100, 104))  # the first block alone: the second is padding
-    assert seen[3] == set(range(300, 308))
+    assert not np.any(spread) and not np.any(differ)  # one frame, the same of both videos
+    runs = -(-blocks // min(every, blocks))
+    assert numbers_KBG.shape == (draws, rows, runs)
+    weights = np.asarray(weight_KBG[0])
+    assert (weight_KBG == weights).all() and weights.sum() == (valid_BN > 0).sum()
+    numbers = np.asarray(numbers_KBG[:, weights > 0], np.int64)
+    valid_frames = np.flatnonzero(np.repeat(valid_BN.ravel(), F))
+    assert set(numbers.ravel()) == set(valid_frames)  # each is drawn, and none of padding
+    values = np.random.default_rng(0).normal(size=number_BT.size)  # some function of frames
+    sums_K = (values[numbers] * weights[weights > 0]).sum(axis=1)
+    standard_error = sums_K.std() / np.sqrt(draws)
+    assert abs(sums_K.mean() - values[valid_frames].sum() / F) < 4 * standard_error
 
 
-def test_lpips_compares_one_frame_and_ignores_padding():
+def test_frames_that_lpips_looks_at_follow_the_global_row():
+    """So that microbatches, meshes and hosts see the same."""
+    config = tiny(loss__lpips_every_blocks=2, data__sequence_blocks=4)
+    patches_BSD = np.random.default_rng(0).random((4, 4 * L, D), np.float32)
+    segments_BS = np.ones((4, 4 * L), np.int32)
+
+    def draw(rows):
+        (frames,), weights = random_frames(
+            jax.random.key(3), rows, (patches_BSD[rows],), segments_BS[rows], config=config
+        )
+        return frames, weights
+
+    complete, rows = draw(np.arange(4)), np.array([1, 3])
+    for part, whole in zip(draw(rows), complete, strict=True):
+        np.testing.assert_array_equal(part, whole[rows])
+
+
+def test_lpips_compares_one_frame_of_a_block_and_ignores_padding():
     config = tiny(
         masking__kind="fixed", masking__fraction=1.0, loss__lpips_weight=0.1, data__batch_size=2
     )

@@ -453,7 +453,7 @@ class VideoReader:
         """int64, ascending: the frames nearest to 0, 1 / fps, 2 / fps, ... seconds, until the video
         ends. Every frame, once, where `fps` is not below the video's own."""
         step = float(step_between(self.fps, fps))
-        numbers = np.arange(frames_read(self.frame_count, step))
+        numbers = np.arange(int(frames_read(self.frame_count, step)))
         if self.evenly_spaced or step == 1:
             return recorded_at(numbers, step=step, frames=self.frame_count)
         times = np.asarray(self._index.times, np.float64) - self._index.times[0]

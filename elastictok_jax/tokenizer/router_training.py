@@ -133,7 +133,9 @@ def training_clips(
         start = int(rng.integers(max(1, blocks - CLIP_BLOCKS + 1)))
         stop = min(blocks, start + CLIP_BLOCKS)
         epoch = int(rng.integers(EPOCHS))  # which says how it is cropped and flipped
-        pieces = list(reader.read(Clip(index, item, epoch, start, stop - start), start, stop))
+        pieces = list(
+            reader.read(Clip(index, item, epoch, start, stop - start), range(start, stop))
+        )
         if fault := next((piece.fault for piece in pieces if piece.fault), ""):
             failed += 1
             if failed > 10 + read:

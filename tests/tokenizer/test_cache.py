@@ -110,7 +110,7 @@ def test_memory_stays_that_of_the_window(clip):
     sizes = []
     for _ in range(9):
         decoder.block(np.zeros(2, np.int32))
-        sizes.append(held(decoder._cache))
+        sizes.append(held(decoder.cache))
     assert sizes == [LENGTH] + [2 * LENGTH] * 8
 
 
@@ -120,7 +120,7 @@ def test_a_cache_grows_by_doubling():
     sizes = []
     for _ in range(14):
         decoder.block(np.zeros(2, np.int32))
-        sizes.append(held(decoder._cache) // LENGTH)
+        sizes.append(held(decoder.cache) // LENGTH)
     assert sizes == [1, 2, 4, 4, 8, 8, 8, 8, 11, 11, 11, 11, 11, 11]
 
 

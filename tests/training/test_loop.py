@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
@@ -230,16 +231,15 @@ def test_a_file_that_is_damaged_while_training_is_replaced_and_counted(tmp_path,
     media.write_video(folder / "clip.mp4", frames, fps=24)
     data = bytearray((folder / "clip.mp4").read_bytes())
     middle = len(data) // 2
-    data[middle : middle + 4000] = bytes(4000)
+    data[middle : middle + 4000] = np.random.default_rng(0).bytes(4000)
     (folder / "clip.mp4").write_bytes(data)
     options = {"data.sources.main.path": str(folder), "data.eval_fraction": 0.0}
     options |= {"data.cache_mib": 0, "data.max_bad_fraction": 0.5, "train.steps": 12}
     assert train(tiny(options), workdir=tmp_path / "run")
     shown = capsys.readouterr().err
-    assert shown.count("replaced: ") + shown.count("left out: ") == 1 and "clip.mp4" in shown
+    assert shown.count("replaced: ") == 1 and "clip.mp4" in shown
     lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
-    if "replaced: " in shown:
-        assert lines[-1]["replaced_blocks"] > 0
+    assert lines[-1]["replaced_blocks"] > 0
 
 
 def test_counts_of_damage_go_on_when_a_run_resumes(tmp_path, monkeypatch):

@@ -237,7 +237,7 @@ def test_a_file_that_is_damaged_while_training_is_replaced_and_counted(tmp_path,
     options |= {"data.cache_mib": 0, "data.max_bad_fraction": 0.5, "train.steps": 12}
     assert train(tiny(options), workdir=tmp_path / "run")
     shown = capsys.readouterr().err
-    assert shown.count("replaced: ") == 1 and "clip.mp4" in shown
+    assert shown.count("replaced: ") >= 1 and "clip.mp4" in shown
     lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert lines[-1]["replaced_blocks"] > 0
 

@@ -147,6 +147,9 @@ class Silent:
         pass
 
 
+_START = b'{"step": '  # of each line
+
+
 def read_metrics(path: Path) -> list[dict[str, float]]:
     """The lines of a `metrics.jsonl`, each with a "step"; [] where there is no such file.
 
@@ -160,10 +163,12 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
     lines, bad = [], 0
     for number, line in enumerate(raw, start=1):
         values = _parsed(line)
+        if values is None and line and number < len(raw):  # the last was cut off by a kill
+            bad += 1
+            # A line of ours may follow something that was cut off before its end.
+            values = _parsed(line[max(0, line.rfind(_START)) :])
         if values is not None:
             lines.append(values)
-        elif line and number < len(raw):  # the last was cut off by a kill
-            bad += 1
     if bad:
         print(f"note: {bad} lines of {path} are not metrics: left out", file=sys.stderr)
     return lines

@@ -170,6 +170,12 @@ def test_a_bad_line_of_the_log_costs_only_itself(line, tmp_path, capsys):
     assert read_metrics(path) == good[:2]
 
 
+def test_a_line_that_follows_one_cut_off_is_read(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1, "lo{"step": 2, "loss": 0.5}\n\0\0{"step": 3}\n')
+    assert read_metrics(path) == [{"step": 2, "loss": 0.5}, {"step": 3}]
+
+
 def test_a_folder_for_a_log_is_refused_and_compared_as_none(tmp_path):
     (tmp_path / "metrics.jsonl").mkdir()
     assert read_metrics(tmp_path / "metrics.jsonl") == []

@@ -239,7 +239,7 @@ def test_clips_are_those_that_training_reads_of_the_held_out_split(model, settin
         rate = feed.source.fps[item]
         assert clip.fps == min(rate, settings.get("fps") or rate)
         blocks = min(6, int(count))
-        trained = reader.read(packing.Clip(0, int(item), 0, 0, blocks), 0, blocks)
+        trained = reader.read(packing.Clip(0, int(item), 0, 0, blocks), range(blocks))
         frames = np.concatenate([block.frames for block in trained])
         if rate:
             np.testing.assert_array_equal(clip.frames[: len(frames)], frames[: len(clip.frames)])

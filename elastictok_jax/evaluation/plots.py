@@ -133,11 +133,14 @@ def energy(measured: Measured, kind_of: Mapping[str, str], plan: Plan) -> Figure
         return None
     figure, axes = _figure(2)
     keys = ("single/lengths", f"target/{plan.main_target:g}/lengths")
+    energies = joined(list(measured.records.values()), "energy")
+    least = min(energies[energies > 0], default=1.0) / 10
     for one, key, title in zip(axes, keys, ("each block alone", "in context"), strict=True):
         for colour, kind in zip(COLOURS, KINDS, strict=False):
             records = [r for name, r in measured.records.items() if kind_of[name] == kind]
             if records:
                 x, y = joined(records, "energy"), joined(records, key)
+                x = np.maximum(x, least)  # flat blocks have none, and the axis no zero
                 one.plot(x, y, ".", color=colour, label=kind, alpha=0.6)
         one.set(
             xscale="log",

@@ -89,6 +89,7 @@ class Checkpointer:
         return reader
 
     def _open(self, workdir: Path, **options: Any) -> None:
+        _ignore_late_answers()
         self.folder = workdir / "checkpoints"
         self._manager = ocp.CheckpointManager(
             self.folder.absolute(), options=ocp.CheckpointManagerOptions(**options)
@@ -311,7 +312,6 @@ class Checkpointer:
     @contextlib.contextmanager
     def _reading(self, step: int) -> Iterator[None]:
         """What orbax raises within, of damage, as DamagedCheckpoint."""
-        _ignore_late_answers()
         try:
             yield
         except (UsageError, MemoryError, PermissionError, jax.errors.JaxRuntimeError):
@@ -345,7 +345,8 @@ class Checkpointer:
 @functools.cache
 def _ignore_late_answers() -> None:
     """Drops the tracebacks, one an array, of what tensorstore's threads and orbax's tasks still
-    come to after the first failure has ended orbax's event loop. That first one is raised."""
+    come to after the first failure to read or write has ended orbax's event loop. That first one
+    is raised."""
     before = sys.unraisablehook
 
     def hook(unraisable: "sys.UnraisableHookArgs") -> None:

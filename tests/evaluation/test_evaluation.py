@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import jax
@@ -222,6 +223,17 @@ def test_nothing_of_data_of_ones_own_is_held_out(model, tmp_path):
     page = (tmp_path / "out" / "report.html").read_text()
     assert "video at 24 frames a second" in page
     assert results["models"][0]["videos"]["searches"] == []
+
+
+def test_flat_pictures_have_a_place_on_a_log_axis(model, tmp_path):
+    (tmp_path / "data").mkdir()
+    Image.new("RGB", (32, 32), (90, 90, 90)).save(tmp_path / "data" / "flat.png")
+    limits = Limits(targets="0.7", max_blocks=1, search_blocks=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # of matplotlib, that there is no such place
+        evaluate_models(
+            [model], output=tmp_path / "out", data=str(tmp_path / "data"), limits=limits
+        )
 
 
 @pytest.mark.parametrize("settings", [{}, {"fps": 4.0, "resolution": 20}, {"fps": 24.0}])

@@ -1,9 +1,9 @@
 """Color of video frames: YUV to RGB and back, with chroma samples where they belong.
 
-The chroma samples of 4:2:0 and 4:2:2 lie on the left column of the luma samples that they serve
-("left": H.264, MPEG-2 and what is written here), in the middle of them ("center": JPEG, MPEG-1) or
-on the corner ("topleft"). A file says which, or else a convention does. To take one for another
-moves all color by half a pixel.
+A chroma sample of 4:2:0 or 4:2:2 is sited at the left column of its luma samples ("left": H.264,
+MPEG-2 and what is written here), at their center ("center": JPEG, MPEG-1) or at their top left
+corner ("topleft"). Files declare which; a convention holds for those that do not. Mistaking one
+for another shifts all color by half a pixel.
 """
 
 import io

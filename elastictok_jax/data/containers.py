@@ -1,9 +1,9 @@
-"""Whether the structure of a video file is intact, from its container alone, without decoding.
+"""Checks that the structure of a video file is intact, without decoding it.
 
-Demuxers search on behind damage and return what they find there: frames are then missing and
-nobody is told. Here each container is walked from element to element instead, and where it has
-checksums they are compared. Formats: Matroska and WebM (RFC 9559), Ogg (RFC 3533), FLV (Adobe's
-specification, annex E), RIFF (AVI) and ASF (WMV). Demuxers of the others flag damage.
+Demuxers resynchronize after damage and silently skip the frames in between. This module walks a
+container from element to element instead, and verifies its checksums where it has any. It knows
+Matroska and WebM (RFC 9559), Ogg (RFC 3533), FLV (Adobe's specification, annex E), RIFF (AVI) and
+ASF (WMV).
 """
 
 import mmap

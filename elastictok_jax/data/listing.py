@@ -10,7 +10,7 @@ from pathlib import Path
 
 from elastictok_jax.data import media
 from elastictok_jax.errors import UsageError
-from elastictok_jax.paths import input_path, path_text
+from elastictok_jax.paths import path_text
 
 # Of files that are still being written, whatever they hold so far.
 UNFINISHED_SUFFIXES = frozenset({".part", ".partial", ".crdownload", ".download", ".tmp"})
@@ -22,13 +22,13 @@ class Listing:
 
     Attributes:
       root: the folder; files: sorted by their names' bytes.
-      unreadable: one message a folder, link or file that cannot be opened.
+      unreadable: why a folder, link or file cannot be opened, by its path.
       ignored: how many files of each suffix are neither images nor videos.
     """
 
     root: Path
     files: list[Path] = field(default_factory=list)
-    unreadable: list[str] = field(default_factory=list)
+    unreadable: dict[str, str] = field(default_factory=dict)
     ignored: Counter[str] = field(default_factory=Counter)
 
     def name(self, file: Path) -> str:
@@ -46,7 +46,7 @@ def list_media(path: str | Path) -> Listing:
     Raises:
       UsageError: if nothing is there, or nothing that can be read.
     """
-    text = input_path(os.fspath(path))
+    text = os.fspath(path)
     if os.path.isfile(text):
         listing = Listing(Path(text).parent, [Path(text)])
         media.file_kind(text)
@@ -88,7 +88,7 @@ def _sort_in(file: Path, listing: Listing) -> None:
         mode = os.stat(file).st_mode
     except OSError as error:  # most likely a link to nothing
         if known:
-            listing.unreadable.append(f"{path_text(file)}: cannot be read ({error.strerror})")
+            listing.unreadable[path_text(file)] = f"cannot be read ({error.strerror})"
         else:
             listing.ignored[path_text(suffix)] += 1
         return
@@ -129,7 +129,7 @@ def _walk(roots: list[Path], listing: Listing) -> Iterator[tuple[Path, list[str]
             with os.scandir(folder) as entries:
                 found = sorted(entries, key=lambda entry: os.fsencode(entry.name))
         except OSError as error:
-            listing.unreadable.append(f"{path_text(folder)}: cannot be read ({error.strerror})")
+            listing.unreadable[path_text(folder)] = f"cannot be read ({error.strerror})"
             continue
         shown = [entry for entry in found if not entry.name.startswith(".")]
         inner = [entry for entry in shown if _is_folder(entry)]

@@ -114,9 +114,7 @@ def _entries(text: str, plan: Plan, *, several: bool) -> list[Entry]:
         return _dataset_entries(Path(text))
     listing = list_media(text)
     plan.ignored.update(listing.ignored)
-    for message in listing.unreadable:
-        name, _, reason = message.partition(": ")
-        plan.unreadable[name] = reason
+    plan.unreadable.update(listing.unreadable)
     is_one_file = os.path.isfile(text)
     folder = path_text(listing.root.resolve().name)
     prefix = f"{folder}/" if several and not is_one_file else ""

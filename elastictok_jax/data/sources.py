@@ -67,7 +67,7 @@ class FileSource:
 
     def __init__(self, path: str | Path):
         listing = list_media(path)
-        self.damaged = listing.unreadable
+        self.damaged = [f"{path}: {reason}" for path, reason in listing.unreadable.items()]
         self.ignored = listing.ignored
         self.losses: dict[str, list[str]] = {}
         self._infos, self._names = [], []

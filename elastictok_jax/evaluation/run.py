@@ -1,7 +1,6 @@
 """`elastictok evaluate` and `elastictok reconstruct`: code clips, write figures and JSON."""
 
 import dataclasses
-import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -162,7 +161,7 @@ def command_line(
 
 def short_names(models: Sequence[str | Path]) -> list[str]:
     """The folders' names, with as much of their path as tells them apart."""
-    paths = [Path(os.path.abspath(model)) for model in models]
+    paths = [Path(model).resolve() for model in models]
     parts = 1
     while parts < max(len(path.parts) for path in paths):
         names = ["/".join(path.parts[-parts:]) for path in paths]

@@ -171,13 +171,19 @@ class Checkpointer:
         return sum(path.stat().st_size for path in files)
 
     def set_aside(self, step: int) -> Path:
-        """Moves a damaged checkpoint out of the way of the next one of its step."""
+        """Moves a damaged checkpoint out of the way of the next one of its step.
+
+        Every process of a run that sees the damage asks for it; the first one does it.
+        """
         for number in itertools.count():
             aside = self.folder.with_name("damaged") / f"{step}-{number}"
             if not aside.exists():
                 break
         aside.parent.mkdir(exist_ok=True)
-        os.rename(self.folder / str(step), aside)
+        try:
+            os.rename(self.folder / str(step), aside)
+        except FileNotFoundError:
+            aside = aside.parent
         self._manager.reload()
         return aside
 
@@ -238,16 +244,7 @@ class Checkpointer:
             wanted = relayout_shapes(abstract, stacked=is_stacked(saved["params"]))
         self._check_shapes(step, shape_mismatches(saved, wanted))
         with self._reading(step):
-            restored = self._manager.restore(
-                step,
-                args=ocp.args.Composite(
-                    state=ocp.args.PyTreeRestore(
-                        item=wanted,
-                        restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
-                    ),
-                    data=ocp.args.JsonRestore(),
-                ),
-            )
+            restored = self._restore(step, wanted, data=ocp.args.JsonRestore())
             position = dict(restored["data"])
         state = relayout(restored["state"], stacked=is_stacked(abstract.params))
         return state, position
@@ -273,19 +270,17 @@ class Checkpointer:
         """Those of the weights to evaluate that `abstract_params` has, which must fit what was
         saved in names, shapes and layout."""
         name = self._evaluated(step)
-        wanted = {name: abstract_params}
         with self._reading(step):
-            restored = self._manager.restore(
-                step,
-                args=ocp.args.Composite(
-                    state=ocp.args.PyTreeRestore(
-                        item=wanted,
-                        restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
-                        partial_restore=True,
-                    )
-                ),
-            )
-            return restored["state"][name]
+            return self._restore(step, {name: abstract_params}, partial=True)["state"][name]
+
+    def _restore(self, step: int, wanted: Any, *, partial: bool = False, **items: Any) -> Any:
+        """The state as `wanted` places it, only what that has if `partial`, and other `items`."""
+        state = ocp.args.PyTreeRestore(
+            item=wanted,
+            restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
+            partial_restore=partial,
+        )
+        return self._manager.restore(step, args=ocp.args.Composite(state=state, **items))
 
     def finish(self) -> None:
         """Waits until the last save is on disk.
@@ -351,7 +346,9 @@ def _ignore_late_answers() -> None:
 
     def hook(unraisable: "sys.UnraisableHookArgs") -> None:
         closed = str(unraisable.exc_value) == "Event loop is closed"
-        if not closed and not inspect.iscoroutine(unraisable.object):
+        task = unraisable.object
+        is_orbax = inspect.iscoroutine(task) and "orbax" in task.cr_code.co_filename
+        if not (closed or is_orbax):
             before(unraisable)
 
     sys.unraisablehook = hook

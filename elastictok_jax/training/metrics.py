@@ -180,9 +180,13 @@ def _parsed(line: bytes) -> dict[str, float] | None:
         values = json.loads(line)
     except (ValueError, RecursionError):
         return None
-    if not isinstance(values, dict) or type(values.get("step")) is not int or values["step"] < 0:
+    if not isinstance(values, dict) or not _is_count(values.get("step")) or values["step"] < 0:
         return None
-    return {name: x for name, x in values.items() if x is None or type(x) in (int, float)}
+    return {name: x for name, x in values.items() if type(x) is float or _is_count(x)}
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and abs(value) < 2**63
 
 
 def _cut_back(path: Path, step: int) -> None:

@@ -70,8 +70,9 @@ def test_what_cannot_be_opened_is_named(tmp_path):
     (tmp_path / "gone.mp4").symlink_to("nowhere.mp4")
     listing = list_media(tmp_path)
     assert len(listing.files) == 1
-    assert "gone.mp4: cannot be read (No such file" in listing.unreadable[0]
-    assert "gone.mp4" in FileSource(tmp_path).damaged[0]
+    reason = listing.unreadable[str(tmp_path / "gone.mp4")]
+    assert reason.startswith("cannot be read (No such file")
+    assert FileSource(tmp_path).damaged == [f"{tmp_path / 'gone.mp4'}: {reason}"]
 
 
 def test_content_decides_where_the_suffix_says_nothing(tmp_path):

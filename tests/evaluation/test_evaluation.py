@@ -231,9 +231,11 @@ def test_flat_pictures_have_a_place_on_a_log_axis(model, tmp_path):
     limits = Limits(targets="0.7", max_blocks=1, search_blocks=0)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)  # of matplotlib, that there is no such place
-        evaluate_models(
+        results = evaluate_models(
             [model], output=tmp_path / "out", data=str(tmp_path / "data"), limits=limits
         )
+    assert set(results["clips"]) == {"flat"}
+    assert (tmp_path / "out" / "plots" / "tokens_and_high_frequency_energy.png").stat().st_size
 
 
 @pytest.mark.parametrize("settings", [{}, {"fps": 4.0, "resolution": 20}, {"fps": 24.0}])

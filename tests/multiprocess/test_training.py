@@ -1,5 +1,6 @@
 """Several processes train as one: they stop, fail and start together, and only the first writes."""
 
+import json
 import re
 import shutil
 import signal
@@ -161,6 +162,55 @@ def test_where_settings_come_from():
     assert not in_cluster({"SLURM_NTASKS": "2"})  # a batch script's own shell
     assert not in_cluster(slurm | {"SLURM_NTASKS": "1"})
     assert in_cluster({"OMPI_COMM_WORLD_SIZE": "2", "OMPI_MCA_orte_hnp_uri": "1;tcp://10.0.0.1:1"})
+
+
+def test_one_program_trains_twice_and_the_second_run_starts_with_the_first(tmp_path):
+    address = f"localhost:{free_port()}"
+    words_of = ["--processes", "2", "--coordinator", address, "--folder", str(tmp_path)]
+    root = Path(__file__).parents[2]
+    running = [
+        subprocess.Popen(
+            [
+                sys.executable,
+                "-m",
+                "tests.multiprocess.train_twice",
+                "--process",
+                number,
+                *words_of,
+            ],
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=root,
+            env=environment(),
+        )
+        for number in ("0", "1")
+    ]
+    errors = [process.communicate(timeout=LIMIT)[1] for process in running]
+    assert [process.returncode for process in running] == [0, 0], errors
+    record = json.loads((tmp_path / "second" / "init_from.json").read_text())
+    assert record["from"] == f"{tmp_path / 'first'} at step 2"
+    for name in ("first", "second"):
+        assert saved_steps(tmp_path / name)[-1] == 3
+        assert not (tmp_path / name / "lock.json").exists()
+
+
+def test_two_processes_go_on_from_the_checkpoint_before_a_damaged_one(tmp_path):
+    workdir = tmp_path / "run"
+    options = {"train.steps": 4, "train.checkpoint_every": 2, "train.keep_last": 3}
+    with Processes(workdir, processes=2, options=options) as run:
+        assert run.wait() == [0, 0], run.report
+    newest = saved_steps(workdir)[-1]
+    for path in (workdir / "checkpoints" / str(newest)).glob("state/**/d/*"):
+        path.write_bytes(bytes(path.stat().st_size))
+    options["train.steps"] = 6
+    with Processes(workdir, processes=2, options=options) as run:
+        assert run.wait() == [1, 1], run.report
+        assert "process to go on from step 2" in run.report
+    assert newest not in saved_steps(workdir)
+    with Processes(workdir, processes=2, options=options) as run:
+        assert run.wait() == [0, 0], run.report
+        assert "resuming at step 2" in run.text(0)
+    assert saved_steps(workdir)[-1] == 6
 
 
 @pytest.mark.slow

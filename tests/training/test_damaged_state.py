@@ -10,8 +10,9 @@ import sys
 import pytest
 
 from elastictok_jax import cli
-from elastictok_jax.config import override
+from elastictok_jax.config import override, to_json
 from elastictok_jax.errors import RunError, UsageError
+from elastictok_jax.evaluation.compare import compare_runs
 from elastictok_jax.registry import get_experiment
 from elastictok_jax.tokenizer.api import ElasticTokenizer
 from elastictok_jax.training.checkpoint import Checkpointer, DamagedCheckpoint
@@ -168,6 +169,16 @@ def test_a_bad_line_of_the_log_costs_only_itself(line, tmp_path, capsys):
     assert "note: 1 lines of" in capsys.readouterr().err
     MetricWriter(tmp_path, tiny(), start_step=2).close()
     assert read_metrics(path) == good[:2]
+
+
+def test_values_that_are_no_numbers_are_left_out_alone(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    values = f'"a": null, "b": [1], "c": "x", "d": true, "e": {10**400}, "f": 1e400'
+    path.write_text(f'{{"step": 1, {values}, "loss": 2}}\n{{"step": {10**400}}}\n')
+    assert read_metrics(path) == [{"step": 1, "f": float("inf"), "loss": 2}]
+    (tmp_path / "config.json").write_text(to_json(tiny()))
+    (row,) = compare_runs([tmp_path], output=tmp_path / "out")
+    assert (row["step"], row["loss"], row["f"]) == (1, 2, None)
 
 
 def test_a_line_that_follows_one_cut_off_is_read(tmp_path):

@@ -51,6 +51,7 @@ def elsewhere(tmp_path, monkeypatch):
 
 def test_a_machine_that_gives_no_sign_loses_the_lock(elsewhere, capsys):
     WorkdirLock(elsewhere).close()
+    assert not (elsewhere / LOCK).exists()
     assert "sign of life of process 1 on node7" in capsys.readouterr().err
 
 
@@ -84,7 +85,10 @@ def test_a_process_that_was_taken_for_dead_notices(tmp_path, monkeypatch):
 def test_a_damaged_lock_is_watched_like_one_from_elsewhere(content, tmp_path, monkeypatch):
     monkeypatch.setattr(lock, "STALE", 1.5)
     (tmp_path / LOCK).write_bytes(content)
-    WorkdirLock(tmp_path).close()
+    held = WorkdirLock(tmp_path)
+    assert holder(tmp_path)["pid"] == os.getpid()
+    held.close()
+    assert not (tmp_path / LOCK).exists()
 
 
 def test_a_workdir_that_cannot_be_written_is_refused(tmp_path):

@@ -29,10 +29,10 @@ import numpy as np
 
 from benchmarks.machine import describe_machine
 from benchmarks.table import table
-from elastictok_jax.attention.api import TokenPlaces, attention
-from elastictok_jax.attention.blockwise import Blockwise
-from elastictok_jax.attention.kernel import Kernel, Visibility, flash_attention
 from elastictok_jax.errors import UsageError
+from elastictok_jax.layers.attention.api import SequenceLayout, attention
+from elastictok_jax.layers.attention.blockwise import Blockwise
+from elastictok_jax.layers.attention.kernel import Kernel, Visibility, flash_attention
 from elastictok_jax.training.throughput import measured_matmul_flops
 
 TOKENS = "4096,8192,16384,32768,65536"
@@ -55,7 +55,7 @@ def visible_scores(tokens: int, block: int) -> int:
     return sum(min(block, tokens - start) * min(start + block, tokens) for start in starts)
 
 
-def attend(name: str, query, key, value, *, places: TokenPlaces) -> jax.Array:
+def attend(name: str, query, key, value, *, places: SequenceLayout) -> jax.Array:
     """Attention by the backend of this name, [B, S, H, K].
 
     Raises:
@@ -79,7 +79,7 @@ def _with_tiles(backend: str, tiles: str) -> Kernel:
     if backend == "blockwise" and len(sizes) == 2:
         return Blockwise(*sizes)
     if backend == "fused" and len(sizes) == 3:
-        from elastictok_jax.attention.fused import Fused, Tiles
+        from elastictok_jax.layers.attention.fused import Fused, Tiles
 
         return Fused(interpret=False, forward_tiles=Tiles(*sizes), backward_tiles=Tiles(*sizes))
     raise UsageError(f"{backend}:{tiles}: give blockwise:QUERIESxKEYS or fused:HELDxPASSINGxWARPS")
@@ -123,7 +123,7 @@ def seconds_a_call(run: Callable[[], Any], *, at_least: float) -> float:
     return statistics.median(times[1:] or times)
 
 
-def programs(name: str, places: TokenPlaces) -> dict[str, Callable]:
+def programs(name: str, places: SequenceLayout) -> dict[str, Callable]:
     """The functions that are timed, of (query, key, value, cotangent)."""
 
     def forward(*arrays):
@@ -176,7 +176,7 @@ def measure(
             jnp.asarray(rng.standard_normal((1, size, heads, width), np.float32), dtype)
             for _ in range(4)
         ]
-        places = TokenPlaces(jnp.arange(size), jnp.ones((1, size), jnp.int32), block)
+        places = SequenceLayout(jnp.arange(size), jnp.ones((1, size), jnp.int32), block)
         scores = heads * visible_scores(size, block)
         for name in names:
             for passes, run in programs(name, places).items():

@@ -19,8 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.table import table
-from elastictok_jax.attention.api import TokenPlaces, attention
-from elastictok_jax.attention.dense import dense_attention
+from elastictok_jax.layers.attention.api import SequenceLayout, attention
+from elastictok_jax.layers.attention.dense import dense_attention
 
 BACKENDS = {
     "cpu": "blockwise,fused,splash",
@@ -43,7 +43,7 @@ def packed_clips(tokens: int) -> np.ndarray:
     return segments
 
 
-def reference(arrays, places: TokenPlaces) -> tuple[jax.Array, ...]:
+def reference(arrays, places: SequenceLayout) -> tuple[jax.Array, ...]:
     """Output and gradients in float32, whatever the dtype of `arrays`."""
     *qkv, cotangent = (x.astype(jnp.float32) for x in arrays)
     block_S = jnp.arange(places.segments_BS.shape[1]) // places.tokens_per_block
@@ -65,7 +65,7 @@ def largest_error(backend: str, dtype: str, *, tokens: int, block: int, width: i
     rng = np.random.default_rng(0)
     shape = (2, tokens, HEADS, width)
     arrays = [jnp.asarray(rng.standard_normal(shape), dtype) for _ in range(4)]
-    places = TokenPlaces(jnp.arange(tokens), jnp.asarray(packed_clips(tokens)), block)
+    places = SequenceLayout(jnp.arange(tokens), jnp.asarray(packed_clips(tokens)), block)
 
     def run(*arrays):
         *qkv, cotangent = arrays

@@ -18,12 +18,12 @@ from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh
 
 from benchmarks.table import table
+from elastictok_jax.aot.programs import programs
 from elastictok_jax.cli import split_overrides
-from elastictok_jax.compiling.programs import programs
 from elastictok_jax.config import override, resolve
 from elastictok_jax.errors import UsageError
+from elastictok_jax.experiment_registry import get_experiment
 from elastictok_jax.parallel.mesh import AXES, DCN, check_fits, mesh_sizes
-from elastictok_jax.registry import get_experiment
 
 # What the compiler asks of a chip, in XLA's own text format.
 H200 = """

@@ -27,13 +27,14 @@ from PIL import Image
 from benchmarks.machine import describe_machine
 from benchmarks.table import table
 from elastictok_jax.config import block_tokens, override, resolve, source_config
-from elastictok_jax.data import color, media
+from elastictok_jax.data import media
+from elastictok_jax.data.media import color
 from elastictok_jax.data.mixture import Mixture
 from elastictok_jax.data.pipeline import BatchReader, read_ahead
-from elastictok_jax.data.prepare import prepare
-from elastictok_jax.data.sources import EMBEDDED, Feed, name_place, open_feeds
-from elastictok_jax.data.transcode import Settings
-from elastictok_jax.registry import get_experiment
+from elastictok_jax.data.prepare.supervisor import prepare
+from elastictok_jax.data.prepare.transcode import Settings
+from elastictok_jax.data.sources.splits import EMBEDDED, SourceSplit, name_place, open_splits
+from elastictok_jax.experiment_registry import get_experiment
 from elastictok_jax.training.state import init_state
 from elastictok_jax.training.step import make_train_step
 
@@ -72,7 +73,7 @@ def compare_with_raw(
     if kind == "image":
         options |= {"video__frames_per_block": 1, "model__patch": (1, 8, 8)}
     config = config_for(folder, side=side, blocks=blocks, **options)
-    reader = BatchReader(config, open_feeds(config), split="train")
+    reader = BatchReader(config, open_splits(config), split="train")
     (stream,) = reader.mixture.streams
     # Whole epochs of small data sets, so that plans of rows are a fair part of it.
     epochs = max(1, 4 * config.data.packing_rows * blocks // stream.blocks) if repeats > 1 else 1
@@ -127,7 +128,7 @@ def throughput(path, *, side: int, workers: int, threads: int, batches: int) -> 
     """Frames and tokens a second through `read_ahead`, once warm."""
     options = dict(data__workers=workers, data__decode_threads=threads, data__batch_size=4)
     config = config_for(path, side=side, blocks=4, **options)
-    reader = BatchReader(config, open_feeds(config), split="train")
+    reader = BatchReader(config, open_splits(config), split="train")
     read = read_ahead(reader, start=0, stop=3 * batches)  # not to its end: processes stop there
 
     def run() -> None:
@@ -149,7 +150,7 @@ def throughput(path, *, side: int, workers: int, threads: int, batches: int) -> 
 def step_consumption(*, steps: int) -> dict[str, float]:
     """Tokens and frames a second that the quick start's training step takes, fed one batch."""
     config = resolve(get_experiment("quickstart"))
-    reader = BatchReader(config, open_feeds(config), split="train")
+    reader = BatchReader(config, open_splits(config), split="train")
     batch = {key: jnp.asarray(value) for key, value in reader(0).items() if key != "faults"}
     step = jax.jit(make_train_step(config), donate_argnums=0)
     state, metrics = step(init_state(config), batch, {})
@@ -188,7 +189,7 @@ def packing_waste(*, blocks: int, rows: int) -> dict[str, Any]:
     sources = {"images": np.ones(20_000, np.int64), "videos": frames}
     config = config_for("synthetic", side=64, blocks=blocks)
     feeds = tuple(
-        Feed(
+        SourceSplit(
             name,
             name_place(name),
             Durations(lengths),  # type: ignore[arg-type]

@@ -29,15 +29,15 @@ import matplotlib.pyplot as plt
 
 from benchmarks.machine import describe_machine
 from benchmarks.table import table
-from elastictok_jax.attention.api import TokenPlaces
 from elastictok_jax.data import media
-from elastictok_jax.data.sources import EMBEDDED
+from elastictok_jax.data.sources.splits import EMBEDDED
+from elastictok_jax.layers.attention.api import SequenceLayout
+from elastictok_jax.layers.patching import to_float
 from elastictok_jax.masking import keep_mask
-from elastictok_jax.models.patching import to_float
 from elastictok_jax.tokenizer.api import ElasticTokenizer
-from elastictok_jax.tokenizer.coder import CodedBlock
+from elastictok_jax.tokenizer.block_codec import CodedBlock
 from elastictok_jax.tokenizer.goal import Goal
-from elastictok_jax.tokenizer.grid import Grid
+from elastictok_jax.tokenizer.tiling import Grid
 from elastictok_jax.tokenizer.tokens import Tokens
 
 METHODS = ("full", "binned", "binary", "hybrid", "verified_regression", "regression")
@@ -150,7 +150,7 @@ def published_way(
     """
     model, params = tokenizer.model, tokenizer.params
     per_block, window = tokenizer.tokens_per_block, tokenizer.window_blocks
-    places = TokenPlaces(
+    places = SequenceLayout(
         jnp.arange(window * per_block, dtype=jnp.int32),
         jnp.ones((1, window * per_block), jnp.int32),
         per_block,

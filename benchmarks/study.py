@@ -22,7 +22,7 @@ import numpy as np
 
 from benchmarks.machine import describe_machine
 from benchmarks.table import table
-from elastictok_jax.evaluation.figures import KINDS
+from elastictok_jax.evaluation.figures import CLIP_KINDS
 
 MODELS = {
     "elastic": "study_elastic",
@@ -81,7 +81,7 @@ def over_seeds(values: Sequence[float | None]) -> str:
 
 def kinds_of(results: Sequence[dict[str, Any]]) -> list[str]:
     """The kinds of clips that there are."""
-    return [kind for kind in KINDS if kind in results[0]["models"][0]]
+    return [kind for kind in CLIP_KINDS if kind in results[0]["models"][0]]
 
 
 def ratio_rows(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

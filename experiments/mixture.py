@@ -13,7 +13,7 @@ Result: of one run (seed 0), held-out MSE with all tokens (eval/mse) 0.054 after
 
 from elastictok_jax.config import source_config
 from elastictok_jax.errors import UsageError
-from elastictok_jax.registry import get_experiment
+from elastictok_jax.experiment_registry import get_experiment
 
 
 def get_config(arg="stage=images"):

@@ -11,7 +11,7 @@ Result: 0.538 of video blocks under MSE 0.03, as many as fixed50; all figures in
 """
 
 from elastictok_jax.config import source_config
-from elastictok_jax.registry import get_experiment
+from elastictok_jax.experiment_registry import get_experiment
 
 DATA = "data/study/train"
 

@@ -11,7 +11,7 @@ Result: share=0.5 brings 0.525 of video blocks under MSE 0.03; all figures in do
 import re
 
 from elastictok_jax.errors import UsageError
-from elastictok_jax.registry import get_experiment
+from elastictok_jax.experiment_registry import get_experiment
 
 
 def get_config(arg="share=0.5"):

@@ -8,7 +8,7 @@ Time: 4 min of training on 2 cores of an AMD EPYC.
 Result: 0.525 of video blocks under MSE 0.03 (conditioned: 0.538); all figures in docs/study.md.
 """
 
-from elastictok_jax.registry import get_experiment
+from elastictok_jax.experiment_registry import get_experiment
 
 
 def get_config():

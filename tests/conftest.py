@@ -13,6 +13,7 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(tempfile.gettempdir(
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 import hypothesis  # noqa: E402
+import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
 # How long an example takes depends on what else the machine does.
@@ -48,3 +49,23 @@ def pytest_ignore_collect(collection_path, config):
 @pytest.fixture
 def update_golden(request):
     return request.config.getoption("--update-golden")
+
+
+@pytest.fixture(scope="session")
+def made_up_i3d():
+    """Weights that need no file: waves in the place of every weight, of about He's size."""
+    from elastictok_jax.perceptual.i3d import i3d_shapes
+
+    params = {}
+    for layer, weights in i3d_shapes().items():
+        params[layer] = {}
+        for weight, shape in weights.items():
+            wave = np.sin(np.arange(np.prod(shape)) ** 2 * 0.37 + len(params) + len(weight))
+            if weight == "kernel":
+                wave *= 2 / np.sqrt(np.prod(shape[:-1]))
+            elif weight == "variance":
+                wave = 0.5 + wave**2
+            else:
+                wave *= 0.1
+            params[layer][weight] = wave.reshape(shape).astype(np.float32)
+    return params

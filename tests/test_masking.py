@@ -12,7 +12,7 @@ from elastictok_jax import masking
 
 MANY = 50_000
 KEY = jax.random.key(42)
-RANDOM = [kind for kind in masking.KINDS if kind != "fixed"]
+RANDOM = [kind for kind in masking.MASKINGS if kind != "fixed"]
 
 
 def draw(kind, *, low, high, count=MANY, key=KEY, **kwargs):
@@ -85,7 +85,7 @@ def test_truncated_normal_is_that_of_scipy(mean, deviation):
     assert scipy.stats.chisquare(counts, expected).pvalue > 1e-3
 
 
-@pytest.mark.parametrize("kind", masking.KINDS)
+@pytest.mark.parametrize("kind", masking.MASKINGS)
 def test_a_block_is_drawn_from_its_index_alone(kind):
     """However blocks are batched, over microbatches, hosts or devices."""
     want = draw(kind, low=8, high=4096, count=24)

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from elastictok_jax.data import media
-from elastictok_jax.data.scenes import SceneCuts
+from elastictok_jax.data.prepare.scenes import SceneCuts
 from elastictok_jax.errors import RunError, UsageError
 from tools import embed_media
 from tools.embed_media import BUNNY, CC0, CITY, PUBLIC_DOMAIN, VIDEO_SIDE

@@ -1,1 +1,1 @@
-"""From files to batches: media, sources, packing, pipeline."""
+"""Data: files and data sets to batches of packed clips."""

@@ -14,22 +14,22 @@ import numpy as np
 from grain.experimental import index_shuffle
 
 from elastictok_jax.data.frame_rate import frames_read, step_between
-from elastictok_jax.data.packing import Clip, pack
-from elastictok_jax.data.sources import SPLITS, Feed
+from elastictok_jax.data.packing import PackedClip, pack
+from elastictok_jax.data.sources.splits import SPLITS, SourceSplit
 from elastictok_jax.errors import UsageError
 
 MOST_IN_TABLE = 2**20
 EPOCHS_KEPT = 2  # orders of a feed that are remembered
 
 
-def item_blocks(feed: Feed, *, frames_per_block: int) -> np.ndarray:
+def item_blocks(feed: SourceSplit, *, frames_per_block: int) -> np.ndarray:
     """int64 [m]: complete blocks in each item of the feed, at least one."""
     items = feed.items
     frames = frames_read(feed.source.frames[items], frame_step(feed, items))
     return np.maximum(1, frames // frames_per_block)
 
 
-def frame_step(feed: Feed, items: np.ndarray) -> np.ndarray:
+def frame_step(feed: SourceSplit, items: np.ndarray) -> np.ndarray:
     """float64, shape of `items`: recorded frames from one that is read to the next, 1 or more."""
     return step_between(feed.source.fps[items], feed.settings.fps)
 
@@ -55,7 +55,7 @@ class Stream:
         self._seed = seed
         self._orders: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
-    def take(self, start: int, stop: int, *, feed: int) -> list[Clip]:
+    def take(self, start: int, stop: int, *, feed: int) -> list[PackedClip]:
         """Blocks start, ..., stop - 1 of the endless stream, as clips; cut at both ends."""
         clips = []
         while start < stop:
@@ -63,7 +63,7 @@ class Stream:
             clip, skipped = self._find(epoch, offset)
             blocks = min(int(self._counts[clip]) - skipped, stop - start)
             first = int(self._starts[clip]) + skipped
-            clips.append(Clip(feed, int(self._items[clip]), epoch, first, blocks))
+            clips.append(PackedClip(feed, int(self._items[clip]), epoch, first, blocks))
             start += blocks
         return clips
 
@@ -90,7 +90,9 @@ class Mixture:
       UsageError: if a weight is so small that a group of rows holds none of its source.
     """
 
-    def __init__(self, feeds: tuple[Feed, ...], config: ml_collections.ConfigDict, *, split: str):
+    def __init__(
+        self, feeds: tuple[SourceSplit, ...], config: ml_collections.ConfigDict, *, split: str
+    ):
         data, per_block = config.data, config.video.frames_per_block
         self._seed = [config.seed, SPLITS.index(split)]
         self._rows, self._row_blocks = data.packing_rows, data.sequence_blocks
@@ -120,13 +122,13 @@ class Mixture:
         self._lock = threading.Lock()
         self._group = functools.lru_cache(maxsize=4)(self._plan)
 
-    def row(self, row: int) -> list[Clip]:
+    def row(self, row: int) -> list[PackedClip]:
         """The clips of global row `row`, left to right: `data.sequence_blocks` blocks."""
         group, place = divmod(row, self._rows)
         with self._lock:
             return self._group(group)[place]
 
-    def _plan(self, group: int) -> list[list[Clip]]:
+    def _plan(self, group: int) -> list[list[PackedClip]]:
         rng = np.random.default_rng([*self._seed, 0xFEED, group])
         rows, row_blocks = self._rows, self._row_blocks
         if not self._apart:

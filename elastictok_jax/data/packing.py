@@ -8,7 +8,7 @@ import numpy as np
 
 
 @dataclasses.dataclass(frozen=True)
-class Clip:
+class PackedClip:
     """A run of blocks of one item.
 
     Attributes:
@@ -23,15 +23,15 @@ class Clip:
     start: int
     blocks: int
 
-    def cut(self, blocks: int) -> tuple["Clip", "Clip"]:
+    def cut(self, blocks: int) -> tuple["PackedClip", "PackedClip"]:
         """Its first `blocks` blocks, and the rest."""
         rest = dataclasses.replace(self, start=self.start + blocks, blocks=self.blocks - blocks)
         return dataclasses.replace(self, blocks=blocks), rest
 
 
 def pack(
-    clips: Sequence[Clip], *, rows: int, row_blocks: int, rng: np.random.Generator
-) -> list[list[Clip]]:
+    clips: Sequence[PackedClip], *, rows: int, row_blocks: int, rng: np.random.Generator
+) -> list[list[PackedClip]]:
     """`rows` rows of `row_blocks` blocks that hold all `clips`, in random order.
 
     Clips longer than a row are cut at rows and fill them one after the other; what is shorter is
@@ -42,8 +42,8 @@ def pack(
       clips: rows x row_blocks blocks in all.
     """
     assert sum(clip.blocks for clip in clips) == rows * row_blocks
-    full: list[tuple[float, list[Clip]]] = []  # with the key that rows are sorted by
-    short: list[Clip] = []
+    full: list[tuple[float, list[PackedClip]]] = []  # with the key that rows are sorted by
+    short: list[PackedClip] = []
     after: list[float] = []  # for each of `short`, the key of the row that must come before it
     for clip in clips:
         rest = clip
@@ -60,7 +60,7 @@ def pack(
     for index, places in enumerate(parts):
         for row, _ in places:
             keys[row] = max(keys[row], after[index])
-    packed: list[list[Clip]] = [[] for _ in range(mixed)]
+    packed: list[list[PackedClip]] = [[] for _ in range(mixed)]
     for rest, places in zip(short, parts, strict=True):
         for row, blocks in sorted(places, key=lambda place: (keys[place[0]], place[0])):
             piece, rest = rest.cut(blocks)  # noqa: PLW2901

@@ -22,11 +22,11 @@ from jax.sharding import NamedSharding
 
 from elastictok_jax.config import block_tokens, patch_values, sequence_tokens
 from elastictok_jax.ctrl_c import kept_from_children
-from elastictok_jax.data.clips import ClipReader
+from elastictok_jax.data.clip_reader import ClipReader
 from elastictok_jax.data.mixture import Mixture
-from elastictok_jax.data.sources import Feeds
+from elastictok_jax.data.sources.splits import SourceSplits
 from elastictok_jax.errors import RunError, UsageError
-from elastictok_jax.models.patching import patchify_into
+from elastictok_jax.layers.patching import patchify_into
 
 Batch = dict[str, np.ndarray]
 ON_DEVICE = 2  # batches that wait on the device, beside the one in use
@@ -81,7 +81,7 @@ class BatchReader:
     def __init__(
         self,
         config: ml_collections.ConfigDict,
-        feeds: Feeds,
+        feeds: SourceSplits,
         *,
         split: str,
         part: Part | None = None,

@@ -1,1 +1,1 @@
-"""Measuring a trained tokenizer the way the paper does, and showing it."""
+"""Measures trained tokenizers as the paper does, and reports it."""

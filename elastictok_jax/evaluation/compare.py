@@ -12,11 +12,11 @@ from matplotlib.figure import Figure
 
 from elastictok_jax.config import flatten, read_config
 from elastictok_jax.errors import UsageError
-from elastictok_jax.evaluation import drawing
-from elastictok_jax.evaluation.drawing import plt
-from elastictok_jax.evaluation.html import DPI, Picture, Section, Table, text, write_page
-from elastictok_jax.evaluation.output import columns, make_folder, write_csv, write_json
-from elastictok_jax.training.metrics import read_metrics
+from elastictok_jax.evaluation.report.drawing import plt
+from elastictok_jax.evaluation.report.html import DPI, Picture, Section, Table, text, write_page
+from elastictok_jax.evaluation.report.reconstructions import drawing
+from elastictok_jax.storage.atomic import columns, make_folder, write_csv, write_json
+from elastictok_jax.training.metric_writers import read_metrics
 from elastictok_jax.training.workdir import read_held_out
 
 # Config keys that decide on which blocks a run is judged. Its seed only decides their order.

@@ -11,15 +11,15 @@ from typing import Any
 import numpy as np
 
 from elastictok_jax import __version__
+from elastictok_jax.evaluation.eval_clips import EvalClip
 from elastictok_jax.evaluation.frechet import FVD_METRIC, Moments, frechet_distance
-from elastictok_jax.evaluation.measure import Plan, Record
-from elastictok_jax.evaluation.metrics import codebook_statistics, psnr
-from elastictok_jax.evaluation.protocol import Clip
+from elastictok_jax.evaluation.measure import MeasurementPlan, Record
+from elastictok_jax.evaluation.ssim import codebook_statistics, psnr
 from elastictok_jax.tokenizer.search import SEARCHES
 
 SCHEMA = 1  # of metrics.json: raised when a key changes its meaning
-KINDS = ("images", "videos")
-MAX_PSNR = 100.0  # dB; that of an exact reconstruction is infinite
+CLIP_KINDS = ("images", "videos")
+PSNR_SHOWN = 100.0  # dB; that of an exact reconstruction is infinite
 FRAME_METRICS = ("psnr", "ssim", "ms_ssim", "lpips_alex", "lpips_vgg")
 
 
@@ -94,10 +94,12 @@ def ranks(x: np.ndarray) -> np.ndarray:
     return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
 
 
-def model_figures(model: Measured, kind_of: Mapping[str, str], plan: Plan) -> dict[str, Any]:
+def model_figures(
+    model: Measured, kind_of: Mapping[str, str], plan: MeasurementPlan
+) -> dict[str, Any]:
     """All figures of one model by clip kind."""
     figures: dict[str, Any] = {"name": model.name, **model.facts}
-    for kind in KINDS:
+    for kind in CLIP_KINDS:
         records = [record for name, record in model.records.items() if kind_of[name] == kind]
         if not records:
             continue
@@ -152,11 +154,11 @@ def _rate(model: Measured, records: Sequence[Record], share: float) -> dict[str,
         "bpp16": 16 * float(bits.sum()) / pixels,
         "bpp16_coded": 16 * float(coded.sum()) / pixels if len(coded) == len(records) else None,
         "mse": mse,
-        "psnr_of_mse": min(psnr(mse), MAX_PSNR),
+        "psnr_of_mse": min(psnr(mse), PSNR_SHOWN),
     }
     for name in FRAME_METRICS:
         values = joined(records, f"{prefix}/{name}")
-        row[name] = _mean(np.minimum(values, MAX_PSNR))
+        row[name] = _mean(np.minimum(values, PSNR_SHOWN))
     row[FVD_METRIC] = _frechet(records, prefix)
     codes = joined(records, f"{prefix}/codes")
     if codes.size:
@@ -174,7 +176,9 @@ def _frechet(records: Sequence[Record], prefix: str) -> float | None:
     return frechet_distance(*map(Moments.of, sides))
 
 
-def _context(model: Measured, records: Sequence[Record], plan: Plan) -> list[dict[str, Any]]:
+def _context(
+    model: Measured, records: Sequence[Record], plan: MeasurementPlan
+) -> list[dict[str, Any]]:
     """Error of the blocks that the widest context has wholly before them, by context (Fig. 6)."""
     most = max(plan.contexts)
     rows = []
@@ -186,11 +190,13 @@ def _context(model: Measured, records: Sequence[Record], plan: Plan) -> list[dic
             frames = window * model.facts["frames_per_block"]
             error = float(values.mean())
             row = {"blocks": window, "frames": frames, "blocks_measured": len(values)}
-            rows.append(row | {"mse": error, "psnr_of_mse": min(psnr(error), MAX_PSNR)})
+            rows.append(row | {"mse": error, "psnr_of_mse": min(psnr(error), PSNR_SHOWN)})
     return rows
 
 
-def _energy(model: Measured, records: Sequence[Record], plan: Plan) -> dict[str, Any] | None:
+def _energy(
+    model: Measured, records: Sequence[Record], plan: MeasurementPlan
+) -> dict[str, Any] | None:
     """How tokens used follow high-frequency energy (Fig. 9): each block alone, and in context."""
     if model.facts["fixed_tokens"] is not None:
         return None
@@ -239,7 +245,7 @@ def _mean(values: np.ndarray) -> float | None:
 
 
 def comparisons(
-    elastic: Measured, fixed: Sequence[Measured], kind_of: Mapping[str, str], plan: Plan
+    elastic: Measured, fixed: Sequence[Measured], kind_of: Mapping[str, str], plan: MeasurementPlan
 ) -> list[dict[str, Any]]:
     """Tokens of an elastic tokenizer at the share of blocks that a fixed one brings to a target.
 
@@ -247,7 +253,7 @@ def comparisons(
     and take the fewest; `ratio_missed_alike`, if each takes what the fixed one spends on it.
     """
     rows = []
-    for kind in KINDS:
+    for kind in CLIP_KINDS:
         names = [name for name in elastic.records if kind_of[name] == kind]
         for target in plan.targets if names else ():
             ours = [elastic.records[name] for name in names]
@@ -280,7 +286,9 @@ def comparisons(
     return rows
 
 
-def summarise(measured: Sequence[Measured], clips: Sequence[Clip], plan: Plan) -> dict[str, Any]:
+def summarise(
+    measured: Sequence[Measured], clips: Sequence[EvalClip], plan: MeasurementPlan
+) -> dict[str, Any]:
     """The content of metrics.json but for what single clips became, as JSON values."""
     kind_of = clip_kinds(clips)
     elastic = [model for model in measured if model.facts["fixed_tokens"] is None]
@@ -299,6 +307,6 @@ def summarise(measured: Sequence[Measured], clips: Sequence[Clip], plan: Plan) -
     }
 
 
-def clip_kinds(clips: Sequence[Clip]) -> dict[str, str]:
+def clip_kinds(clips: Sequence[EvalClip]) -> dict[str, str]:
     """Clip name to its kind: an image is a clip of one frame."""
-    return {clip.name: KINDS[len(clip.frames) > 1] for clip in clips}
+    return {clip.name: CLIP_KINDS[len(clip.frames) > 1] for clip in clips}

@@ -19,7 +19,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from elastictok_jax.errors import UsageError
-from elastictok_jax.evaluation.i3d import CLASSES, SIDE, I3dParams, i3d_logits
+from elastictok_jax.perceptual.i3d import CLASSES, SIDE, I3dParams, i3d_logits
 
 # Figures of different networks do not compare: the name says which one this is.
 FVD_METRIC = "fvd_i3d_k400_logits"
@@ -105,9 +105,9 @@ def frechet_video_distance(
     """The Frechet distance of the I3D logits of two sets of videos, the FVD: `FVD_METRIC`.
 
     Videos are uint8 [T, H, W, 3], each of its own size; `params` is what
-    `elastictok_jax.weights.i3d.load_i3d()` gives. Of each video come the consecutive clips of 16
-    frames from its first frame on, without overlap; frames left over at its end count for
-    nothing. How many frames a second they have is not looked at. `video_moments` has the rest of
+    `elastictok_jax.perceptual.i3d_weights.load_i3d()` returns. Each video is cut into consecutive
+    clips of 16 frames from its first frame on, without overlap; frames left over at its end are
+    ignored, and so are frame rates. `video_moments` has the rest of
     the protocol, and takes the two sets apart, for streams and for several machines.
 
     Raises UsageError for fewer than 2 clips in either set and for what are no videos.

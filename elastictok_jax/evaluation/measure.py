@@ -13,7 +13,7 @@ need not be measured again. Dimension key: N blocks, T frames, F frames a block.
     search/NAME/...                     the same of the first blocks, by a search of `SEARCHES` *
     single/lengths [N]                  to the main target, each block as a clip of its own *
     share/S/{mse,lengths} [N]           every block coded with the share S of all tokens
-    share/S/NAME [T]                    the judge's metrics of the frames that decodes to
+    share/S/NAME [T]                    frame metrics of the frames that decodes to
     share/S/frame [H, W, 3]             the first of them
     share/S/{bits,coded_bits} []        nominal and entropy-coded
     share/S/features [K, 400]           for a Frechet distance to original/features
@@ -36,27 +36,27 @@ import jax
 import ml_collections
 import numpy as np
 
-from elastictok_jax.data.scenes import SceneCuts
-from elastictok_jax.evaluation.protocol import Clip
+from elastictok_jax.data.prepare.scenes import SceneCuts
+from elastictok_jax.evaluation.eval_clips import EvalClip
 from elastictok_jax.tokenizer import entropy
 from elastictok_jax.tokenizer.api import ElasticTokenizer
-from elastictok_jax.tokenizer.choosers import Chooser, Fixed
-from elastictok_jax.tokenizer.coder import CodedBlock
+from elastictok_jax.tokenizer.block_codec import CodedBlock
 from elastictok_jax.tokenizer.goal import Goal
-from elastictok_jax.tokenizer.grid import Grid
+from elastictok_jax.tokenizer.length_policies import FixedLength, LengthPolicy
 from elastictok_jax.tokenizer.search import SEARCHES
+from elastictok_jax.tokenizer.tiling import Grid
 from elastictok_jax.tokenizer.tokens import Tokens
 
 Record = dict[str, np.ndarray]
 # Of frames uint8 [T, H, W, 3] and what they became: a name and values [T] each.
-FrameMetrics = Callable[[np.ndarray, np.ndarray], dict[str, np.ndarray]]
+PerFrame = Callable[[np.ndarray, np.ndarray], dict[str, np.ndarray]]
 CONTEXT_SHARE = 0.5  # of all tokens, where context is varied
 SHARES = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4, 1.0)  # of a block's tokens
 BPP16 = (0.31, 0.56, 0.81, 1.0)  # bits per pixel x 16 that newer papers report at
 
 
 @dataclass(frozen=True)
-class Plan:
+class MeasurementPlan:
     """What is measured.
 
     Attributes:
@@ -73,7 +73,7 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Judge:
+class FrameMetrics:
     """Metrics of decoded frames beside the error; each is shared by all clips.
 
     Attributes:
@@ -84,11 +84,13 @@ class Judge:
     """
 
     name: str
-    frames: FrameMetrics
+    frames: PerFrame
     features: Callable[[np.ndarray], np.ndarray] | None
 
 
-def measure_clip(tokenizer: ElasticTokenizer, clip: Clip, plan: Plan, judge: Judge) -> Record:
+def measure_clip(
+    tokenizer: ElasticTokenizer, clip: EvalClip, plan: MeasurementPlan, frame_metrics: FrameMetrics
+) -> Record:
     """All figures of a clip of the model's resolution, cut into blocks of one tile."""
     grid = Grid(clip.frames.shape[:3], tokenizer.config)
     record: Record = {
@@ -98,7 +100,7 @@ def measure_clip(tokenizer: ElasticTokenizer, clip: Clip, plan: Plan, judge: Jud
     }
     fixed = fixed_tokens(tokenizer)
     if fixed is not None:  # the same tokens for every target
-        coded, seconds = _timed_code(tokenizer, clip, Fixed(itertools.repeat(fixed)))
+        coded, seconds = _timed_code(tokenizer, clip, FixedLength(itertools.repeat(fixed)))
         for target in plan.targets:
             record |= _named(f"target/{target:g}", _as_coded(coded, seconds, target=target))
     else:
@@ -117,25 +119,29 @@ def measure_clip(tokenizer: ElasticTokenizer, clip: Clip, plan: Plan, judge: Jud
             if tokenizer.router is not None or "regression" not in search:
                 found = _to_target(tokenizer, first, plan.main_target, search=search)
                 record |= _named(f"search/{search}", found)
-    if judge.features is not None and len(clip.frames) > 1:
-        record["original/features"] = judge.features(clip.frames)
+    if frame_metrics.features is not None and len(clip.frames) > 1:
+        record["original/features"] = frame_metrics.features(clip.frames)
     for share in shares_of(tokenizer):
-        record |= _named(f"share/{share:g}", _at_share(tokenizer, clip, grid, share, judge))
+        record |= _named(f"share/{share:g}", _at_share(tokenizer, clip, grid, share, frame_metrics))
     if grid.blocks > 1 and fixed is None:
         half = max(tokenizer.min_tokens, round(CONTEXT_SHARE * tokenizer.tokens_per_block))
         for window in plan.contexts:
             seen = _with_window(tokenizer, window)
-            coded = seen.code(clip.frames, grid, [Fixed(itertools.repeat(half))], metric="mse")
+            coded = seen.code(
+                clip.frames, grid, [FixedLength(itertools.repeat(half))], metric="mse"
+            )
             record[f"context/{window}/mse"] = np.asarray([block.mse for block in coded])
     return record
 
 
-def make_plan(tokenizer: ElasticTokenizer, evaluation: ml_collections.ConfigDict) -> Plan:
+def measurement_plan(
+    tokenizer: ElasticTokenizer, evaluation: ml_collections.ConfigDict
+) -> MeasurementPlan:
     """What the config's section asks for: `targets` and `search_blocks`; contexts that double up to
     the one trained with, or to half of `max_blocks`, so that clips have blocks to measure it by."""
     targets = tuple(sorted(evaluation.targets))
     window = max(1, min(tokenizer.window_blocks, evaluation.max_blocks // 2))
-    return Plan(
+    return MeasurementPlan(
         targets=targets,
         contexts=(*(1 << power for power in range((window - 1).bit_length())), window),
         main_target=targets[len(targets) // 2],
@@ -225,14 +231,14 @@ def _named(prefix: str, values: Record) -> Record:
 
 
 def _to_target(
-    tokenizer: ElasticTokenizer, clip: Clip, target: float, *, search: str = "hybrid"
+    tokenizer: ElasticTokenizer, clip: EvalClip, target: float, *, search: str = "hybrid"
 ) -> Record:
     chooser = tokenizer.threshold(Goal(max_mse=target, search=search))
     return _as_coded(*_timed_code(tokenizer, clip, chooser), target=target)
 
 
 def _timed_code(
-    tokenizer: ElasticTokenizer, clip: Clip, chooser: Chooser
+    tokenizer: ElasticTokenizer, clip: EvalClip, chooser: LengthPolicy
 ) -> tuple[list[CodedBlock], float]:
     """The clip's blocks, and the seconds that they took."""
     grid = Grid(clip.frames.shape[:3], tokenizer.config)
@@ -255,10 +261,14 @@ def _as_coded(coded: Sequence[CodedBlock], seconds: float, *, target: float) -> 
 
 
 def _at_share(
-    tokenizer: ElasticTokenizer, clip: Clip, grid: Grid, share: float, judge: Judge
+    tokenizer: ElasticTokenizer,
+    clip: EvalClip,
+    grid: Grid,
+    share: float,
+    frame_metrics: FrameMetrics,
 ) -> Record:
     length = max(1, round(share * tokenizer.tokens_per_block))
-    coded = tokenizer.code(clip.frames, grid, [Fixed(itertools.repeat(length))], metric="mse")
+    coded = tokenizer.code(clip.frames, grid, [FixedLength(itertools.repeat(length))], metric="mse")
     tokens = tokenizer.tokens(coded, grid, fps=clip.fps)
     decoded = tokenizer.decode(tokens)
     record = {
@@ -266,19 +276,19 @@ def _at_share(
         "lengths": tokens.lengths,
         "bits": np.asarray(tokens.bits),
         "frame": decoded[0],
-        **judge.frames(clip.frames, decoded),
+        **frame_metrics.frames(clip.frames, decoded),
     }
     if tokens.levels:
         record["codes"] = np.concatenate(tokens.codes)
     if tokens.levels and entropy.is_installed():
         record["coded_bits"] = np.asarray(tokens.entropy_coded_bits())
-    if judge.features is not None and len(clip.frames) > 1:
-        record["features"] = judge.features(decoded)
+    if frame_metrics.features is not None and len(clip.frames) > 1:
+        record["features"] = frame_metrics.features(decoded)
     return record
 
 
 def coded_to_target(
-    tokenizer: ElasticTokenizer, clip: Clip, record: Record, target: float
+    tokenizer: ElasticTokenizer, clip: EvalClip, record: Record, target: float
 ) -> Tokens:
     """The tokens of a clip as a record has them."""
     of = {name: record[f"target/{target:g}/{name}"] for name in ("codes", "lengths", "mse", "met")}

@@ -1,1 +1,1 @@
-"""Weights in and out: safetensors files and published ElasticTok checkpoints."""
+"""Converts published ElasticTok checkpoints to ours."""

@@ -17,10 +17,9 @@ from flax import traverse_util
 from elastictok_jax import config as config_lib
 from elastictok_jax.errors import UsageError
 from elastictok_jax.interop.published_stream import Key, published_keys, read_published
-from elastictok_jax.models import elastictok
-from elastictok_jax.models.layer_layout import is_stacked, with_layout
-from elastictok_jax.training.relayout import relayout_shapes
-from elastictok_jax.weights import safetensors
+from elastictok_jax.layers.scan_layout import is_stacked, relayout_shapes, with_layout
+from elastictok_jax.models.elastictok import model as elastictok
+from elastictok_jax.storage import safetensors
 
 Shape = tuple[int, ...]
 

@@ -1,1 +1,1 @@
-"""Losses: pure functions of arrays, with no files, flags or devices."""
+"""Loss terms: pure functions of arrays."""

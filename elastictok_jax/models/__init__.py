@@ -1,1 +1,1 @@
-"""The autoencoder: patching, transformer, bottlenecks, and the model that joins them."""
+"""Model families, one folder each."""

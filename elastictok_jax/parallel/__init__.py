@@ -1,1 +1,1 @@
-"""Meshes, and which logical axis lies on which mesh axis."""
+"""Meshes, sharding rules, and start-up and liveness of several processes."""

@@ -22,7 +22,7 @@ from jax._src.clusters import ClusterEnv  # nor has what it knows of clusters
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from elastictok_jax.errors import RunError, UsageError
-from elastictok_jax.parallel.abort import only_last_word
+from elastictok_jax.parallel.sigabrt import only_last_word
 
 # Options, and the variables that mean the same: jax itself reads the first by this name.
 VARIABLES = {

@@ -130,7 +130,7 @@ def interpolate_curves(
 
 
 @dataclasses.dataclass
-class CausalBudget:
+class BudgetPlanner:
     """Lengths of a stream's blocks, one after another, each chosen from what came so far.
 
     A block takes the length that is best at a price a token. The price is the one at which the

@@ -22,23 +22,29 @@ import numpy as np
 
 from elastictok_jax.config import block_tokens, read_config
 from elastictok_jax.errors import UsageError
-from elastictok_jax.models.bottlenecks import FSQ
-from elastictok_jax.models.elastictok import abstract_params, build_model
-from elastictok_jax.models.layer_layout import with_layout
-from elastictok_jax.models.patching import unpatchify
+from elastictok_jax.export.native import is_exported, read_exported
+from elastictok_jax.layers.bottlenecks import FSQ
+from elastictok_jax.layers.patching import unpatchify
+from elastictok_jax.layers.scan_layout import with_layout
+from elastictok_jax.models.elastictok.model import abstract_params, build_model
+from elastictok_jax.storage.checkpoint import Checkpointer
+from elastictok_jax.storage.references import split_reference
 from elastictok_jax.tokenizer.allocation import allocate
+from elastictok_jax.tokenizer.block_codec import ClipDecoder, ClipEncoder, CodedBlock, CompiledCodec
 from elastictok_jax.tokenizer.block_codes import BlockCodes
-from elastictok_jax.tokenizer.choosers import Chooser, Fixed, Frugal, Survey, Threshold
-from elastictok_jax.tokenizer.coder import CodedBlock, Coder, Decoder, Programs
 from elastictok_jax.tokenizer.distortion import Distortion, lpips_distortion
 from elastictok_jax.tokenizer.goal import Goal
-from elastictok_jax.tokenizer.grid import Grid, checked_video, in_blocks
 from elastictok_jax.tokenizer.lanes import Lanes
+from elastictok_jax.tokenizer.length_policies import (
+    CausalBudget,
+    FixedLength,
+    LengthPolicy,
+    Probe,
+    TargetError,
+)
 from elastictok_jax.tokenizer.router import FILE, Router
+from elastictok_jax.tokenizer.tiling import Grid, checked_video, in_blocks
 from elastictok_jax.tokenizer.tokens import Tokens, require_alike
-from elastictok_jax.training.checkpoint import Checkpointer
-from elastictok_jax.training.exported import is_exported, read_exported
-from elastictok_jax.training.references import split_reference
 
 # Keys of config.model that say how it runs, not what its codes mean.
 HOW_IT_RUNS = ("attention", "remat", "mlp_chunk_tokens", "scan_layers")
@@ -65,7 +71,7 @@ class ElasticTokenizer:
         self.window_blocks = config.data.sequence_blocks
         self.router: Router | None = None  # what `train-router` left in the model's folder
         self.fingerprint = _fingerprint(config, params)
-        self._programs = Programs.of(
+        self._programs = CompiledCodec.of(
             self.model,
             self.params,
             tokens_per_block=self.tokens_per_block,
@@ -205,9 +211,9 @@ class ElasticTokenizer:
         results = []
         for index, (clip, grid) in enumerate(zip(clips, grids, strict=True)):
             tiles = range(grid.tiles)
-            choosers: list[Chooser]
+            choosers: list[LengthPolicy]
             if goal.target is None:
-                choosers = [Fixed(lengths[index][tile :: grid.tiles]) for tile in tiles]
+                choosers = [FixedLength(lengths[index][tile :: grid.tiles]) for tile in tiles]
             else:
                 choosers = [self.threshold(goal) for _ in tiles]
             coded = self.code(clip, grid, choosers, metric=goal.metric, progress=progress)
@@ -245,7 +251,7 @@ class ElasticTokenizer:
         goal = Goal(tokens, max_mse, min_psnr, max_lpips, budget, None, search)
         if np.ndim(tokens if tokens is not None else 0):
             raise UsageError("a stream takes one number of tokens for all its blocks")
-        lanes: Lanes[tuple[Coder, Chooser]] | None = None
+        lanes: Lanes[tuple[ClipEncoder, LengthPolicy]] | None = None
         blocks = in_blocks(frames, self.config.video.frames_per_block)
         for first in blocks:
             tiles = Grid(first.shape[:3], self.config).tiles
@@ -280,13 +286,15 @@ class ElasticTokenizer:
         Raises:
           UsageError: as `decode`, or if the pieces cannot be of one clip, as in `Tokens.join`.
         """
-        lanes: Lanes[Decoder] | None = None
+        lanes: Lanes[ClipDecoder] | None = None
         pieces_checked = self._checked(pieces)
         for first in pieces_checked:
             tiles = first.grid.tiles
             if lanes is None:
                 lanes = Lanes(
-                    functools.partial(Decoder, self._programs, window_blocks=first.window_blocks),
+                    functools.partial(
+                        ClipDecoder, self._programs, window_blocks=first.window_blocks
+                    ),
                     tiles=tiles,
                     caches=lambda decoder: [decoder.cache],
                 )
@@ -332,7 +340,7 @@ class ElasticTokenizer:
         self,
         clip_THWC: np.ndarray,
         grid: Grid,
-        choosers: Sequence[Chooser],
+        choosers: Sequence[LengthPolicy],
         *,
         metric: str,
         progress: Progress | None = None,
@@ -349,10 +357,10 @@ class ElasticTokenizer:
                     progress(len(coded), grid.blocks * grid.tiles)
         return [coded[index] for index in grid.time_first]
 
-    def coder(self, metric: str) -> Coder:
+    def coder(self, metric: str) -> ClipEncoder:
         """For one tile of one clip, measured by "mse" or "lpips"."""
         distortion = self._lpips if metric == "lpips" else None
-        return Coder(self._programs, window_blocks=self.window_blocks, distortion=distortion)
+        return ClipEncoder(self._programs, window_blocks=self.window_blocks, distortion=distortion)
 
     @functools.cached_property
     def _lpips(self) -> Distortion:
@@ -362,7 +370,7 @@ class ElasticTokenizer:
     def _bounds(self) -> dict[str, int]:
         return dict(low=self.min_tokens, high=self.tokens_per_block)
 
-    def threshold(self, goal: Goal) -> Threshold:
+    def threshold(self, goal: Goal) -> TargetError:
         """A chooser for one tile of one clip.
 
         Raises:
@@ -379,15 +387,15 @@ class ElasticTokenizer:
                 )
                 raise UsageError(f"search {goal.search!r} predicts the MSE with a router: {mend}")
             router = self.router
-        return Threshold(goal.target, search=goal.search, router=router, **self._bounds)
+        return TargetError(goal.target, search=goal.search, router=router, **self._bounds)
 
-    def _of_a_stream(self, goal: Goal) -> Chooser:
+    def _of_a_stream(self, goal: Goal) -> LengthPolicy:
         if goal.target is not None:
             return self.threshold(goal)
         if goal.budget is not None:
-            return Frugal(goal.budget * self.tokens_per_block, **self._bounds)
+            return CausalBudget(goal.budget * self.tokens_per_block, **self._bounds)
         lengths = goal.lengths(1, tokens_per_block=self.tokens_per_block)
-        return Fixed(itertools.repeat(int(lengths[0])))
+        return FixedLength(itertools.repeat(int(lengths[0])))
 
     def _spend(
         self, goal: Goal, clips: Sequence[np.ndarray], grids: Sequence[Grid]
@@ -409,7 +417,7 @@ class ElasticTokenizer:
             surveys = []
             for clip, grid, some in zip(clips, grids, np.split(lengths, ends), strict=True):
                 tiles = range(grid.tiles)
-                of_clip = [Survey(some[tile :: grid.tiles], **self._bounds) for tile in tiles]
+                of_clip = [Probe(some[tile :: grid.tiles], **self._bounds) for tile in tiles]
                 self.code(clip, grid, of_clip, metric="mse")
                 surveys += [
                     (survey.curves[block], survey.errors[block])

@@ -15,16 +15,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from elastictok_jax.attention.api import TokenPlaces
+from elastictok_jax.layers.attention.api import SequenceLayout
+from elastictok_jax.layers.patching import to_float, to_uint8
+from elastictok_jax.layers.transformer import PAST, PRESENT
 from elastictok_jax.masking import keep_mask
-from elastictok_jax.models.elastictok import ElasticTok
-from elastictok_jax.models.patching import to_float, to_uint8
-from elastictok_jax.models.transformer import PAST, PRESENT
+from elastictok_jax.models.elastictok.model import ElasticTok
 
 Array = jax.Array
 
 
-class Half:
+class CodecHalf:
     """The compiled programs of encoder ("encode") or decoder ("decode"), for any number of clips.
 
     Calling one with a cache gives what it makes of `values`, C candidates for the newest block, and
@@ -48,7 +48,7 @@ class Half:
         position, held = place
         count, per_block = lengths_C.shape[0], self._per_block
         room = max((leaf.shape[-2] for leaf in jax.tree.leaves(past)), default=0)
-        places = TokenPlaces(
+        places = SequenceLayout(
             positions_S=position + jnp.arange(per_block, dtype=jnp.uint32),  # wraps, as angles do
             segments_BS=jnp.ones((count, per_block), jnp.int32),
             tokens_per_block=per_block,
@@ -82,7 +82,7 @@ class Cache:
         self.past: Any = {}
 
     def keep(self, present) -> None:
-        """Adds what a call of `Half` left of one candidate: a tree of [..., 1, H, L, K]."""
+        """Adds what a call of `CodecHalf` left of one candidate: a tree of [..., 1, H, L, K]."""
         room = self.window_blocks - 1
         if room:
             slot = self.blocks % room

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
-from elastictok_jax.losses.lpips import lpips
-from elastictok_jax.models.patching import to_float, unpatchify
-from elastictok_jax.weights.lpips import load_lpips
+from elastictok_jax.layers.patching import to_float, unpatchify
+from elastictok_jax.perceptual.lpips import lpips
+from elastictok_jax.perceptual.lpips_weights import load_lpips
 
 Array = jax.Array
 # Errors float32 [C] of patches uint8 [C, L, D] against [L, D], where bool [L, D] is true.

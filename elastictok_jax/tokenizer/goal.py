@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from elastictok_jax.errors import UsageError
-from elastictok_jax.evaluation.metrics import PEAK
+from elastictok_jax.evaluation.ssim import PEAK
 from elastictok_jax.tokenizer.search import SEARCHES
 
 MAX_PSNR = 200  # dB; far beyond what pixels of 8 bits can show

@@ -18,8 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from elastictok_jax.errors import UsageError
-from elastictok_jax.tokenizer.coder import Block
-from elastictok_jax.weights.safetensors import load_params, save_params
+from elastictok_jax.storage.safetensors import load_params, save_params
+from elastictok_jax.tokenizer.block_codec import BlockEncoder
 
 Array = jax.Array
 FILE = "router.safetensors"
@@ -41,7 +41,7 @@ class Head(nn.Module):
         return nn.Dense(self.knots)(x)
 
 
-def features_of(block: Block) -> np.ndarray:
+def features_of(block: BlockEncoder) -> np.ndarray:
     """float32 [features] of a block, as `features` has them."""
     return features(block.encoding(), block.video(), previous=block.previous)
 
@@ -100,7 +100,7 @@ class Router:
     lengths: tuple[int, ...]
     fingerprint: str
 
-    def __call__(self, block: Block) -> np.ndarray:
+    def __call__(self, block: BlockEncoder) -> np.ndarray:
         """float64 [high - low + 1]: log error of a block, first of `lengths` to the last."""
         knots_K = predict(self.params, features_of(block)[None], knots=len(self.lengths))[0]
         every = np.log(np.arange(self.lengths[0], self.lengths[-1] + 1))

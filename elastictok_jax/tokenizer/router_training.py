@@ -18,17 +18,17 @@ import ml_collections
 import numpy as np
 import optax
 
-from elastictok_jax.data.clips import ClipReader
+from elastictok_jax.data.clip_reader import ClipReader
 from elastictok_jax.data.mixture import item_blocks
-from elastictok_jax.data.packing import Clip
-from elastictok_jax.data.sources import open_feeds
+from elastictok_jax.data.packing import PackedClip
+from elastictok_jax.data.sources.splits import open_splits
 from elastictok_jax.errors import UsageError
-from elastictok_jax.evaluation.output import require_file
+from elastictok_jax.storage.atomic import require_file
+from elastictok_jax.storage.references import split_reference
 from elastictok_jax.tokenizer.api import ElasticTokenizer
-from elastictok_jax.tokenizer.grid import Grid
 from elastictok_jax.tokenizer.router import FILE, Head, Router, features_of, predict
 from elastictok_jax.tokenizer.search import log_spaced
-from elastictok_jax.training.references import split_reference
+from elastictok_jax.tokenizer.tiling import Grid
 
 KNOTS = 32
 CLIP_BLOCKS = 6  # blocks of a clip that are measured in a row
@@ -119,7 +119,7 @@ def training_clips(
     Raises:
       UsageError: if there is no data, or most of it is damaged.
     """
-    feeds = open_feeds(config).train
+    feeds = open_splits(config).train
     if not feeds:
         raise UsageError("the data sources have nothing to train a router on")
     rng = np.random.default_rng(config.seed)
@@ -134,7 +134,7 @@ def training_clips(
         stop = min(blocks, start + CLIP_BLOCKS)
         epoch = int(rng.integers(EPOCHS))  # which says how it is cropped and flipped
         pieces = list(
-            reader.read(Clip(index, item, epoch, start, stop - start), range(start, stop))
+            reader.read(PackedClip(index, item, epoch, start, stop - start), range(start, stop))
         )
         if fault := next((piece.fault for piece in pieces if piece.fault), ""):
             failed += 1

@@ -1,1 +1,1 @@
-"""The training run: state, optimizer, step, loop, checkpoints, metrics."""
+"""Training runs: state, optimizer, step, loop, metrics."""

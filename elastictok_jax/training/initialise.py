@@ -20,20 +20,27 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from elastictok_jax.config import read_config
 from elastictok_jax.errors import UsageError
-from elastictok_jax.models.layer_layout import APART, STACKED, depths, is_stacked
+from elastictok_jax.export.native import is_exported, read_exported
+from elastictok_jax.layers.scan_layout import (
+    STACKED,
+    UNSTACKED,
+    depths,
+    is_stacked,
+    relayout,
+    relayout_shapes,
+    stacked_struct,
+)
 from elastictok_jax.parallel.distributed import FIRST_SECONDS, first_says
 from elastictok_jax.paths import local_text
-from elastictok_jax.training.checkpoint import Checkpointer
-from elastictok_jax.training.exported import is_exported, read_exported
-from elastictok_jax.training.references import BEST, split_reference
-from elastictok_jax.training.relayout import relayout, relayout_shapes, stacked_struct
+from elastictok_jax.storage.checkpoint import Checkpointer
+from elastictok_jax.storage.references import BEST, split_reference
 from elastictok_jax.training.state import TrainState
 
 RECORD = "init_from.json"
 Flat = dict[tuple[str, ...], Any]
 
 
-class Source(NamedTuple):
+class WeightSource(NamedTuple):
     """Weights that can be read.
 
     Attributes:
@@ -47,7 +54,7 @@ class Source(NamedTuple):
     read: Callable[[Flat], Flat]
 
 
-class Plan(NamedTuple):
+class WeightMatch(NamedTuple):
     """What becomes of each weight.
 
     Attributes:
@@ -85,12 +92,12 @@ def initialise(
         train.init_from_mismatch is "refuse"; or if no weight fits.
     """
     stacked = is_stacked(abstract.params)
-    with open_source(config.train.init_from) as source:
+    with open_weights(config.train.init_from) as source:
         layout = is_stacked(source.shapes)
         if depths(source.shapes) != depths(abstract.params):
             layout = False  # compared layer by layer
         wanted = flatten_dict(relayout_shapes(abstract.params, stacked=layout))
-        plan = make_plan(flatten_dict(_shapes_in_layout(source.shapes, stacked=layout)), wanted)
+        plan = match_weights(flatten_dict(_shapes_in_layout(source.shapes, stacked=layout)), wanted)
         differences = plan.differences()
         if differences and (config.train.init_from_mismatch == "refuse" or not plan.taken):
             mend = (
@@ -123,12 +130,12 @@ def initialise(
     ]
 
 
-def make_plan(saved: Flat, wanted: Flat) -> Plan:
+def match_weights(saved: Flat, wanted: Flat) -> WeightMatch:
     """Compares two flat dicts of what has a `.shape`."""
     old = {"/".join(key): tuple(leaf.shape) for key, leaf in saved.items()}
     new = {"/".join(key): tuple(leaf.shape) for key, leaf in wanted.items()}
     taken = sorted(name for name in new if old.get(name) == new[name])
-    return Plan(
+    return WeightMatch(
         taken=taken,
         skipped={name: old[name] for name in sorted(old.keys() - new.keys())},
         reinitialised={
@@ -137,7 +144,7 @@ def make_plan(saved: Flat, wanted: Flat) -> Plan:
     )
 
 
-def record(plan: Plan, origin: str, *, path: Path) -> None:
+def record(plan: WeightMatch, origin: str, *, path: Path) -> None:
     """Writes what became of each weight as JSON, on the first process."""
     if jax.process_index() == 0:
         shapes = {
@@ -149,7 +156,7 @@ def record(plan: Plan, origin: str, *, path: Path) -> None:
 
 
 @contextlib.contextmanager
-def open_source(model: str) -> Iterator[Source]:
+def open_weights(model: str) -> Iterator[WeightSource]:
     """The weights of a workdir (of a checkpoint, see `references`; the average if it has one) or
     of an exported folder. Process 0 chooses the checkpoint for all.
 
@@ -160,7 +167,7 @@ def open_source(model: str) -> Iterator[Source]:
     if is_exported(path):
         _, params = read_exported(path)
         stored = flatten_dict(params)
-        yield Source(
+        yield WeightSource(
             str(path),
             params,
             lambda wanted: {key: _place(stored[key], wanted[key]) for key in wanted},
@@ -181,24 +188,26 @@ def open_source(model: str) -> Iterator[Source]:
             tree = unflatten_dict(wanted)
             return flatten_dict(checkpoints.restore_some_params(step, tree))
 
-        yield Source(f"{path} at step {step}", shapes, read)
+        yield WeightSource(f"{path} at step {step}", shapes, read)
     finally:
         checkpoints.close()
 
 
-def _read(source: Source, taken: Flat, *, stacked: bool) -> Flat:
+def _read(source: WeightSource, taken: Flat, *, stacked: bool) -> Flat:
     """The weights `taken`, which are named as in the layout asked for."""
     if is_stacked(source.shapes) == stacked:
         return source.read(taken)
     count = depths(source.shapes)
     wanted = {}  # as the source has them
-    for half, part, *rest in flatten_dict(source.shapes):
-        first = (half, f"{APART}0", *rest) if part == STACKED else (half, part, *rest)
+    for key in flatten_dict(source.shapes):
+        if STACKED not in key:
+            if key in taken:
+                wanted[key] = taken[key]
+            continue
+        at = key.index(STACKED)
+        first = (*key[:at], f"{UNSTACKED}0", *key[at + 1 :])
         if first in taken:
-            leaf = taken[first]
-            wanted[half, part, *rest] = (
-                stacked_struct(leaf, count[half]) if part == STACKED else leaf
-            )
+            wanted[key] = stacked_struct(taken[first], count[key[:at]])
     found = relayout(unflatten_dict(source.read(wanted)), stacked=False)
     return {key: array for key, array in flatten_dict(found).items() if key in taken}
 

@@ -7,9 +7,9 @@ import jax
 
 from elastictok_jax.config import read_config
 from elastictok_jax.errors import UsageError
-from elastictok_jax.models.elastictok import abstract_params
-from elastictok_jax.training.checkpoint import Checkpointer, DamagedCheckpoint
-from elastictok_jax.training.exported import is_exported
+from elastictok_jax.export.native import is_exported
+from elastictok_jax.models.elastictok.model import abstract_params
+from elastictok_jax.storage.checkpoint import Checkpointer, DamagedCheckpoint
 
 
 def inspect_run(folder: Path) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import ml_collections
 
 from elastictok_jax.config import resolve, sequence_tokens
 from elastictok_jax.data.pipeline import BatchReader, DeviceBatches, local_part, to_device
-from elastictok_jax.data.sources import open_feeds
+from elastictok_jax.data.sources.splits import open_splits
 from elastictok_jax.errors import RunError
 from elastictok_jax.parallel.backend import require_devices
 from elastictok_jax.parallel.distributed import (
@@ -23,8 +23,8 @@ from elastictok_jax.parallel.distributed import (
     meet,
     require_same_count,
 )
+from elastictok_jax.parallel.liveness import Peers
 from elastictok_jax.parallel.mesh import make_mesh
-from elastictok_jax.parallel.peers import Peers
 from elastictok_jax.parallel.sharding import (
     batch_sharding,
     in_mesh,
@@ -32,11 +32,19 @@ from elastictok_jax.parallel.sharding import (
     replicated,
     sharding_notes,
 )
-from elastictok_jax.training.checkpoint import Checkpointer, DamagedCheckpoint
+from elastictok_jax.perceptual.lpips_weights import load_lpips
+from elastictok_jax.storage.checkpoint import Checkpointer, DamagedCheckpoint
+from elastictok_jax.training.async_metrics import StepLog
+from elastictok_jax.training.evaluator import (
+    evaluate,
+    make_first_frames,
+    open_held_out,
+    require_best_metric,
+)
+from elastictok_jax.training.host_consensus import Votes
 from elastictok_jax.training.initialise import initialise
-from elastictok_jax.training.interrupt import StopRequest
 from elastictok_jax.training.lock import WorkdirLock
-from elastictok_jax.training.metrics import (
+from elastictok_jax.training.metric_writers import (
     Console,
     MetricWriter,
     Silent,
@@ -46,14 +54,7 @@ from elastictok_jax.training.metrics import (
 )
 from elastictok_jax.training.state import TrainState, abstract_state, sharded_init
 from elastictok_jax.training.step import jit_train_step, make_eval_step
-from elastictok_jax.training.steplog import StepLog
-from elastictok_jax.training.validation import (
-    evaluate,
-    make_first_frames,
-    open_held_out,
-    require_best_metric,
-)
-from elastictok_jax.training.votes import Votes
+from elastictok_jax.training.stop_signal import StopRequest
 from elastictok_jax.training.watchdog import Watchdog
 from elastictok_jax.training.workdir import (
     enter_workdir,
@@ -61,7 +62,6 @@ from elastictok_jax.training.workdir import (
     write_config,
     write_held_out,
 )
-from elastictok_jax.weights.lpips import load_lpips
 
 
 def train(config: ml_collections.ConfigDict, *, workdir: Path) -> bool:
@@ -109,7 +109,7 @@ def _train(
     require_sinks(config)
     require_best_metric(config)
     raise_if_lost, wandb_run = hold_workdir(workdir, config, first=peers.process == 0, stack=stack)
-    feeds = open_feeds(config)
+    feeds = open_splits(config)
     reader = BatchReader(config, feeds, split="train", part=part)
     held_out = open_held_out(config, feeds, part=part)
     lpips_params = {}
@@ -160,7 +160,7 @@ def _train(
         console = Console(total=steps, start=start)
     stack.callback(writer.close)
     stack.callback(console.close)
-    console.line(describe(config, abstract, start=start, workdir=workdir))
+    console.line(startup_line(config, abstract, start=start, workdir=workdir))
     notes += [f"left out: {damaged}" for damaged in feeds.damaged]
     notes += [f"note: {note}" for note in feeds.notes]
     if position["files"] != files:
@@ -317,7 +317,7 @@ def next_batch(batches: DeviceBatches, checkpoints: Checkpointer) -> dict[str, j
         ) from error
 
 
-def describe(config, abstract: TrainState, *, start: int, workdir: Path) -> str:
+def startup_line(config, abstract: TrainState, *, start: int, workdir: Path) -> str:
     """One line on what is about to run."""
     weights = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract.params))
     kind = jax.devices()[0].device_kind

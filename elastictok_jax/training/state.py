@@ -10,7 +10,7 @@ import optax
 from flax import struct
 from jax.sharding import Mesh
 
-from elastictok_jax.models.elastictok import build_model, init_params
+from elastictok_jax.models.elastictok.model import build_model, init_params
 from elastictok_jax.parallel.sharding import param_shardings, replicated
 from elastictok_jax.training.optimizer import make_optimizer
 

@@ -14,27 +14,27 @@ import ml_collections
 import optax
 
 from elastictok_jax import masking
-from elastictok_jax.attention.api import TokenPlaces
 from elastictok_jax.config import block_tokens
-from elastictok_jax.losses.lpips import lpips
+from elastictok_jax.layers.attention.api import SequenceLayout
+from elastictok_jax.layers.bottlenecks import FSQ, codebook_counts
+from elastictok_jax.layers.patching import to_float, unpatchify
 from elastictok_jax.losses.reconstruction import kl_sum, squared_error_sum
-from elastictok_jax.models.bottlenecks import FSQ, codebook_counts
-from elastictok_jax.models.elastictok import build_model
-from elastictok_jax.models.patching import to_float, unpatchify
+from elastictok_jax.models.elastictok.model import build_model
 from elastictok_jax.parallel.sharding import replicated
+from elastictok_jax.perceptual.lpips import lpips
+from elastictok_jax.training.host_consensus import with_votes
 from elastictok_jax.training.optimizer import make_optimizer, make_schedule
 from elastictok_jax.training.state import TrainState
-from elastictok_jax.training.votes import with_votes
 
 Array = jax.Array
 Batch = dict[str, Array]
 Metrics = dict[str, Array]
 
 
-def token_places(batch: Batch, *, tokens_per_block: int) -> TokenPlaces:
+def sequence_layout(batch: Batch, *, tokens_per_block: int) -> SequenceLayout:
     """Places of a batch's tokens: positions run through the sequence."""
     tokens = batch["segment_ids"].shape[1]
-    return TokenPlaces(
+    return SequenceLayout(
         positions_S=jnp.arange(tokens, dtype=jnp.int32),
         segments_BS=batch["segment_ids"],
         tokens_per_block=tokens_per_block,
@@ -139,7 +139,7 @@ def make_loss(config: ml_collections.ConfigDict) -> Callable[..., tuple[Array, M
             {"params": params},
             target_BSD,
             keep_BS,
-            token_places(batch, tokens_per_block=per_block),
+            sequence_layout(batch, tokens_per_block=per_block),
             row_keys(noise_key, rows_B),
         )
         error = squared_error_sum(output.reconstruction, target_BSD, valid_BS)
@@ -260,7 +260,7 @@ def make_eval_step(
         lengths_BN = jnp.full((segments_BS.shape[0], blocks), lengths)
         keep_BS = masking.keep_mask(lengths_BN, tokens_per_block=per_block)
         target_BSD = to_float(batch["patches"])
-        places = token_places(batch, tokens_per_block=per_block)
+        places = sequence_layout(batch, tokens_per_block=per_block)
         output: Any = model.apply({"params": params}, target_BSD, keep_BS, places)
         reconstruction_BSD = jnp.clip(output.reconstruction, -1.0, 1.0)
         error_BS = jnp.mean((reconstruction_BSD - target_BSD) ** 2, axis=-1)

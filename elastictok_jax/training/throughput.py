@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import ml_collections
 
 from elastictok_jax.config import block_tokens
-from elastictok_jax.models.elastictok import abstract_params
+from elastictok_jax.models.elastictok.model import abstract_params
 
 # Dense bf16 peak of one device in FLOP/s, from the vendors' data sheets. Keys start device_kind;
 # of two that do, the first counts.

@@ -11,8 +11,8 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-from elastictok_jax.parallel.peers import ANSWER, BEAT, Clock, within
-from elastictok_jax.training.steplog import IN_FLIGHT
+from elastictok_jax.parallel.liveness import ANSWER, BEAT, Clock, within
+from elastictok_jax.training.async_metrics import IN_FLIGHT
 
 
 class Watchdog:

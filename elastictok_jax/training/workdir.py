@@ -12,7 +12,7 @@ import ml_collections
 from elastictok_jax.config import flatten, read_config, to_json
 from elastictok_jax.errors import UsageError
 from elastictok_jax.parallel.distributed import FIRST_SECONDS, first_says, place
-from elastictok_jax.training.checkpoint import saved_steps
+from elastictok_jax.storage.checkpoint import saved_steps
 
 # What the state and its meaning hang on. Execution (dtype, remat, attention, mesh) may change.
 FIXED_ON_RESUME = (

@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks import compile_gpu
 from elastictok_jax.errors import UsageError
-from elastictok_jax.registry import get_experiment
+from elastictok_jax.experiment_registry import get_experiment
 
 TINY = {
     "model.attention": "fused",

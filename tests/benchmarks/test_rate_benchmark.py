@@ -9,9 +9,9 @@ import pytest
 from benchmarks import rate
 from elastictok_jax.config import default_config, override, resolve, to_json
 from elastictok_jax.data import media
-from elastictok_jax.data.sources import EMBEDDED
+from elastictok_jax.data.sources.splits import EMBEDDED
+from elastictok_jax.storage.safetensors import save_params
 from elastictok_jax.training.state import init_state
-from elastictok_jax.weights.safetensors import save_params
 
 SMALL = {
     **{"model.width": 32, "model.mlp_width": 48, "model.heads": 2, "model.patch": (2, 16, 16)},

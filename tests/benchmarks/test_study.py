@@ -5,7 +5,7 @@ import re
 import pytest
 
 from benchmarks import study
-from elastictok_jax.registry import get_experiment
+from elastictok_jax.experiment_registry import get_experiment
 
 TARGETS = (study.STRICT, study.LOOSE)
 

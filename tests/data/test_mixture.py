@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from elastictok_jax.config import override, resolve, source_config
 from elastictok_jax.data.mixture import Mixture, Stream, item_blocks
-from elastictok_jax.data.sources import Feed, name_place
+from elastictok_jax.data.sources.splits import SourceSplit, name_place
 from elastictok_jax.errors import UsageError
-from elastictok_jax.registry import get_experiment
+from elastictok_jax.experiment_registry import get_experiment
 
 FRAMES = 4
 
@@ -29,7 +29,7 @@ class Lengths:
 def feed(name, frames, **settings):
     source = Lengths(frames)
     items = np.arange(len(source.frames))
-    return Feed(name, name_place(name), source, source_config(path=name, **settings), items)
+    return SourceSplit(name, name_place(name), source, source_config(path=name, **settings), items)
 
 
 def config_for(**overrides):

@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from elastictok_jax.data.packing import Clip, pack
+from elastictok_jax.data.packing import PackedClip, pack
 
 SEEDS = st.integers(0, 2**32 - 1)
 
@@ -18,7 +18,7 @@ def problems(draw):
     lengths = draw(st.lists(st.integers(1, 40), min_size=1, max_size=40))
     rows = -(-sum(lengths) // row_blocks)
     lengths += [1] * (rows * row_blocks - sum(lengths))
-    clips = [Clip(0, item, 0, 3, blocks) for item, blocks in enumerate(lengths)]
+    clips = [PackedClip(0, item, 0, 3, blocks) for item, blocks in enumerate(lengths)]
     return clips, rows, row_blocks
 
 
@@ -70,7 +70,7 @@ def test_the_same_seed_packs_the_same(problem, seed):
 def test_clips_that_fit_are_not_cut():
     """Best fit finds the pairs 5 + 3 and 6 + 2 that fill rows of 8."""
     lengths = [5, 3, 6, 2, 2, 6, 3, 5]
-    clips = [Clip(0, item, 0, 0, blocks) for item, blocks in enumerate(lengths)]
+    clips = [PackedClip(0, item, 0, 0, blocks) for item, blocks in enumerate(lengths)]
     packed = pack(clips, rows=4, row_blocks=8, rng=np.random.default_rng(0))
     assert sorted(sorted(c.blocks for c in row) for row in packed) == [[2, 6]] * 2 + [[3, 5]] * 2
 
@@ -83,13 +83,13 @@ def test_few_clips_are_cut_on_a_realistic_spread_of_durations():
     while lengths[-1] <= 0:
         last = lengths.pop()
         lengths[-1] += last
-    clips = [Clip(0, item, 0, 0, blocks) for item, blocks in enumerate(lengths)]
+    clips = [PackedClip(0, item, 0, 0, blocks) for item, blocks in enumerate(lengths)]
     packed = pack(clips, rows=rows, row_blocks=16, rng=rng)
     cut = sum(len(pieces) > 1 for pieces in pieces_by_item(packed).values())
     assert cut / len(clips) < 0.05
 
 
 def test_rows_are_shuffled():
-    clips = [Clip(0, item, 0, 0, 1) for item in range(400)]
+    clips = [PackedClip(0, item, 0, 0, 1) for item in range(400)]
     packed = pack(clips, rows=100, row_blocks=4, rng=np.random.default_rng(0))
     assert [clip.item for row in packed for clip in row] != list(range(400))

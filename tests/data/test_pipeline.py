@@ -14,7 +14,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from elastictok_jax.config import override, resolve, sequence_tokens
-from elastictok_jax.data import clips, media
+from elastictok_jax.data import clip_reader, media
 from elastictok_jax.data.pipeline import (
     BatchReader,
     DeviceBatches,
@@ -23,10 +23,10 @@ from elastictok_jax.data.pipeline import (
     read_ahead,
     to_device,
 )
-from elastictok_jax.data.sources import Feeds, open_feeds
-from elastictok_jax.data.synthetic import SyntheticSource
+from elastictok_jax.data.sources.splits import SourceSplits, open_splits
+from elastictok_jax.data.sources.synthetic import SyntheticSource
 from elastictok_jax.errors import RunError, UsageError
-from elastictok_jax.registry import get_experiment
+from elastictok_jax.experiment_registry import get_experiment
 
 BATCHES, ROWS = 6, 4
 
@@ -45,7 +45,7 @@ def tiny(**overrides):
 
 
 def open_reader(config, *, split="train", **part):
-    return BatchReader(config, open_feeds(config), split=split, **part)
+    return BatchReader(config, open_splits(config), split=split, **part)
 
 
 def stack(batches) -> list[tuple[bytes, bytes]]:
@@ -181,7 +181,7 @@ def test_damage_after_a_resume_is_judged_with_all_that_was_read_before(noisy_fol
         config = folder_config(noisy_folder, data__cache_mib=0)
         reader = open_reader(config, first_row=first_row)
         reader.clips.read = lambda clip, blocks: (
-            clips.Block(np.zeros((4, 16, 16, 3), np.uint8), "damaged") for _ in blocks
+            clip_reader.ClipBlock(np.zeros((4, 16, 16, 3), np.uint8), "damaged") for _ in blocks
         )
         batches = DeviceBatches(
             reader, one_device(), start=0, stop=20, replaced_before=replaced_before
@@ -229,8 +229,8 @@ def test_storage_that_hangs_is_noticed():
             return super().read(item, indices, side=side)
 
     config = tiny(data__sources__main__path="synthetic", data__timeout_seconds=1)
-    (feed,) = open_feeds(config).train
-    feeds = Feeds((dataclasses.replace(feed, source=Hanging()),), (), ())
+    (feed,) = open_splits(config).train
+    feeds = SourceSplits((dataclasses.replace(feed, source=Hanging()),), (), ())
     batches = DeviceBatches(
         BatchReader(config, feeds, split="train"), one_device(), start=0, stop=10
     )

@@ -12,10 +12,10 @@ from jax.sharding import PartitionSpec
 from elastictok_jax.config import block_tokens, override, resolve
 from elastictok_jax.data.media import MediaError
 from elastictok_jax.data.pipeline import BatchReader, local_part
-from elastictok_jax.data.sources import open_feeds
+from elastictok_jax.data.sources.splits import open_splits
+from elastictok_jax.experiment_registry import get_experiment
 from elastictok_jax.parallel.mesh import make_mesh
 from elastictok_jax.parallel.sharding import batch_sharding
-from elastictok_jax.registry import get_experiment
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +99,7 @@ def test_parts_of_hosts_are_read_as_in_the_complete_batch_and_damage_once(sizes,
         data__cache_mib=0,
         **{f"mesh__{axis}": size for axis, size in axes.items()},
     )
-    feeds = open_feeds(config)
+    feeds = open_splits(config)
     damaged = feeds.train[0].items[::2].tolist()
     for feed in feeds.train:
         read = feed.source.read

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AxisType, PartitionSpec
 
-from elastictok_jax.compiling.costs import program_costs
-from elastictok_jax.compiling.hlo import parse_module
+from elastictok_jax.aot.costs import program_costs
+from elastictok_jax.aot.hlo import parse_module
 
 MESH = {"data": 2, "sequence": 4}
 RING = [(i, (i + 1) % 4) for i in range(4)]

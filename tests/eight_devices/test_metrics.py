@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from elastictok_jax.compiling.costs import program_costs
-from elastictok_jax.compiling.hlo import parse_module
-from elastictok_jax.evaluation.metrics import frame_mse, frame_psnr, ms_ssim, ssim
+from elastictok_jax.aot.costs import program_costs
+from elastictok_jax.aot.hlo import parse_module
+from elastictok_jax.evaluation.ssim import frame_mse, frame_psnr, ms_ssim, ssim
 
 
 @pytest.mark.parametrize("figure", [frame_mse, frame_psnr, ssim, ms_ssim])

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from elastictok_jax.attention.api import TokenPlaces, attention
-from elastictok_jax.attention.dense import dense_attention
-from elastictok_jax.attention.ring import reach
+from elastictok_jax.layers.attention.api import SequenceLayout, attention
+from elastictok_jax.layers.attention.dense import dense_attention
+from elastictok_jax.layers.attention.ring import reach
 from elastictok_jax.parallel.mesh import AXES
 from elastictok_jax.parallel.sharding import in_mesh
 
@@ -54,7 +54,7 @@ def on_mesh(mesh, arrays, segments, length, backend):
     @jax.jit
     def run(arrays, segments):
         *qkv, cotangent = arrays
-        places = TokenPlaces(jnp.arange(segments.shape[1]), segments, length)
+        places = SequenceLayout(jnp.arange(segments.shape[1]), segments, length)
         out, pull = jax.vjp(lambda *qkv: attention(*qkv, places=places, backend=backend), *qkv)
         return out, *pull(cotangent)
 
@@ -150,7 +150,7 @@ def score_products(mesh, tokens, length):
     query, key, value, _ = arrays
 
     def run(query, key, value, segments):
-        places = TokenPlaces(jnp.arange(tokens), segments, length)
+        places = SequenceLayout(jnp.arange(tokens), segments, length)
         return attention(query, key, value, places=places, backend="dense")
 
     with jax.set_mesh(mesh):

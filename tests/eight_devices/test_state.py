@@ -14,12 +14,12 @@ from jax.sharding import PartitionSpec
 from elastictok_jax import masking
 from elastictok_jax.config import default_config, override, resolve
 from elastictok_jax.data.pipeline import BatchReader, local_part, to_device
-from elastictok_jax.data.sources import open_feeds
+from elastictok_jax.data.sources.splits import open_splits
 from elastictok_jax.errors import UsageError
-from elastictok_jax.models.layer_layout import with_layout
+from elastictok_jax.experiment_registry import get_experiment
+from elastictok_jax.layers.scan_layout import with_layout
 from elastictok_jax.parallel.sharding import batch_sharding, left_whole, replicated, sharding_notes
-from elastictok_jax.registry import get_experiment
-from elastictok_jax.training.checkpoint import Checkpointer
+from elastictok_jax.storage.checkpoint import Checkpointer
 from elastictok_jax.training.initialise import initialise
 from elastictok_jax.training.state import abstract_state
 
@@ -130,7 +130,7 @@ def test_the_pipeline_delivers_shards_that_are_no_whole_blocks():
     sharding = batch_sharding(mesh)
     part = local_part(sharding, config)
     assert part.counted_BN.all() and part.needed_BN.shape == (2, 4)
-    reader = BatchReader(config, open_feeds(config), split="train", part=part)
+    reader = BatchReader(config, open_splits(config), split="train", part=part)
     batch = reader(0)
     placed = to_device(batch, reader, sharding)
     for key, value in placed.items():

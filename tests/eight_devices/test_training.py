@@ -16,7 +16,7 @@ import pytest
 
 from elastictok_jax.config import block_tokens
 from elastictok_jax.parallel.sharding import batch_sharding
-from elastictok_jax.training.checkpoint import Checkpointer
+from elastictok_jax.storage.checkpoint import Checkpointer
 from elastictok_jax.training.state import abstract_state
 from elastictok_jax.training.step import random_frames
 

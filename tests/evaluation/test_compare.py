@@ -8,7 +8,7 @@ import pytest
 
 from elastictok_jax.cli import main
 from elastictok_jax.config import override, resolve, to_json
-from elastictok_jax.registry import get_experiment
+from elastictok_jax.experiment_registry import get_experiment
 from elastictok_jax.training.workdir import write_held_out
 
 

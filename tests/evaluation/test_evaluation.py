@@ -17,18 +17,19 @@ from PIL import Image
 from elastictok_jax.cli import main
 from elastictok_jax.config import default_config, override, read_config, resolve, to_json
 from elastictok_jax.data import media, packing
-from elastictok_jax.data.clips import ClipReader
+from elastictok_jax.data.clip_reader import ClipReader
 from elastictok_jax.data.mixture import item_blocks
-from elastictok_jax.data.sources import EMBEDDED, open_feeds
+from elastictok_jax.data.sources.splits import EMBEDDED, open_splits
 from elastictok_jax.errors import UsageError
-from elastictok_jax.evaluation.metrics import mse, psnr
-from elastictok_jax.evaluation.output import remove_outputs
-from elastictok_jax.evaluation.protocol import Clip, Limits, clips_of
-from elastictok_jax.evaluation.run import REPORT, evaluate_models, pictured, reconstruct_file
+from elastictok_jax.evaluation.eval_clips import EvalClip, EvaluationOverrides, evaluation_clips
+from elastictok_jax.evaluation.evaluate import REPORT, evaluate_models, pictured
+from elastictok_jax.evaluation.reconstruct import reconstruct_file
+from elastictok_jax.evaluation.ssim import mse, psnr
+from elastictok_jax.storage.atomic import remove_outputs
+from elastictok_jax.storage.safetensors import save_params
 from elastictok_jax.tokenizer.goal import Goal
 from elastictok_jax.training.state import init_state
-from elastictok_jax.weights.safetensors import save_params
-from tests.evaluation.test_page import PHONE, require_sound
+from tests.evaluation.report.test_page import PHONE, require_sound
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +84,7 @@ def finished(model, fixed_model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("evaluation")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ELASTICTOK_CACHE", str(folder / "cache"))
-        limits = Limits(max_clips=2)
+        limits = EvaluationOverrides(max_clips=2)
         return folder, evaluate_models([model, fixed_model], output=folder, limits=limits)
 
 
@@ -118,7 +119,7 @@ def test_evaluate_measures_all_clips_by_all_models(finished):
 
 
 def test_a_fixed_model_alone(fixed_model, tmp_path):
-    limits = Limits(targets="0.01,1.0", max_clips=1, max_blocks=1)
+    limits = EvaluationOverrides(targets="0.01,1.0", max_clips=1, max_blocks=1)
     results = evaluate_models([fixed_model], output=tmp_path, limits=limits)
     assert results["comparisons"] == []
     for clip in results["clips"].values():
@@ -215,7 +216,7 @@ def test_nothing_of_data_of_ones_own_is_held_out(model, tmp_path):
     folder.mkdir()
     for name in ("bbb_kite.mp4", "photo_rocket.jpg", "photo_peaks.jpg"):
         (folder / name).write_bytes((EMBEDDED / "heldout" / name).read_bytes())
-    limits = Limits(targets="0.7", max_blocks=1, search_blocks=0)
+    limits = EvaluationOverrides(targets="0.7", max_blocks=1, search_blocks=0)
     results = evaluate_models([model], output=tmp_path / "out", data=str(folder), limits=limits)
     assert set(results["clips"]) == {"bbb_kite", "photo_rocket", "photo_peaks"}
     assert results["plan"]["targets"] == [0.7]
@@ -228,7 +229,7 @@ def test_nothing_of_data_of_ones_own_is_held_out(model, tmp_path):
 def test_flat_pictures_have_a_place_on_a_log_axis(model, tmp_path):
     (tmp_path / "data").mkdir()
     Image.new("RGB", (32, 32), (90, 90, 90)).save(tmp_path / "data" / "flat.png")
-    limits = Limits(targets="0.7", max_blocks=1, search_blocks=0)
+    limits = EvaluationOverrides(targets="0.7", max_blocks=1, search_blocks=0)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)  # of matplotlib, that there is no such place
         results = evaluate_models(
@@ -243,8 +244,8 @@ def test_clips_are_those_that_training_reads_of_the_held_out_split(model, settin
     config = read_config(model / "config.json")
     override(config, {"evaluation.max_blocks": 6})
     config.data.sources.main.update(path="embedded", **settings)
-    clips = {clip.name: clip for clip in clips_of(config)}
-    feeds = open_feeds(config).heldout
+    clips = {clip.name: clip for clip in evaluation_clips(config)}
+    feeds = open_splits(config).heldout
     reader = ClipReader(feeds, config, split="heldout")
     (feed,), per_block = feeds, config.video.frames_per_block
     counts = item_blocks(feed, frames_per_block=per_block)
@@ -253,7 +254,7 @@ def test_clips_are_those_that_training_reads_of_the_held_out_split(model, settin
         rate = feed.source.fps[item]
         assert clip.fps == min(rate, settings.get("fps") or rate)
         blocks = min(6, int(count))
-        trained = reader.read(packing.Clip(0, int(item), 0, 0, blocks), range(blocks))
+        trained = reader.read(packing.PackedClip(0, int(item), 0, 0, blocks), range(blocks))
         frames = np.concatenate([block.frames for block in trained])
         if rate:
             np.testing.assert_array_equal(clip.frames[: len(frames)], frames[: len(clip.frames)])
@@ -267,17 +268,20 @@ def test_other_data_is_read_like_the_models_source_unless_told(model, capsys):
     config = read_config(model / "config.json")
     config.data.sources.main.update(fps=4.0)
     data = str(EMBEDDED / "heldout" / "bbb_kite.mp4")
-    (slow,), (full,) = clips_of(config, data=data), clips_of(config, data=data, fps=0)
+    (slow,), (full,) = (
+        evaluation_clips(config, data=data),
+        evaluation_clips(config, data=data, fps=0),
+    )
     assert (slow.fps, full.fps) == (4.0, media.probe(data).fps)
     assert "read like" not in capsys.readouterr().err
     config.unlock()
     override(config, {"data.sources.a.path": "embedded", "data.sources.a.kind": "image"})
-    (mixed,) = clips_of(config, data=data)
+    (mixed,) = evaluation_clips(config, data=data)
     np.testing.assert_array_equal(mixed.frames, slow.frames)
     assert "--data is read like data.sources.main: fps 4" in capsys.readouterr().err
     for wrong in (-1.0, float("nan"), float("inf")):
         with pytest.raises(UsageError, match="--fps"):
-            clips_of(config, data=data, fps=wrong)
+            evaluation_clips(config, data=data, fps=wrong)
 
 
 def test_a_model_of_continuous_latents(model, tmp_path):
@@ -288,7 +292,7 @@ def test_a_model_of_continuous_latents(model, tmp_path):
     (folder / "config.json").write_text(to_json(config))
     params = jax.device_get(init_state(resolve(config)).params)
     save_params(folder / "model.safetensors", params, metadata={})
-    limits = Limits(targets="0.7", max_clips=1, max_blocks=1, search_blocks=0)
+    limits = EvaluationOverrides(targets="0.7", max_clips=1, max_blocks=1, search_blocks=0)
     results = evaluate_models([folder], output=tmp_path / "out", limits=limits)
     assert json.loads((tmp_path / "out" / "metrics.json").read_text()) == results
     for row in results["models"][0]["images"]["rates"]:
@@ -298,8 +302,8 @@ def test_a_model_of_continuous_latents(model, tmp_path):
 
 @pytest.mark.parametrize(("videos", "images"), [(9, 30), (4, 10), (3, 1), (0, 2), (1, 0)])
 def test_the_pictured_clips_are_a_few_of_each_kind(videos, images):
-    clips = [Clip(f"v{n}", np.zeros((2, 1, 1, 3), np.uint8), 24.0) for n in range(videos)]
-    clips += [Clip(f"i{n}", np.zeros((1, 1, 1, 3), np.uint8), 0.0) for n in range(images)]
+    clips = [EvalClip(f"v{n}", np.zeros((2, 1, 1, 3), np.uint8), 24.0) for n in range(videos)]
+    clips += [EvalClip(f"i{n}", np.zeros((1, 1, 1, 3), np.uint8), 0.0) for n in range(images)]
     names = [clip.name for clip in pictured(clips)]
     assert len(set(names)) == len(names) == min(videos, 4) + min(images, 10)
     for kind, count in (("v", videos), ("i", images)):
@@ -351,7 +355,7 @@ def test_a_full_disk_names_the_file_and_leaves_none(tmp_path):
         "import resource, sys\n"
         "from pathlib import Path\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))\n"
-        "from elastictok_jax.evaluation.output import write_whole\n"
+        "from elastictok_jax.storage.atomic import write_whole\n"
         "write_whole(Path(sys.argv[1]) / 'a.png', bytes(1000))\n"
     )
     done = subprocess.run(

@@ -15,10 +15,10 @@ from elastictok_jax.evaluation.figures import (
     share_met_by_tokens,
     tokens_for_share,
 )
-from elastictok_jax.evaluation.measure import Plan, block_energy, scene_cuts
+from elastictok_jax.evaluation.measure import MeasurementPlan, block_energy, scene_cuts
 
 blocks = st.lists(st.tuples(st.integers(4, 64), st.booleans()), min_size=1, max_size=30)
-PLAN = Plan(targets=(0.1,), contexts=(1,), main_target=0.1, search_blocks=0)
+PLAN = MeasurementPlan(targets=(0.1,), contexts=(1,), main_target=0.1, search_blocks=0)
 
 
 def unzip(some):

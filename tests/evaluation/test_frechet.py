@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from elastictok_jax.data import media
-from elastictok_jax.data.sources import EMBEDDED
+from elastictok_jax.data.sources.splits import EMBEDDED
 from elastictok_jax.errors import UsageError
 from elastictok_jax.evaluation import frechet
 from elastictok_jax.evaluation.frechet import (
@@ -18,7 +18,7 @@ from elastictok_jax.evaluation.frechet import (
     frechet_video_distance,
     video_moments,
 )
-from elastictok_jax.evaluation.i3d import i3d_logits
+from elastictok_jax.perceptual.i3d import i3d_logits
 
 
 def by_square_root(a, b):

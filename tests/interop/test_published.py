@@ -22,8 +22,8 @@ from elastictok_jax.interop.published import (
     import_published,
 )
 from elastictok_jax.interop.published_stream import read_published
-from elastictok_jax.models import elastictok
-from elastictok_jax.weights.safetensors import load_params
+from elastictok_jax.models.elastictok import model as elastictok
+from elastictok_jax.storage.safetensors import load_params
 
 REFERENCE = Path(__file__).parents[1] / "reference_parity"
 FILES = {

@@ -14,11 +14,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from elastictok_jax.config import override, resolve
 from elastictok_jax.data.pipeline import BatchReader, DeviceBatches, local_part
-from elastictok_jax.data.sources import open_feeds
+from elastictok_jax.data.sources.splits import open_splits
+from elastictok_jax.experiment_registry import get_experiment
 from elastictok_jax.parallel.mesh import make_mesh
 from elastictok_jax.parallel.sharding import batch_sharding
-from elastictok_jax.registry import get_experiment
-from elastictok_jax.training.checkpoint import Checkpointer
+from elastictok_jax.storage.checkpoint import Checkpointer
 from elastictok_jax.training.state import TrainState
 
 OVERRIDES = {
@@ -67,7 +67,7 @@ def main() -> None:
     mesh = make_mesh(config)
     sharding = batch_sharding(mesh)
     part = local_part(sharding, config)
-    feeds = open_feeds(config)
+    feeds = open_splits(config)
     reader = BatchReader(config, feeds, split="train", part=part)
     checkpoints = Checkpointer(args.workdir, keep_last=1, keep_best=0)
     start = 0

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from elastictok_jax.data.pipeline import BatchReader
-from elastictok_jax.data.sources import open_feeds
+from elastictok_jax.data.sources.splits import open_splits
 from tests.multiprocess.launched import free_port
 
 SCRIPT = Path(__file__).with_name("read_batches.py")
@@ -61,7 +61,7 @@ def read(folder, *, processes, options=()):
 def expected():
     """Read here, row after row, with no threads or workers."""
     config = config_for(0)
-    reader = BatchReader(config, open_feeds(config), split="train")
+    reader = BatchReader(config, open_splits(config), split="train")
     return [reader(index) for index in range(BATCHES)]
 
 

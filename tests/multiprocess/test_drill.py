@@ -6,7 +6,7 @@ import signal
 import numpy as np
 import pytest
 
-from elastictok_jax.training.metrics import read_metrics
+from elastictok_jax.training.metric_writers import read_metrics
 from tests.multiprocess.launched import Processes, saved_steps
 from tests.training.test_resume import TIMINGS, final_state
 

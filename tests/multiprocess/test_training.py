@@ -12,11 +12,11 @@ import psutil
 import pytest
 
 from elastictok_jax import cli
-from elastictok_jax.data.sources import EMBEDDED
+from elastictok_jax.data.sources.splits import EMBEDDED
 from elastictok_jax.errors import UsageError
 from elastictok_jax.parallel.distributed import explicit_settings, in_cluster
-from elastictok_jax.parallel.peers import LOST
-from elastictok_jax.training.metrics import read_metrics
+from elastictok_jax.parallel.liveness import LOST
+from elastictok_jax.training.metric_writers import read_metrics
 from tests.multiprocess.launched import (
     LIMIT,
     Processes,

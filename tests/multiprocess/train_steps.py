@@ -18,10 +18,10 @@ from elastictok_jax.config import default_config, override, resolve, sequence_to
 from elastictok_jax.parallel.distributed import meet
 from elastictok_jax.parallel.mesh import AXES, make_mesh
 from elastictok_jax.parallel.sharding import batch_sharding, in_mesh, replicated
-from elastictok_jax.training.checkpoint import Checkpointer
+from elastictok_jax.storage.checkpoint import Checkpointer
+from elastictok_jax.training.host_consensus import Votes
 from elastictok_jax.training.state import abstract_state, sharded_init
 from elastictok_jax.training.step import jit_train_step
-from elastictok_jax.training.votes import Votes
 
 SETTINGS = {
     "model.width": 32,

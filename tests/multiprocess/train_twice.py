@@ -5,8 +5,8 @@ import argparse
 from pathlib import Path
 
 from elastictok_jax.config import override
+from elastictok_jax.experiment_registry import get_experiment
 from elastictok_jax.parallel import distributed
-from elastictok_jax.registry import get_experiment
 from elastictok_jax.training.loop import train
 from tests.multiprocess.launched import OPTIONS
 

@@ -24,7 +24,7 @@ from PIL import Image
 
 from elastictok_jax.data import media
 
-FOOTAGE = Path(media.__file__).parent / "embedded" / "heldout"
+FOOTAGE = Path(media.__file__).parents[1] / "embedded" / "heldout"
 FRAMES = 40
 CELL = 16  # pixels of one digit of the stamp
 DIGITS = 8

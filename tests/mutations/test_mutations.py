@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from elastictok_jax.data import media
-from elastictok_jax.data.records import RecordSource
+from elastictok_jax.data.sources.tfds_records import RecordSource
 from elastictok_jax.errors import UsageError
 from tests.mutations.inputs import (
     DAMAGED,
@@ -156,7 +156,7 @@ def test_a_file_and_a_folder_of_any_name_are_found(name, tmp_path):
 
 
 def media_file(name: str) -> Path:
-    return Path(media.__file__).parent / "embedded" / "heldout" / name
+    return Path(media.__file__).parents[1] / "embedded" / "heldout" / name
 
 
 # ---- a model, its tokens and its folder

@@ -3,7 +3,7 @@
 from elastictok_jax import ElasticTokenizer
 from elastictok_jax.config import default_config, override, resolve
 from elastictok_jax.data import media
-from elastictok_jax.data.sources import EMBEDDED
+from elastictok_jax.data.sources.splits import EMBEDDED
 from elastictok_jax.training.state import init_state
 
 LENGTH, SIDE = 8, 16  # tokens a block, pixels

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from elastictok_jax.errors import UsageError
 from elastictok_jax.tokenizer import allocation
-from elastictok_jax.tokenizer.allocation import CausalBudget, allocate, interpolate_curves
+from elastictok_jax.tokenizer.allocation import BudgetPlanner, allocate, interpolate_curves
 
 LOW = 3
 WHOLE = st.integers(-4, 4).map(float)
@@ -224,7 +224,7 @@ def streams(draw):
     curves, _ = draw(problems(NUMBERS))
     curves = np.concatenate([curves] * draw(st.integers(1, 4)))
     high = LOW + curves.shape[1] - 1
-    budget = CausalBudget(
+    budget = BudgetPlanner(
         draw(st.one_of(st.floats(LOW, high), st.fractions(LOW, high, max_denominator=50))),
         LOW,
         high,
@@ -259,7 +259,7 @@ def test_a_stream_never_passes_its_account(stream):
 def test_a_known_stream_meets_its_total_exactly(blocks, share, seed):
     low, high = 4, 50
     total = blocks * low + round(share * blocks * (high - low))
-    budget = CausalBudget(Fraction(total, blocks), low, high, reserve=60, window=16, blocks=blocks)
+    budget = BudgetPlanner(Fraction(total, blocks), low, high, reserve=60, window=16, blocks=blocks)
     curves = noisy_power_laws(np.random.default_rng(seed), blocks=blocks, lengths=high - low + 1)
     assert sum(budget.next_length(curve) for curve in curves) == total
 
@@ -283,7 +283,7 @@ def test_a_mixed_stream_comes_near_the_best_in_hindsight(known):
     """
     blocks, low, high, target = 2000, 16, 256, 64
     curves = mixed_stream(np.random.default_rng(0), blocks=blocks, lengths=high)[:, low - 1 :]
-    budget = CausalBudget(
+    budget = BudgetPlanner(
         float(target), low, high, reserve=16 * target, blocks=blocks if known == "known" else None
     )
     lengths = np.array([budget.next_length(curve) for curve in curves])
@@ -294,7 +294,7 @@ def test_a_mixed_stream_comes_near_the_best_in_hindsight(known):
     assert spent < 1.2 * best.distortion
     assert spent < 0.8 * even
     assert abs(lengths.mean() - target) < 0.02 * target
-    again = CausalBudget(float(target), low, high, reserve=16 * target, blocks=budget.blocks)
+    again = BudgetPlanner(float(target), low, high, reserve=16 * target, blocks=budget.blocks)
     assert [again.next_length(curve) for curve in curves[:300]] == lengths[:300].tolist()
 
 
@@ -303,7 +303,7 @@ def test_the_mean_use_of_a_stream_of_ties_is_the_target(kind):
     """Curves that are all the same and have no one best length at the price."""
     at = np.arange(100)
     curve = {"straight": -1e-3 * at, "flat": 0.0 * at, "cliff": (at < 50) - 1e-3 * at}[kind]
-    budget = CausalBudget(33.5, 1, 100, reserve=100, window=64)
+    budget = BudgetPlanner(33.5, 1, 100, reserve=100, window=64)
     used = [budget.next_length(curve) for _ in range(3000)]
     assert np.mean(used) == pytest.approx(33.5, rel=0.01)
 
@@ -321,4 +321,4 @@ def test_the_mean_use_of_a_stream_of_ties_is_the_target(kind):
 )
 def test_a_budget_out_of_range_is_refused(changes, message):
     with pytest.raises(UsageError, match=message):
-        CausalBudget(**{"tokens_per_block": 4, "low": 2, "high": 9, "reserve": 8} | changes)
+        BudgetPlanner(**{"tokens_per_block": 4, "low": 2, "high": 9, "reserve": 8} | changes)

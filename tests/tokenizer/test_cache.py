@@ -4,12 +4,12 @@ import jax
 import numpy as np
 import pytest
 
-from elastictok_jax.attention.api import TokenPlaces
+from elastictok_jax.layers.attention.api import SequenceLayout
+from elastictok_jax.layers.patching import patchify, to_float, to_uint8
 from elastictok_jax.masking import keep_mask
-from elastictok_jax.models.patching import patchify, to_float, to_uint8
+from elastictok_jax.tokenizer.block_codec import CANDIDATES, ClipDecoder, ClipEncoder
 from elastictok_jax.tokenizer.cache import Cache
-from elastictok_jax.tokenizer.coder import CANDIDATES, Coder, Decoder
-from elastictok_jax.tokenizer.grid import Grid
+from elastictok_jax.tokenizer.tiling import Grid
 from tests.tokenizer.small import LENGTH, make_tokenizer, moving_clip
 
 BLOCKS = 5
@@ -25,7 +25,7 @@ def whole_pass(tokenizer, clip, lengths):
     blocks = len(lengths)
     patches = patchify(clip[: 4 * blocks], patch=(2, 8, 8), frames_per_block=4)
     tokens = blocks * LENGTH
-    places = TokenPlaces(np.arange(tokens), np.ones((1, tokens), np.int32), LENGTH)
+    places = SequenceLayout(np.arange(tokens), np.ones((1, tokens), np.int32), LENGTH)
     keep = keep_mask(np.asarray([lengths]), tokens_per_block=LENGTH)
     apply = jax.jit(lambda params, pixels: tokenizer.model.apply(params, pixels, keep, places))
     output = apply({"params": tokenizer.params}, to_float(patches[None]))
@@ -64,7 +64,7 @@ def test_streaming_equals_a_whole_pass_while_the_window_covers_it(
 
 def test_several_candidates_measure_what_one_does(clip):
     tokenizer = make_tokenizer(**{"data.sequence_blocks": 4})
-    coder = Coder(tokenizer._programs, window_blocks=4)
+    coder = ClipEncoder(tokenizer._programs, window_blocks=4)
     for patches, inside in blocks_of(tokenizer, clip):
         block = coder.block(patches, inside)
         many = block.errors(range(1, LENGTH + 1))
@@ -89,9 +89,9 @@ def test_a_block_sees_the_window_and_no_more(clip, window):
     block of the window gives the same."""
     tokenizer = make_tokenizer()
     blocks = list(blocks_of(tokenizer, clip))
-    stream = Coder(tokenizer._programs, window_blocks=window)
+    stream = ClipEncoder(tokenizer._programs, window_blocks=window)
     for index, newest in enumerate(blocks):
-        short = Coder(tokenizer._programs, window_blocks=BLOCKS)
+        short = ClipEncoder(tokenizer._programs, window_blocks=BLOCKS)
         for earlier in blocks[max(0, index + 1 - window) : index]:
             short.block(*earlier).keep(4)
         block = stream.block(*newest)
@@ -106,7 +106,7 @@ def held(cache):
 
 def test_memory_stays_that_of_the_window(clip):
     tokenizer = make_tokenizer(**{"data.sequence_blocks": 3})
-    decoder = Decoder(tokenizer._programs, window_blocks=3)
+    decoder = ClipDecoder(tokenizer._programs, window_blocks=3)
     sizes = []
     for _ in range(9):
         decoder.block(np.zeros(2, np.int32))
@@ -116,7 +116,7 @@ def test_memory_stays_that_of_the_window(clip):
 
 def test_a_cache_grows_by_doubling():
     tokenizer = make_tokenizer()
-    decoder = Decoder(tokenizer._programs, window_blocks=12)
+    decoder = ClipDecoder(tokenizer._programs, window_blocks=12)
     sizes = []
     for _ in range(14):
         decoder.block(np.zeros(2, np.int32))

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from elastictok_jax.tokenizer.api import ElasticTokenizer
-from elastictok_jax.tokenizer.grid import Grid
+from elastictok_jax.tokenizer.tiling import Grid
 from elastictok_jax.tokenizer.tokens import Tokens
 from tests.tokenizer.small import SIDE, make_tokenizer, moving_clip
 

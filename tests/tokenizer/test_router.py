@@ -12,8 +12,8 @@ from elastictok_jax import ElasticTokenizer, cli
 from elastictok_jax.config import to_json
 from elastictok_jax.data import media
 from elastictok_jax.errors import UsageError
+from elastictok_jax.storage.safetensors import save_params
 from elastictok_jax.tokenizer.goal import Goal
-from elastictok_jax.tokenizer.grid import Grid
 from elastictok_jax.tokenizer.router import FILE, Router, energies, features, predict
 from elastictok_jax.tokenizer.router_training import (
     count_error,
@@ -22,7 +22,7 @@ from elastictok_jax.tokenizer.router_training import (
     train_router,
     training_clips,
 )
-from elastictok_jax.weights.safetensors import save_params
+from elastictok_jax.tokenizer.tiling import Grid
 from tests.tokenizer.small import LENGTH, make_tokenizer, moving_clip
 
 KNOTS = (1, 2, 4, 8)

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from elastictok_jax import ElasticTokenizer, Tokens
-from elastictok_jax.attention.api import TokenPlaces
 from elastictok_jax.data import media
-from elastictok_jax.data.sources import EMBEDDED
-from elastictok_jax.models.patching import patchify
-from elastictok_jax.registry import get_experiment
+from elastictok_jax.data.sources.splits import EMBEDDED
+from elastictok_jax.experiment_registry import get_experiment
+from elastictok_jax.layers.attention.api import SequenceLayout
+from elastictok_jax.layers.patching import patchify
 from elastictok_jax.tokenizer.search import SEARCHES
 from elastictok_jax.training.loop import train
 
@@ -90,7 +90,7 @@ def test_full_is_what_brute_force_finds(tokenizer, clips):
     @jax.jit
     def errors(params, patches, keep):
         count, tokens = keep.shape
-        places = TokenPlaces(jnp.arange(tokens), jnp.ones((count, tokens), jnp.int32), LENGTH)
+        places = SequenceLayout(jnp.arange(tokens), jnp.ones((count, tokens), jnp.int32), LENGTH)
         pixels = jnp.broadcast_to(patches / 127.5 - 1.0, (count, *patches.shape))
         out = model.apply({"params": params}, pixels, keep, places).reconstruction
         levels = jnp.round((jnp.clip(out[:, -LENGTH:], -1, 1) + 1) * 127.5)

@@ -11,10 +11,10 @@ import pytest
 from elastictok_jax import ElasticTokenizer, Tokens
 from elastictok_jax.config import to_json
 from elastictok_jax.errors import UsageError
-from elastictok_jax.losses.lpips import lpips
-from elastictok_jax.models.patching import to_float
-from elastictok_jax.weights.lpips import load_lpips
-from elastictok_jax.weights.safetensors import save_params
+from elastictok_jax.layers.patching import to_float
+from elastictok_jax.perceptual.lpips import lpips
+from elastictok_jax.perceptual.lpips_weights import load_lpips
+from elastictok_jax.storage.safetensors import save_params
 from tests.tokenizer.small import make_tokenizer, moving_clip
 
 

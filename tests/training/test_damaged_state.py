@@ -13,13 +13,13 @@ from elastictok_jax import cli
 from elastictok_jax.config import override, to_json
 from elastictok_jax.errors import RunError, UsageError
 from elastictok_jax.evaluation.compare import compare_runs
-from elastictok_jax.registry import get_experiment
+from elastictok_jax.experiment_registry import get_experiment
+from elastictok_jax.storage.checkpoint import Checkpointer, DamagedCheckpoint
+from elastictok_jax.storage.references import split_reference
 from elastictok_jax.tokenizer.api import ElasticTokenizer
-from elastictok_jax.training.checkpoint import Checkpointer, DamagedCheckpoint
 from elastictok_jax.training.inspection import in_lines, inspect_run
 from elastictok_jax.training.loop import train
-from elastictok_jax.training.metrics import MetricWriter, read_metrics
-from elastictok_jax.training.references import split_reference
+from elastictok_jax.training.metric_writers import MetricWriter, read_metrics
 from tests.training.test_loop import OPTIONS
 
 RUN = OPTIONS | {"train.checkpoint_every": 2, "train.log_every": 1, "train.eval_every": 2}

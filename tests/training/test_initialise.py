@@ -11,14 +11,14 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from elastictok_jax import cli
 from elastictok_jax.config import override, read_config, resolve, to_json
 from elastictok_jax.errors import UsageError
-from elastictok_jax.models.layer_layout import with_layout
+from elastictok_jax.experiment_registry import get_experiment
+from elastictok_jax.layers.scan_layout import with_layout
 from elastictok_jax.parallel.mesh import make_mesh
-from elastictok_jax.registry import get_experiment
+from elastictok_jax.storage.safetensors import load_params, save_params
 from elastictok_jax.tokenizer.api import ElasticTokenizer
 from elastictok_jax.training.initialise import initialise
-from elastictok_jax.training.metrics import read_metrics
+from elastictok_jax.training.metric_writers import read_metrics
 from elastictok_jax.training.state import abstract_state
-from elastictok_jax.weights.safetensors import load_params, save_params
 
 OPTIONS = {
     "model.width": 16,

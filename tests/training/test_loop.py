@@ -15,12 +15,12 @@ from tensorboardX.proto.event_pb2 import Event
 from elastictok_jax import cli
 from elastictok_jax.config import override, read_config
 from elastictok_jax.data import media
-from elastictok_jax.data.sources import EMBEDDED, open_feeds
+from elastictok_jax.data.sources.splits import EMBEDDED, open_splits
 from elastictok_jax.errors import UsageError
-from elastictok_jax.registry import get_experiment
+from elastictok_jax.experiment_registry import get_experiment
 from elastictok_jax.tokenizer.api import ElasticTokenizer
 from elastictok_jax.training.loop import train
-from elastictok_jax.training.metrics import MetricWriter, read_metrics
+from elastictok_jax.training.metric_writers import MetricWriter, read_metrics
 
 OPTIONS = {
     "model.width": 16,
@@ -243,7 +243,7 @@ def test_a_file_that_is_damaged_while_training_is_replaced_and_counted(tmp_path,
 
 
 def test_counts_of_damage_go_on_when_a_run_resumes(tmp_path, monkeypatch):
-    source = type(open_feeds(tiny()).train[0].source)
+    source = type(open_splits(tiny()).train[0].source)
     read = source.read
 
     def every_third_damaged(self, item, indices, *, side):

@@ -17,8 +17,8 @@ from jax.sharding import Mesh
 
 from elastictok_jax.config import read_config
 from elastictok_jax.parallel.mesh import AXES
-from elastictok_jax.training.checkpoint import Checkpointer
-from elastictok_jax.training.metrics import read_metrics
+from elastictok_jax.storage.checkpoint import Checkpointer
+from elastictok_jax.training.metric_writers import read_metrics
 from elastictok_jax.training.state import abstract_state
 
 STEPS, EVAL_EVERY = 60, 20

@@ -9,12 +9,12 @@ import pytest
 from elastictok_jax import cli
 from elastictok_jax.config import block_tokens, read_config
 from elastictok_jax.data.pipeline import BatchReader
-from elastictok_jax.data.sources import open_feeds
+from elastictok_jax.data.sources.splits import open_splits
 from elastictok_jax.errors import UsageError
 from elastictok_jax.parallel.mesh import make_mesh
-from elastictok_jax.training.checkpoint import Checkpointer
+from elastictok_jax.storage.checkpoint import Checkpointer
 from elastictok_jax.training.loop import train
-from elastictok_jax.training.metrics import read_metrics
+from elastictok_jax.training.metric_writers import read_metrics
 from elastictok_jax.training.state import abstract_state
 from elastictok_jax.training.step import make_eval_step
 
@@ -64,7 +64,7 @@ def test_both_stages_train_and_the_second_starts_with_the_weights_of_the_first(s
     # Held-out error on other data, at the same weights: measured, not guessed.
     _, params = params_at(stages / "images")
     video = read_config(stages / "video" / "config.json")
-    reader = BatchReader(video, open_feeds(video), split="heldout")
+    reader = BatchReader(video, open_splits(video), split="heldout")
     sums, _ = eval_step_of(video)(params, device(reader(0)), np.float32(1.0))
     assert lines[0]["step"] == 0
     assert lines[0]["eval/mse"] == pytest.approx(float(sums["error"] / sums["tokens"]), rel=1e-5)
@@ -75,7 +75,7 @@ def test_both_stages_train_and_the_second_starts_with_the_weights_of_the_first(s
 def test_first_stage_sees_images_and_the_second_also_video(stages):
     for stage, kinds in (("images", {False}), ("video", {False, True})):
         config = read_config(stages / stage / "config.json")
-        reader = BatchReader(config, open_feeds(config), split="train")
+        reader = BatchReader(config, open_splits(config), split="train")
         clips = [clip for row in range(16) for clip in reader.mixture.row(row)]
         assert {bool(reader.feeds[c.feed].source.is_video[c.item]) for c in clips} == kinds
 
@@ -91,7 +91,7 @@ def device(batch):
 def test_two_clips_of_a_sequence_do_not_see_each_other(stages):
     """Changing all pixels of one changes no bit of the other's reconstruction."""
     config, params = params_at(stages / "video")
-    reader = BatchReader(config, open_feeds(config), split="train")
+    reader = BatchReader(config, open_splits(config), split="train")
     row = next(n for n in range(64) if 1 < len(reader.mixture.row(n)) < 6)
     batch = {key: np.asarray(reader.read_row(row)[key])[None] for key in ("patches", "segment_ids")}
     segments = batch["segment_ids"][0]

@@ -13,15 +13,15 @@ import numpy as np
 import pytest
 
 from elastictok_jax.config import override, resolve
-from elastictok_jax.losses.lpips import lpips
+from elastictok_jax.experiment_registry import get_experiment
+from elastictok_jax.layers.patching import patchify, unpatchify
 from elastictok_jax.masking import keep_mask
-from elastictok_jax.models.elastictok import build_model
-from elastictok_jax.models.patching import patchify, unpatchify
-from elastictok_jax.registry import get_experiment
+from elastictok_jax.models.elastictok.model import build_model
+from elastictok_jax.perceptual.lpips import lpips
+from elastictok_jax.perceptual.lpips_weights import load_lpips
 from elastictok_jax.training.optimizer import decayed, make_schedule
 from elastictok_jax.training.state import init_state
-from elastictok_jax.training.step import make_train_step, random_frames, token_places
-from elastictok_jax.weights.lpips import load_lpips
+from elastictok_jax.training.step import make_train_step, random_frames, sequence_layout
 
 F, SIDE, PATCH = 4, 16, (2, 8, 8)
 L, D = 8, 2 * 8 * 8 * 3
@@ -195,7 +195,7 @@ def test_mse_is_of_valid_pixels_alone():
     step = jitted(config)
     new_state, metrics = step(state, batch, {})
 
-    keep_BS, places = kept(1.0), token_places(batch, tokens_per_block=L)
+    keep_BS, places = kept(1.0), sequence_layout(batch, tokens_per_block=L)
     target_BSD = to_pixels(batch["patches"])
     output = build_model(config).apply(
         {"params": state.params}, jnp.asarray(target_BSD, jnp.float32), keep_BS, places
@@ -227,7 +227,7 @@ def test_vae_kl_sums_over_kept_tokens_and_averages_over_blocks():
     state = start_of(config)
     new_state, metrics = run_step(config, batch)
 
-    keep_BS, places = kept(0.5), token_places(batch, tokens_per_block=L)
+    keep_BS, places = kept(0.5), sequence_layout(batch, tokens_per_block=L)
     encoded_BSZ = build_model(config).apply(
         {"params": state.params},
         jnp.asarray(to_pixels(batch["patches"]), jnp.float32),
@@ -344,7 +344,7 @@ def test_lpips_compares_one_frame_of_a_block_and_ignores_padding():
 
     batch = {"patches": jnp.asarray(patches_BSD), "segment_ids": jnp.asarray(segments_BS)}
     target_BSD = jnp.asarray(to_pixels(patches_BSD), jnp.float32)
-    everything, places = jnp.ones((2, BLOCKS * L), bool), token_places(batch, tokens_per_block=L)
+    everything, places = jnp.ones((2, BLOCKS * L), bool), sequence_layout(batch, tokens_per_block=L)
     apply = jax.jit(lambda *x: build_model(config).apply(*x, everything, places).reconstruction)
     reconstruction_BSD = apply({"params": state.params}, target_BSD)
     frames = [

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from elastictok_jax.training.steplog import IN_FLIGHT
+from elastictok_jax.training.async_metrics import IN_FLIGHT
 from elastictok_jax.training.watchdog import Watchdog
 
 

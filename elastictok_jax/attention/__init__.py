@@ -1,1 +1,0 @@
-"""Block-causal attention: one function, several backends."""

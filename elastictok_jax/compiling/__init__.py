@@ -1,1 +1,0 @@
-"""What a training step costs on a pod, from its compiled program alone."""

@@ -1,0 +1,157 @@
+"""What comes in to be encoded: frames in order, one at a time, of an image, a video or a pipe.
+
+Dimension key: H height, W width.
+"""
+
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import BinaryIO
+
+import numpy as np
+
+from elastictok_jax.data import media
+from elastictok_jax.data.media import raw_video
+from elastictok_jax.errors import UsageError
+
+PIPE = "-"
+
+
+@dataclass
+class Footage:
+    """Frames that can be read once.
+
+    Attributes:
+      name: what messages call it.
+      stream: uint8 [H, W, 3], one after the other.
+      height, width: in pixels, as they are given; fps: frames a second, 0 for an image.
+      frames: how many there are at most, or None where nobody knows.
+      notes: what is lost of the original, a line each.
+      fault: why `stream` ended early; "" unless a pipe was cut off.
+    """
+
+    name: str
+    stream: Iterable[np.ndarray]
+    height: int
+    width: int
+    fps: float
+    frames: int | None
+    notes: list[str] = field(default_factory=list)
+    fault: str = ""
+
+
+def open_footage(
+    source: str,
+    *,
+    side: int | None = None,
+    max_frames: int | None = None,
+    size: tuple[int, int] | None = None,
+    fps: float | None = None,
+) -> Footage:
+    """Opens an image or a video, or "-", standard input with raw rgb24 or y4m.
+
+    Args:
+      source: a path, or "-".
+      side: length of the shortest side to resize to, in pixels.
+      max_frames: read no more than these.
+      size: width and height of raw frames; without, standard input is y4m.
+      fps: of a pipe, what its frames have, in place of what a y4m stream says; of a video, what is
+        read of it: the frames nearest to 0, 1 / fps, 2 / fps, ... seconds, or all if it has fewer.
+
+    Raises:
+      UsageError: if it cannot be read, or the options do not fit it.
+    """
+    for name, value in (("resolution", side), ("max-frames", max_frames)):
+        if value is not None and value < 1:
+            raise UsageError(f"--{name} {value}: give at least 1")
+    if fps is not None and not media.is_rate(fps):
+        raise UsageError(f"--fps {fps:g}: give the frames a second, e.g. 4")
+    if source == PIPE:
+        footage = _open_pipe(size=size, fps=fps)
+    elif size is not None:
+        raise UsageError(f"--size is for raw frames from a pipe: {source} has its own")
+    elif media.file_kind(source) == "image":
+        if fps is not None:
+            raise UsageError(f"--fps {fps:g}: {source} is an image; leave it out")
+        image = media.read_image(source)
+        height, width, _ = image.shape
+        footage = Footage(source, [image], height, width, fps=0.0, frames=1)
+    else:
+        footage = _open_video(source, fps=fps)
+    if source != PIPE and (loss := media.loss_on_reading(source)):
+        footage.notes.append(f"{source} {loss}")
+    if max_frames is not None:
+        footage.stream = islice(footage.stream, max_frames)
+        footage.frames = min(max_frames, footage.frames or max_frames)
+    if side is not None:
+        footage.stream = _resized(footage.stream, side=side)
+        footage.height, footage.width = media.scaled_size(
+            footage.height, footage.width, side=side, name=footage.name
+        )
+    return footage
+
+
+def _open_video(source: str, *, fps: float | None) -> Footage:
+    reader = media.VideoReader(source)
+    indices = reader.indices_at(fps or reader.fps)
+    lowered = fps is not None and fps < reader.fps
+    notes = []
+    if reader.has_audio:
+        notes.append(f"{source}: its sound is left out")
+    if fps is not None and fps > reader.fps:
+        notes.append(f"{source}: it has {reader.fps:.6g} frames a second, fewer than --fps {fps:g}")
+    if not (reader.evenly_spaced or lowered):
+        notes.append(
+            f"{source}: its frame rate varies; every frame is kept, at the mean of "
+            f"{reader.fps:.6g} a second"
+        )
+    return Footage(
+        name=source,
+        stream=_in_order(reader, indices),
+        height=reader.height,
+        width=reader.width,
+        fps=fps if fps is not None and lowered else reader.fps,
+        frames=len(indices),
+        notes=notes,
+    )
+
+
+def _in_order(reader: media.VideoReader, indices: np.ndarray) -> Iterator[np.ndarray]:
+    """Frames at ascending `indices`; one that comes again is decoded once."""
+    with reader:
+        for index, times in zip(*np.unique(indices, return_counts=True), strict=True):
+            yield from [reader.read(int(index), 1)[0]] * int(times)
+
+
+def _open_pipe(*, size: tuple[int, int] | None, fps: float | None) -> Footage:
+    if sys.stdin is None or sys.stdin.isatty():
+        raise UsageError("standard input is no pipe: send raw rgb24 frames or y4m into it")
+    stream: BinaryIO = sys.stdin.buffer
+    if size is None:
+        header = raw_video.read_y4m_header(stream)
+        height, width, rate = header.height, header.width, fps or header.fps
+        frames = raw_video.read_y4m(stream, header)
+    else:
+        (width, height), rate = size, fps or 0.0
+        raw_video.require_size(height, width)
+        frames = raw_video.read_raw(stream, height=height, width=width)
+    if not rate:
+        raise UsageError("standard input does not give its frame rate: add --fps, e.g. --fps 30")
+    if not media.is_rate(rate):
+        raise UsageError(f"standard input gives {rate:g} frames a second: say how many by --fps")
+    footage = Footage("standard input", [], height, width, rate, None)
+    footage.stream = _until_cut_off(frames, footage)
+    return footage
+
+
+def _until_cut_off(frames: Iterator[np.ndarray], footage: Footage) -> Iterator[np.ndarray]:
+    try:
+        yield from frames
+    except raw_video.CutOff as cut:
+        footage.fault = f"{footage.name} ended {cut}"
+
+
+def _resized(frames: Iterable[np.ndarray], *, side: int) -> Iterator[np.ndarray]:
+    for frame in frames:
+        yield media.resize_shortest(frame[None], side=side)[0]

@@ -1,0 +1,146 @@
+"""Frames out of a pipe: raw rgb24, or YUV4MPEG2 (y4m), which says of itself what it holds.
+
+Dimension key: H height, W width. One frame is held at a time.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import BinaryIO
+
+import numpy as np
+
+from elastictok_jax.data import media
+from elastictok_jax.data.media import color
+from elastictok_jax.errors import UsageError
+
+Y4M = b"YUV4MPEG2"
+_LINE = 1024  # bytes that a line of a y4m header may have
+# By the name of a layout: pixel format, and where its chroma samples lie ("" for the usual place).
+_LAYOUTS = {
+    "420": ("yuv420p", "center"),
+    "420jpeg": ("yuv420p", "center"),
+    "420mpeg2": ("yuv420p", "left"),
+    "420paldv": ("yuv420p", "topleft"),
+    "422": ("yuv422p", ""),
+    "444": ("yuv444p", ""),
+    "mono": ("gray", ""),
+}
+_OLD_LAYOUT = b"XYSCSS="  # how old senders, which have no C, name it
+
+
+class CutOff(Exception):
+    """The stream ends within a frame, or goes on with none; all frames before it are sound."""
+
+
+@dataclass(frozen=True)
+class Y4mHeader:
+    """What the first line of a y4m stream says; fps is 0 where it leaves that open, and siting is
+    where its chroma samples lie, as in `color`."""
+
+    height: int
+    width: int
+    fps: float
+    pixel_format: str
+    full_range: bool
+    siting: str
+
+    @property
+    def frame_bytes(self) -> int:
+        luma = self.height * self.width
+        down, across = -(-self.height // 2), -(-self.width // 2)
+        chroma = {"yuv420p": down * across, "yuv422p": self.height * across, "yuv444p": luma}
+        return luma + 2 * chroma.get(self.pixel_format, 0)
+
+
+def read_raw(stream: BinaryIO, *, height: int, width: int) -> Iterator[np.ndarray]:
+    """Frames uint8 [H, W, 3] of raw rgb24 until the stream ends.
+
+    Raises:
+      UsageError: if it is y4m after all; CutOff: if it ends within a frame.
+    """
+    require_size(height, width)
+    number = 0
+    while data := _whole(stream, height * width * 3, number=number):
+        if number == 0 and data.startswith(Y4M):
+            raise UsageError("standard input is y4m, which gives its own size: leave out --size")
+        yield np.frombuffer(data, np.uint8).reshape(height, width, 3)
+        number += 1
+
+
+def read_y4m_header(stream: BinaryIO) -> Y4mHeader:
+    """Reads the first line.
+
+    Raises:
+      UsageError: if it is not that of a y4m stream, or of one that cannot be read here.
+    """
+    line = stream.readline(_LINE)
+    magic, *words = line.split()[:64] or [b""]
+    if magic != Y4M:
+        raise UsageError(
+            "standard input is not y4m: of raw rgb24 frames give --size WIDTHxHEIGHT and --fps"
+        )
+    fields = {word[:1]: word[1:].decode("ascii", "replace") for word in words if word[:1] != b"X"}
+    try:
+        height, width = int(fields[b"H"]), int(fields[b"W"])
+        over, under = map(int, fields.get(b"F", "0:0").split(":"))
+        rate = over / under if over > 0 and under > 0 else 0.0
+    except (KeyError, ValueError, OverflowError):
+        raise UsageError(
+            f"standard input: damaged y4m header {line[:80]!r}: send it again"
+        ) from None
+    require_size(height, width)
+    old = [word.removeprefix(_OLD_LAYOUT) for word in words if word.startswith(_OLD_LAYOUT)]
+    colours = fields.get(b"C") or b"".join(old[:1]).decode("ascii", "replace").lower() or "420"
+    if colours not in _LAYOUTS:
+        known = ", ".join(f"C{name}" for name in _LAYOUTS)
+        raise UsageError(f"standard input: y4m of C{colours[:20]}: send one of {known}")
+    pixel_format, siting = _LAYOUTS[colours]
+    full_range = b"XCOLORRANGE=FULL" in words
+    return Y4mHeader(
+        height=height,
+        width=width,
+        fps=rate,
+        pixel_format=pixel_format,
+        full_range=full_range,
+        siting=siting or color.usual_siting(full_range=full_range),
+    )
+
+
+def read_y4m(stream: BinaryIO, header: Y4mHeader) -> Iterator[np.ndarray]:
+    """Frames uint8 [H, W, 3] after the header, until the stream ends.
+
+    Raises:
+      CutOff: if it ends within a frame, or goes on with something else.
+    """
+    number = 0
+    while line := stream.readline(_LINE):
+        if not (line.startswith(b"FRAME") and line.endswith(b"\n")):
+            raise CutOff(f"within frame {number}: {line[:20]!r} where FRAME should be")
+        data = _whole(stream, header.frame_bytes, number=number)
+        if not data:
+            raise CutOff(f"within frame {number}")
+        yield media.yuv_to_rgb(
+            data,
+            pixel_format=header.pixel_format,
+            height=header.height,
+            width=header.width,
+            full_range=header.full_range,
+            siting=header.siting,
+        )
+        number += 1
+
+
+def require_size(height: int, width: int) -> None:
+    """Raises UsageError for a size that no frame has."""
+    if height < 1 or width < 1 or height * width > media.LIMITS.pixels:
+        raise UsageError(
+            f"frames of {width}x{height}: give 1 to {media.LIMITS.pixels} pixels, as WIDTHxHEIGHT"
+        )
+
+
+def _whole(stream: BinaryIO, size: int, *, number: int) -> bytes:
+    """Bytes of a frame, or none at the end."""
+    data = stream.read(size)
+    if 0 < len(data) < size:
+        raise CutOff(f"within frame {number}: {len(data)} of {size} bytes")
+    return data

@@ -1,0 +1,1 @@
+"""`elastictok prepare`: originals to record data sets."""

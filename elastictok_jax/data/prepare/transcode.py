@@ -1,0 +1,192 @@
+"""One original to the records of a prepared data set: images resized, video re-encoded in parts."""
+
+import dataclasses
+import hashlib
+import io
+import itertools
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from elastictok_jax.data import media
+from elastictok_jax.data.prepare.scenes import SceneCuts
+from elastictok_jax.data.sources.tfds_records import FRAME_RATE, PART_FRAMES, RecordSource
+from elastictok_jax.errors import UsageError
+
+JPEG_QUALITY = 95
+FRAMES_AT_ONCE = 32
+LOSSLESS = frozenset({"PNG", "BMP", "GIF"})
+EXTRAS = {"gs": "gcs", "gcs": "gcs", "s3": "s3", "s3a": "s3"}
+ORIENTATION = 0x0112  # EXIF tag
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What the content of a prepared data set hangs on, beside its inputs.
+
+    Attributes:
+      resolution: pixels that the shortest side has at most, 0 for no bound; crf: x264's quality,
+        lower is better; scene_cuts: whether videos are cut there; limits: of originals.
+    """
+
+    resolution: int
+    crf: int
+    scene_cuts: bool
+    limits: media.MediaLimits
+
+
+def file_records(path: Path, *, name: str, settings: Settings) -> tuple[list[dict[str, Any]], str]:
+    """The records of an image or video file, as `records.features` has them, and what is lost of
+    it beside its size, "" for nothing.
+
+    Raises:
+      MediaError: saying what is wrong with the file.
+    """
+    try:
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise media.MediaError(f"{path}: cannot be read ({error.strerror or error})") from error
+    origin = {"source": name, "content_hash": digest}
+    if media.file_kind(path) == "image":
+        pixels = media.read_image(path, limits=settings.limits)
+        record = origin | image_record(path.read_bytes(), pixels, settings=settings)
+        return [record], media.loss_on_reading(path)
+    with media.VideoReader(path, limits=settings.limits) as reader:
+        if reader.frame_count == 1:  # a GIF that does not move
+            made = [image_record(None, reader.read(0, 1)[0], settings=settings)]
+        else:
+            fps = reader.fps or FRAME_RATE
+            frames = _video_frames(reader, resolution=settings.resolution)
+            made = list(video_records(frames, fps=fps, settings=settings))
+    return [origin | record for record in made], media.loss_on_reading(path)
+
+
+def item_records(source: RecordSource, item: int, *, name: str, settings: Settings):
+    """The records of an item of another data set, and ""; see `file_records`."""
+    origin = {"source": name, "content_hash": ""}
+    if not source.is_video[item]:
+        data = source.encoded_image(item)
+        pixels = media.decode_image(data, name=name, limits=settings.limits)
+        origin["content_hash"] = hashlib.sha256(data).hexdigest()
+        return [origin | image_record(data, pixels, settings=settings)], ""
+    seen = hashlib.sha256()
+    total = int(source.frames[item])
+
+    def frames() -> Iterator[np.ndarray]:
+        for start in range(0, total, FRAMES_AT_ONCE):
+            indices = np.arange(start, min(start + FRAMES_AT_ONCE, total))
+            for frame in source.read_at_most(item, indices, side=settings.resolution):
+                seen.update(frame.tobytes())
+                yield frame
+
+    made = list(video_records(frames(), fps=float(source.fps[item]), settings=settings))
+    origin["content_hash"] = seen.hexdigest()
+    return [origin | record for record in made], ""
+
+
+def image_record(data: bytes | None, pixels: np.ndarray, *, settings: Settings) -> dict[str, Any]:
+    """The record of a picture uint8 [H, W, 3]; its own bytes `data`, where they will do."""
+    side = min(pixels.shape[:2])
+    wanted = min(side, settings.resolution or side)
+    plain, form = _plain_form(data)
+    if not (plain and wanted == side):
+        pixels = media.resize_shortest(pixels[None], side=wanted)[0]
+        file = io.BytesIO()
+        if form in LOSSLESS:
+            Image.fromarray(pixels).save(file, "PNG")
+        else:
+            Image.fromarray(pixels).save(file, "JPEG", quality=JPEG_QUALITY)
+        data = file.getvalue()
+    height, width, _ = pixels.shape
+    size = {"height": height, "width": width, "frames": 1, "fps": 0.0, "duration": 0.0}
+    return {"kind": "image", "data": data, "start": 0, "part": 0} | size
+
+
+def _plain_form(data: bytes | None) -> tuple[bool, str]:
+    """Whether a file is stored as it is (RGB JPEG or PNG, not turned), and its format."""
+    if data is None:
+        return False, "GIF"
+    with media.opened_image(io.BytesIO(data), name="an original") as image:
+        upright = image.getexif().get(ORIENTATION, 1) == 1
+        plain = upright and image.mode == "RGB" and not image.has_transparency_data
+        return plain and image.format in ("JPEG", "PNG"), image.format or ""
+
+
+def video_records(
+    frames: Iterable[np.ndarray], *, fps: float, settings: Settings
+) -> Iterator[dict[str, Any]]:
+    """Frames uint8 [H, W, 3] in order as records of at most PART_FRAMES, one pass, few held."""
+    cuts = SceneCuts() if settings.scene_cuts else None
+
+    def by_record() -> Iterator[tuple[tuple[int, int], int, np.ndarray]]:
+        """Frames with the stretch and part that they belong to, and their number."""
+        stretch, first = 0, 0
+        for number, frame in enumerate(frames):
+            if cuts and cuts.is_cut(frame):
+                stretch, first = stretch + 1, number
+            yield (stretch, (number - first) // PART_FRAMES), number, frame
+
+    for (_, part), group in itertools.groupby(by_record(), key=lambda entry: entry[0]):
+        yield _video_record(
+            ((n, frame) for _, n, frame in group), part=part, fps=fps, settings=settings
+        )
+
+
+def _video_record(
+    numbered: Iterator[tuple[int, np.ndarray]], *, part: int, fps: float, settings: Settings
+) -> dict[str, Any]:
+    seen: list[tuple[int, ...]] = []  # number, height and width of the frames
+
+    def pixels() -> Iterator[np.ndarray]:
+        for number, frame in numbered:
+            seen.append((number, *frame.shape[:2]))
+            yield frame
+
+    data = media.encode_video(pixels(), fps=fps, crf=settings.crf)
+    start, height, width = seen[0]
+    size = {"height": height, "width": width, "frames": len(seen), "fps": fps}
+    span = {"start": start, "part": part, "duration": len(seen) / fps}
+    return {"kind": "video", "data": data} | size | span
+
+
+def _video_frames(reader: media.VideoReader, *, resolution: int) -> Iterator[np.ndarray]:
+    side = min(reader.height, reader.width)
+    wanted = min(side, resolution or side)
+    for start in range(0, reader.frame_count, FRAMES_AT_ONCE):
+        count = min(FRAMES_AT_ONCE, reader.frame_count - start)
+        yield from reader.read(start, count, side=wanted)
+
+
+def fetch(url: str, target: Path) -> None:
+    """Copies a remote file to `target`.
+
+    Raises:
+      OSError: if it cannot be read.
+    """
+    system, path = open_file_system(url)
+    with system.open(path, "rb") as remote, target.open("wb") as local:
+        shutil.copyfileobj(remote, local)
+
+
+def open_file_system(url: str):
+    """The fsspec file system of `url`, and the path in it.
+
+    Raises:
+      UsageError: if the package for its protocol is not installed.
+    """
+    import fsspec
+
+    protocol = url.partition("://")[0]
+    try:
+        return fsspec.core.url_to_fs(url)
+    except ImportError as error:
+        extra = EXTRAS.get(protocol)
+        mend = f"pip install 'elastictok_jax[{extra}]'" if extra else str(error)
+        raise UsageError(f"{url}: reading {protocol}:// needs another package: {mend}") from None
+    except ValueError as error:
+        raise UsageError(f"{url}: {error}; use a local path, gs:// or s3://") from None

@@ -1,0 +1,66 @@
+"""`elastictok reconstruct`: encodes and decodes one file, and draws what became of it."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from elastictok_jax.data.frame_stream import PIPE, open_footage
+from elastictok_jax.errors import UsageError
+from elastictok_jax.evaluation.eval_clips import EvalClip, code_clip
+from elastictok_jax.evaluation.report.drawing import label
+from elastictok_jax.evaluation.report.reconstructions import draw_report, write_side_by_side
+from elastictok_jax.storage.atomic import make_folder, remove_outputs, write_json
+from elastictok_jax.tokenizer.api import ElasticTokenizer
+from elastictok_jax.tokenizer.goal import Goal
+
+RECONSTRUCTION = ("reconstruction.json", "reconstruction.png", "reconstruction.mp4")
+
+
+def reconstruct_file(
+    source: str,
+    *,
+    model: str | Path,
+    output: Path,
+    goal: Goal,
+    resolution: int | None = None,
+    max_frames: int | None = None,
+    fps: float | None = None,
+) -> dict[str, object]:
+    """Encodes and decodes one file; writes reconstruction.png (frames and token strip),
+    reconstruction.mp4 (video only) and reconstruction.json below `output`.
+
+    Raises:
+      UsageError: on a bad file, model or option.
+    """
+    if source == PIPE:
+        raise UsageError("reconstruct reads a file: `elastictok encode -` reads a pipe")
+    footage = open_footage(source, side=resolution, max_frames=max_frames, fps=fps)
+    tokenizer = ElasticTokenizer.from_pretrained(model)
+    make_folder(output)
+    frames = np.stack(list(footage.stream))
+    for note in footage.notes:
+        print(f"note: {note}", file=sys.stderr)
+    clip = EvalClip(Path(source).stem, frames, footage.fps)
+    coded = code_clip(tokenizer, clip, goals=[goal], progress=show_blocks)
+    sizes = dict(
+        frames_per_block=tokenizer.config.video.frames_per_block,
+        tokens_per_block=tokenizer.tokens_per_block,
+    )
+    remove_outputs(output, RECONSTRUCTION)
+    draw_report(
+        output / "reconstruction.png", [(clip, coded)], title=f"{label(clip.name)}: {goal}", **sizes
+    )
+    write_side_by_side(output / "reconstruction.mp4", [(clip, coded)], **sizes)
+    results = {"input": str(source), "fps": clip.fps, **coded[0].summary(frames)}
+    write_json(output / "reconstruction.json", results)
+    print(f"reconstruction in {output}", file=sys.stderr)
+    return results
+
+
+def show_blocks(what: str, done: int, total: int) -> None:
+    """A counter on a terminal; in a log, one line when all blocks are coded."""
+    terminal = sys.stderr.isatty()
+    if terminal or done == total:
+        start, end = ("\r", "\n" if done == total else "") if terminal else ("", "\n")
+        print(f"{start}coding {what}: {done}/{total} blocks", end=end, file=sys.stderr, flush=True)

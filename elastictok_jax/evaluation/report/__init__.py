@@ -1,0 +1,1 @@
+"""Pictures, plots and pages of an evaluation."""

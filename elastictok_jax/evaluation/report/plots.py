@@ -1,0 +1,211 @@
+"""Plots of an evaluation's figures (`figures.py`), after those of the paper."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from elastictok_jax.evaluation.eval_clips import EvalClip
+from elastictok_jax.evaluation.figures import CLIP_KINDS, Measured, joined, share_met_by_tokens
+from elastictok_jax.evaluation.measure import MeasurementPlan, Record
+from elastictok_jax.evaluation.report.drawing import log_ticks, plt
+from elastictok_jax.evaluation.report.reconstructions import drawing
+
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # for all eyes
+FILM_FRAMES = 8  # of a video, above its tokens
+Models = Sequence[dict[str, Any]]
+
+
+def _figure(columns: int, *, height: float = 3.4) -> tuple[Figure, list[Any]]:
+    figure, axes = plt.subplots(
+        1, columns, figsize=(4.6 * columns, height), squeeze=False, layout="constrained"
+    )
+    for one in axes[0]:
+        one.grid(alpha=0.3)
+    return figure, list(axes[0])
+
+
+def kinds_of(models: Models) -> list[str]:
+    """The kinds of clips that there are."""
+    return [kind for kind in CLIP_KINDS if kind in models[0]]
+
+
+def share_met(
+    measured: Sequence[Measured], kind_of: Mapping[str, str], plan: MeasurementPlan
+) -> Figure | None:
+    """Share of blocks that meet each target against share of tokens used (Fig. 4)."""
+    kinds = [kind for kind in CLIP_KINDS if kind in kind_of.values()]
+    figure, axes = _figure(len(kinds), height=3.8)
+    for one, kind in zip(axes, kinds, strict=True):
+        for model, line in zip(measured, ("-", "--", "-.", ":") * len(measured), strict=False):
+            records = [r for name, r in model.records.items() if kind_of[name] == kind]
+            for colour, target in zip(COLOURS * 9, plan.targets, strict=False):
+                lengths, met = (
+                    joined(records, f"target/{target:g}/{k}") for k in ("lengths", "met")
+                )
+                most = model.facts["tokens_per_block"]
+                if model.facts["fixed_tokens"] is not None:
+                    point = (model.facts["fixed_tokens"] / most, met.mean())
+                    one.plot(*point, "o", color=colour, markersize=5)
+                    continue
+                least = model.facts["min_tokens"]
+                tokens, shares = share_met_by_tokens(lengths, met.astype(bool), least=least)
+                label = f"{drawing.label(model.name)}, MSE {target:g}" if one is axes[0] else None
+                one.plot(tokens / most, shares, line, color=colour, label=label, linewidth=1.6)
+        one.set(xlabel="share of tokens used", title=kind, xlim=(0, 1.02), ylim=(-0.02, 1.02))
+    axes[0].set_ylabel("share of blocks that meet the target")
+    if axes[0].get_legend_handles_labels()[0]:
+        axes[0].legend(fontsize=7, title="dots: fixed tokenizers", title_fontsize=7)
+    return figure
+
+
+def rate_plot(key: str, label: str) -> Callable[[Models], Figure | None]:
+    """A plot of one metric of `rates` against bits per pixel x 16."""
+
+    def draw(models: Models) -> Figure | None:
+        kinds = [
+            k
+            for k in kinds_of(models)
+            if any(r.get(key) is not None for m in models for r in m[k]["rates"])
+        ]
+        if not kinds:
+            return None
+        figure, axes = _figure(len(kinds))
+        for one, kind in zip(axes, kinds, strict=True):
+            for colour, model in zip(COLOURS * 9, models, strict=False):
+                rows = [row for row in model[kind]["rates"] if row.get(key) is not None]
+                points = [(row["bpp16"], row[key]) for row in rows]
+                one.plot(
+                    *zip(*points, strict=True),
+                    "o-",
+                    color=colour,
+                    label=drawing.label(model["name"]),
+                )
+                coded = [(r["bpp16_coded"], r[key]) for r in rows if r.get("bpp16_coded")]
+                if coded:
+                    one.plot(*zip(*coded, strict=True), ".:", color=colour, alpha=0.7)
+            one.set(xscale="log", xlabel="bits per pixel x 16 (dotted: entropy-coded)", title=kind)
+            log_ticks(one.xaxis)
+        axes[0].set_ylabel(label)
+        axes[0].legend(fontsize=7)
+        return figure
+
+    return draw
+
+
+def loss_by_tokens(models: Models) -> Figure | None:
+    """Error against tokens (Fig. 5)."""
+    kinds = kinds_of(models)
+    figure, axes = _figure(len(kinds))
+    for one, kind in zip(axes, kinds, strict=True):
+        for colour, model in zip(COLOURS * 9, models, strict=False):
+            points = [(row["tokens"], row["mse"]) for row in model[kind]["rates"]]
+            one.plot(
+                *zip(*points, strict=True), "o-", color=colour, label=drawing.label(model["name"])
+            )
+        one.set(xscale="log", yscale="log", xlabel="tokens a block", title=kind)
+        log_ticks(one.xaxis, one.yaxis)
+    axes[0].set_ylabel("MSE")
+    axes[0].legend(fontsize=7)
+    return figure
+
+
+def context(models: Models) -> Figure | None:
+    """Quality against frames of context (Fig. 6)."""
+    some = [m for m in models if m.get("videos", {}).get("context")]
+    if not some:
+        return None
+    figure, axes = _figure(1)
+    for colour, model in zip(COLOURS * 9, some, strict=False):
+        points = [(row["frames"], row["psnr_of_mse"]) for row in model["videos"]["context"]]
+        axes[0].plot(
+            *zip(*points, strict=True), "o-", color=colour, label=drawing.label(model["name"])
+        )
+    axes[0].set(xlabel="frames that see each other", ylabel="PSNR, dB, at half of the tokens")
+    axes[0].legend(fontsize=7)
+    return figure
+
+
+def energy(measured: Measured, kind_of: Mapping[str, str], plan: MeasurementPlan) -> Figure | None:
+    """Tokens used against high-frequency energy, each block alone and in context (Fig. 9)."""
+    if measured.facts["fixed_tokens"] is not None:
+        return None
+    figure, axes = _figure(2)
+    keys = ("single/lengths", f"target/{plan.main_target:g}/lengths")
+    energies = joined(list(measured.records.values()), "energy")
+    least = min(energies[energies > 0], default=1.0) / 10
+    for one, key, title in zip(axes, keys, ("each block alone", "in context"), strict=True):
+        for colour, kind in zip(COLOURS, CLIP_KINDS, strict=False):
+            records = [r for name, r in measured.records.items() if kind_of[name] == kind]
+            if records:
+                x, y = joined(records, "energy"), joined(records, key)
+                x = np.maximum(x, least)  # flat blocks have none, and the axis no zero
+                one.plot(x, y, ".", color=colour, label=kind, alpha=0.6)
+        one.set(
+            xscale="log",
+            xlabel="high-frequency energy of the block",
+            title=f"{title}, MSE {plan.main_target:g}",
+        )
+        log_ticks(one.xaxis)
+    axes[0].set_ylabel("tokens used")
+    axes[0].legend(fontsize=7)
+    return figure
+
+
+def crops(clip: EvalClip, pictures: Sequence[tuple[str, np.ndarray]]) -> Figure:
+    """One frame at several lengths (Fig. 5): the original, then `pictures`, named."""
+    every = [("original", clip.frames[0]), *pictures]
+    figure, axes = plt.subplots(
+        1, len(every), figsize=(1.5 * len(every), 1.9), squeeze=False, layout="constrained"
+    )
+    for one, (label, image) in zip(axes[0], every, strict=True):
+        one.imshow(image, interpolation="bicubic")
+        one.set_title(label, fontsize=7)
+        one.axis("off")
+    return figure
+
+
+def tokens_over_time(
+    clips: Sequence[EvalClip],
+    records: Mapping[str, Record],
+    plan: MeasurementPlan,
+    *,
+    frames_per_block: int,
+    tokens_per_block: int,
+) -> Figure | None:
+    """Tokens of each block under the frames of each video, scene cuts marked (Fig. 1)."""
+    videos = [clip for clip in clips if len(clip.frames) > 1]
+    if not videos:
+        return None
+    figure, axes = plt.subplots(
+        2 * len(videos),
+        1,
+        figsize=(9, 2.1 * len(videos)),
+        height_ratios=[1, 1] * len(videos),
+        squeeze=False,
+        layout="constrained",
+    )
+    for index, clip in enumerate(videos):
+        film, strip = axes[2 * index, 0], axes[2 * index + 1, 0]
+        frames = clip.frames[np.linspace(0, len(clip.frames) - 1, FILM_FRAMES).round().astype(int)]
+        film.imshow(np.concatenate(list(frames), axis=1), interpolation="bicubic", aspect="auto")
+        film.axis("off")
+        film.set_title(drawing.label(clip.name), fontsize=8)
+        record = records[clip.name]
+        for colour, target in zip(COLOURS * 9, plan.targets, strict=False):
+            lengths = record[f"target/{target:g}/lengths"]
+            edges = np.minimum(np.arange(len(lengths) + 1) * frames_per_block, len(clip.frames))
+            strip.stairs(lengths, edges, color=colour, linewidth=1.5, label=f"MSE {target:g}")
+            missed = ~record[f"target/{target:g}/met"].astype(bool)
+            strip.plot((edges[:-1] + edges[1:])[missed] / 2, lengths[missed], "x", color=colour)
+        for cut in record["cuts"]:
+            strip.axvline(cut, color="black", linestyle=":", linewidth=1)
+        strip.set(xlim=(0, len(clip.frames)), ylim=(0, tokens_per_block * 1.08))
+        strip.tick_params(labelsize=6)
+        strip.set_ylabel("tokens", fontsize=7)
+    axes[1, 0].legend(fontsize=6, ncols=4)
+    axes[-1, 0].set_xlabel(
+        "frame (x: the target is missed, the least error kept; dotted: scene cut)", fontsize=7
+    )
+    return figure

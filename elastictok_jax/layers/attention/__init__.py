@@ -1,0 +1,1 @@
+"""Block-causal attention: one function and its backends."""

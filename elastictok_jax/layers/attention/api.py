@@ -1,0 +1,143 @@
+"""Block-causal attention over packed clips (paper, section 3.1): one function.
+
+Dimension key: B batch, C candidates, S tokens, T cached tokens, H heads, K head width.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from elastictok_jax.errors import UsageError
+from elastictok_jax.layers.attention.blockwise import Blockwise
+from elastictok_jax.layers.attention.dense import Dense, dense_attention
+from elastictok_jax.layers.attention.kernel import Kernel, Visibility, flash_attention, merge
+from elastictok_jax.layers.attention.sharded import on_mesh
+
+Array = jax.Array
+BACKENDS = ("auto", "dense", "blockwise", "splash", "fused")
+
+
+@struct.dataclass
+class SequenceLayout:
+    """Where each token of a packed sequence stands.
+
+    Attributes:
+      positions_S: int32 [S], what rotary embedding turns by. Only differences matter.
+      segments_BS: int32 [B, S], the clip each token belongs to; 0 is padding.
+      tokens_per_block: L; token i of the sequence is in block i // L.
+      past_ids_T: int32 [T], where keys and values of earlier blocks are given (`attend_to_past`):
+        1 for those that there are, 0 for room that is still empty. None where nothing is given.
+    """
+
+    positions_S: Array
+    segments_BS: Array
+    tokens_per_block: int = struct.field(pytree_node=False)
+    past_ids_T: Array | None = None
+
+
+def attention(
+    query_BSHK: Array, key_BSHK: Array, value_BSHK: Array, *, places: SequenceLayout, backend: str
+) -> Array:
+    """Query i sees key j iff both are in one clip and block(j) <= block(i).
+
+    Padding (segment 0) sees only padding, so no row is ever empty. Scores are scaled by
+    K ** -0.5 and normalised in float32 whatever the dtype of the inputs. Called where a mesh is
+    set, the devices share batch and heads, and a sequence that lies over several goes round them
+    in a ring.
+
+    Args:
+      backend: what a device runs. "dense" (every score at once), "blockwise" (tiles, plain XLA),
+        "splash" (Pallas kernel for TPUs; interpreted elsewhere), "fused" (Pallas kernels for GPUs;
+        interpreted elsewhere), or "auto": splash on a TPU, else blockwise. "fused" has been
+        checked in the interpreter and compiled, but not timed on a GPU, so "auto" leaves it alone.
+
+    Returns:
+      [B, S, H, K] in the dtype of `value_BSHK`.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    segments_BS, per_block = places.segments_BS, places.tokens_per_block
+    inputs = [x.swapaxes(1, 2) for x in (query_BSHK, key_BSHK, value_BSHK)]
+    kernel = make_kernel(backend, platform_of(mesh))
+    if not mesh.empty and mesh.size > 1:
+        kernel = on_mesh(kernel, inputs[0].shape)
+    elif backend == "dense":
+        block_S = jnp.arange(segments_BS.shape[1]) // per_block
+        return dense_attention(
+            *(query_BSHK, key_BSHK, value_BSHK),
+            query_segments_BS=segments_BS,
+            key_segments_BT=segments_BS,
+            block_mask_ST=block_S[None, :] <= block_S[:, None],
+        )
+    visibility = Visibility(segments_BS, segments_BS, per_block)
+    return flash_attention(kernel, *inputs, visibility).swapaxes(1, 2)
+
+
+def attend_to_past(
+    query_CSHK: Array,
+    key_CHSK: Array,
+    value_CHSK: Array,
+    past_key_HTK: Array,
+    past_value_HTK: Array,
+    *,
+    past_ids_T: Array,
+    backend: str,
+) -> Array:
+    """Attention of one block to itself and to the cached keys and values of the blocks before it.
+
+    C is a number of candidates for the block. They share the past, which is read once for all of
+    them. Scores are those of `attention` over the whole sequence.
+
+    Returns:
+      [C, S, H, K] in the dtype of `value_CHSK`.
+    """
+    kernel = make_kernel(backend, platform_of(jax.sharding.get_abstract_mesh()))
+    count, tokens, heads, _ = query_CSHK.shape
+    query_CHSK, ids_CS = query_CSHK.swapaxes(1, 2), jnp.ones((count, tokens), jnp.int32)
+    out = kernel.forward(query_CHSK, key_CHSK, value_CHSK, Visibility(ids_CS, ids_CS))
+    if past_ids_T.size:
+        # Candidates one after the other, as if they were one long row of queries.
+        query_HSK = jnp.concatenate(list(query_CHSK), axis=1)
+        seen = Visibility(ids_CS.reshape(1, -1), past_ids_T[None])
+        past = kernel.forward(query_HSK[None], past_key_HTK[None], past_value_HTK[None], seen)
+        apart = [x[0].reshape(heads, count, tokens, *x.shape[3:]).swapaxes(0, 1) for x in past]
+        out = merge(*out, *apart)
+    return out[0].swapaxes(1, 2).astype(value_CHSK.dtype)
+
+
+def platform_of(mesh: jax.sharding.AbstractMesh) -> str:
+    """What the program at hand is for: the platform of the mesh, or of this process."""
+    return jax.default_backend() if mesh.empty else mesh.abstract_device.platform
+
+
+def make_kernel(backend: str, platform: str) -> Kernel:
+    """The kernel that a device runs.
+
+    Raises:
+      ValueError: if there is no such backend.
+      UsageError: if this jax lacks what the backend is made of.
+    """
+    if backend == "auto":
+        backend = "splash" if platform == "tpu" else "blockwise"
+    if backend == "splash":
+        from elastictok_jax.layers.attention.splash import Splash  # Pallas is slow to import
+
+        return Splash(interpret=platform != "tpu")
+    if backend == "fused":
+        return _make_fused(platform)
+    if backend == "dense":
+        return Dense()
+    if backend == "blockwise":
+        return Blockwise()
+    raise ValueError(f"attention backend {backend!r}: choose one of {', '.join(BACKENDS)}")
+
+
+def _make_fused(platform: str) -> Kernel:
+    try:
+        from elastictok_jax.layers.attention.fused import Fused
+    except ImportError as error:
+        raise UsageError(
+            f"attention backend 'fused' needs jax.experimental.pallas.triton, which jax "
+            f"{jax.__version__} lacks ({error}): install a jax of 0.10 to 0.12, or set "
+            f"model.attention = 'blockwise'"
+        ) from error
+    return Fused(interpret=platform != "gpu")

@@ -1,0 +1,81 @@
+"""Attention on a mesh: each device runs a kernel on its part of batch, heads and sequence.
+
+Dimension key: B batch, S tokens, H heads, K head width.
+"""
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import jax
+from jax.sharding import PartitionSpec
+
+from elastictok_jax.layers.attention.kernel import FILLING, Array, Kernel, Visibility, fill
+from elastictok_jax.layers.attention.ring import Ring
+from elastictok_jax.parallel.sharding import logical_axis_shards
+
+
+@dataclasses.dataclass(frozen=True)
+class Sharded:
+    """`kernel` on every device of the mesh at hand, to be called outside a shard_map.
+
+    Attributes:
+      spec: how [B, H, S, K] lies on the mesh.
+      sequence_shards: devices that share a sequence; what they do not divide is filled up.
+    """
+
+    kernel: Kernel
+    spec: PartitionSpec
+    sequence_shards: int
+
+    def forward(self, query_BHSK, key_BHSK, value_BHSK, visibility):
+        """As `Kernel.forward`, of one sequence with itself."""
+        inputs = (query_BHSK, key_BHSK, value_BHSK)
+        outputs = (self.spec, PartitionSpec(*self.spec[:3]))
+        return self._call(self.kernel.forward, inputs, visibility, {}, outputs)
+
+    def backward(
+        self, query_BHSK, key_BHSK, value_BHSK, visibility, *, out_BHSK, lse_BHS, grad_BHSK
+    ):
+        """As `Kernel.backward`, of one sequence with itself."""
+        inputs = (query_BHSK, key_BHSK, value_BHSK)
+        more = dict(out_BHSK=out_BHSK, lse_BHS=lse_BHS, grad_BHSK=grad_BHSK)
+        return self._call(self.kernel.backward, inputs, visibility, more, (self.spec,) * 3)
+
+    def _call(self, method, inputs, visibility: Visibility, more: dict[str, Array], outputs):
+        tokens, per_block = inputs[0].shape[2], visibility.tokens_per_block
+        arrays = [*inputs, *more.values()]
+        specs = [PartitionSpec(*self.spec[: x.ndim]) for x in arrays]
+        arrays = [fill(x, axis=2, multiple=self.sequence_shards) for x in arrays]
+        ids_BS = visibility.query_ids_BS
+        ids_BS = fill(ids_BS, axis=1, multiple=self.sequence_shards, value=FILLING)
+
+        def on_device(ids_BS, *arrays):
+            seen = Visibility(ids_BS, ids_BS, per_block)
+            named = dict(zip(more, arrays[3:], strict=True))
+            return method(*arrays[:3], seen, **named)
+
+        ids_spec = PartitionSpec(self.spec[0], self.spec[2])
+        results = jax.shard_map(
+            on_device,
+            in_specs=(ids_spec, *specs),
+            out_specs=outputs,
+            check_vma=False,  # conds differ from device to device, which it cannot follow
+        )(ids_BS, *arrays)
+        return tuple(x[:, :, :tokens] for x in results)
+
+
+def on_mesh(kernel: Kernel, shape_BHSK: tuple[int, ...]) -> Sharded:
+    """`kernel` for arrays of this shape, laid on the mesh at hand as the logical axis rules say.
+
+    What the mesh does not divide of batch or heads is whole on every device.
+    """
+    axes: list[Any] = list(nn.logical_to_mesh_axes(("batch", "heads", "sequence", None)) or ())
+
+    for dimension, name in enumerate(("batch", "heads")):
+        if shape_BHSK[dimension] % logical_axis_shards(name):
+            axes[dimension] = None
+    sequence_shards = logical_axis_shards("sequence")
+    if sequence_shards > 1:
+        kernel = Ring(kernel, axes[2], sequence_shards)
+    return Sharded(kernel, PartitionSpec(*axes), sequence_shards)

@@ -1,0 +1,159 @@
+"""Splash attention, JAX's Pallas kernel for TPUs, as a `Kernel`.
+
+Dimension key: B batch, S queries, T keys, H heads, K head width.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask_info as mask_info
+
+from elastictok_jax.layers.attention.blockwise import Blockwise
+from elastictok_jax.layers.attention.kernel import FILLING, Array, Visibility, fill
+
+LANES = 128
+# Most queries and keys of a tile that leave room for all buffers in a core's VMEM.
+TILE = 512
+
+
+@dataclasses.dataclass(frozen=True)
+class Splash:
+    """Splash attention with block-causal masks; tiles that blocks hide are not visited.
+
+    Sizes that are not multiples of 128 are filled up. Where blocks begin at a place that differs
+    between rows or devices, which no static mask can say, `Blockwise` does the work.
+
+    Attributes:
+      interpret: run by the interpreter, on any platform, which is slow.
+    """
+
+    interpret: bool
+
+    def forward(self, query_BHSK, key_BHTK, value_BHTK, visibility):
+        """As `Kernel.forward`."""
+        if visibility.first_B is not None:
+            return Blockwise().forward(query_BHSK, key_BHTK, value_BHTK, visibility)
+        *inputs, ids = self._inputs(query_BHSK, key_BHTK, value_BHTK, visibility)
+        kernel = self._kernel(inputs[0].shape, inputs[1].shape[2], visibility.tokens_per_block)
+        out_BHSK, (lse_BHS,) = jax.vmap(kernel)(*inputs, ids)
+        tokens, width = query_BHSK.shape[2:]
+        return out_BHSK[:, :, :tokens, :width].astype(jnp.float32), lse_BHS[:, :, :tokens]
+
+    def backward(
+        self, query_BHSK, key_BHTK, value_BHTK, visibility, *, out_BHSK, lse_BHS, grad_BHSK
+    ):
+        """As `Kernel.backward`."""
+        if visibility.first_B is not None:
+            return Blockwise().backward(
+                *(query_BHSK, key_BHTK, value_BHTK, visibility),
+                out_BHSK=out_BHSK,
+                lse_BHS=lse_BHS,
+                grad_BHSK=grad_BHSK,
+            )
+        *inputs, ids = self._inputs(query_BHSK, key_BHTK, value_BHTK, visibility)
+        kernel = self._kernel(inputs[0].shape, inputs[1].shape[2], visibility.tokens_per_block)
+        out, grad = (_filled(x.astype(value_BHTK.dtype)) for x in (out_BHSK, grad_BHSK))
+        lse = fill(lse_BHS, axis=2, multiple=LANES)
+
+        def one_row(inputs, ids, out, lse, grad):
+            tiles = (kernel.dq_mask_info, kernel.dkv_mask_info)
+            saved = (*inputs, ids, None, out, lse, *tiles)
+            # Only the kernel's own rule for the gradient takes a log-sum-exp from elsewhere.
+            return splash._splash_attention_bwd(**kernel.kwargs, res=saved, do=grad)[3:6]
+
+        grads = jax.vmap(one_row)(inputs, ids, out, lse, grad)
+        query_grad, key_grad, value_grad = (
+            grad[:, :, : x.shape[2], : x.shape[3]].astype(jnp.float32)
+            for grad, x in zip(grads, (query_BHSK, key_BHTK, value_BHTK), strict=True)
+        )
+        return query_grad * query_BHSK.shape[-1] ** -0.5, key_grad, value_grad
+
+    def _inputs(self, query_BHSK, key_BHTK, value_BHTK, visibility: Visibility):
+        """Queries scaled, everything filled up to what the kernel takes, and its ids."""
+        scaled = query_BHSK.astype(jnp.float32) * query_BHSK.shape[-1] ** -0.5
+        inputs = (scaled.astype(query_BHSK.dtype), key_BHTK, value_BHTK)
+        ids = (
+            fill(x, axis=1, multiple=LANES, value=FILLING)
+            for x in (visibility.query_ids_BS, visibility.key_ids_BT)
+        )
+        return *(_filled(x) for x in inputs), splash.SegmentIds(*ids)
+
+    def _kernel(self, query_shape: tuple[int, ...], keys: int, tokens_per_block: int | None):
+        _, heads, queries, _ = query_shape
+        return _make_kernel(heads, queries, keys, tokens_per_block, self.interpret)
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockCausal:
+    """Whether query i sees key j, as the kernel asks it."""
+
+    tokens_per_block: int
+
+    def __call__(self, i, j):
+        return i // self.tokens_per_block >= j // self.tokens_per_block
+
+
+class BlockCausalMask(masks._ComputableMask):
+    """A mask that the kernel computes where a tile is seen in part."""
+
+    def __init__(self, tokens: int, tokens_per_block: int):
+        super().__init__((tokens, tokens), BlockCausal(tokens_per_block))
+
+    def __eq__(self, other):
+        return (
+            isinstance(other, BlockCausalMask)
+            and self.shape == other.shape
+            and self.mask_function == other.mask_function
+        )
+
+    def __hash__(self):
+        return hash((self.shape, self.mask_function))
+
+
+@functools.cache
+def _make_kernel(heads: int, queries: int, keys: int, tokens_per_block: int | None, interpret):
+    if tokens_per_block is None:
+        mask: masks.Mask = masks.FullMask((queries, keys))
+    else:
+        mask = BlockCausalMask(queries, tokens_per_block)
+    q, k = _tile(queries), _tile(keys)
+    all_heads = masks.MultiHeadMask([mask] * heads)
+    # Made by hand because `make_splash_mha` puts these on the devices of the mesh at hand, which
+    # may be a description of devices.
+    by_queries, mask_function = mask_info.process_mask(all_heads, (q, k))
+    by_keys, _ = mask_info.process_mask_dkv(all_heads, (q, k))
+    return splash.SplashAttentionKernel(
+        by_queries,
+        by_queries,
+        by_keys,
+        block_sizes=splash.BlockSizes(
+            block_q=q,
+            block_kv=k,
+            block_kv_compute=k,
+            block_q_dkv=q,
+            block_kv_dkv=k,
+            block_kv_dkv_compute=k,
+            block_q_dq=q,
+            block_kv_dq=k,
+        ),
+        is_mqa=False,
+        save_residuals=True,
+        mask_value=splash.DEFAULT_MASK_VALUE,
+        attn_logits_soft_cap=None,
+        residual_checkpoint_name=None,
+        mask_function=mask_function,
+        interpret=interpret,
+    )
+
+
+def _tile(tokens: int) -> int:
+    return max(size for size in range(LANES, TILE + 1, LANES) if tokens % size == 0)
+
+
+def _filled(x_BHSK: Array) -> Array:
+    """Filled up with zeros to whole lanes, which changes no score."""
+    return fill(fill(x_BHSK, axis=2, multiple=LANES), axis=3, multiple=LANES)

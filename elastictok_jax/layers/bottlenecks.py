@@ -1,0 +1,133 @@
+"""What a latent may say: finite scalar quantisation or a Gaussian (paper, section 3.2).
+
+Dimension key: B batch, S tokens, Z latent dims. No learned parameters in either.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+Array = jax.Array
+
+
+@struct.dataclass
+class Quantized:
+    """What a bottleneck returns.
+
+    Attributes:
+      latents: float32 [B, S, Z], what the decoder reads.
+      codes: int32 [B, S] (FSQ) or float32 [B, S, Z] (VAE mean): what is stored.
+      kl_BS: float32 [B, S], KL to the unit Gaussian summed over Z; None for FSQ.
+    """
+
+    latents: Array
+    codes: Array
+    kl_BS: Array | None
+
+
+@dataclasses.dataclass(frozen=True)
+class FSQ:
+    """Finite scalar quantisation (Mentzer et al. 2023, arXiv 2309.15505).
+
+    Each dim is squashed to `levels[i]` integer steps and rounded with a straight-through gradient.
+    """
+
+    levels: tuple[int, ...]
+    edge: float = 1e-3
+
+    @property
+    def encoder_dims(self) -> int:
+        return len(self.levels)
+
+    @property
+    def latent_dims(self) -> int:
+        return len(self.levels)
+
+    @property
+    def codebook_size(self) -> int:
+        return int(np.prod(self.levels))
+
+    @property
+    def bits_per_token(self) -> float:
+        return float(np.log2(self.codebook_size))
+
+    def __call__(self, x_BSZ: Array, noise_keys_B: Array | None) -> Quantized:
+        """Quantises the encoder's output; there is no noise in it."""
+        del noise_keys_B
+        levels = np.asarray(self.levels)
+        x_BSZ = x_BSZ.astype(jnp.float32)
+        half = (levels - 1) * (1 - self.edge) / 2
+        offset = np.where(levels % 2 == 0, 0.5, 0.0)  # an even count of steps straddles zero
+        shift = np.tan(offset / half)
+        bounded = jnp.tanh(x_BSZ + shift) * half - offset
+        rounded = bounded + jax.lax.stop_gradient(jnp.round(bounded) - bounded)
+        latents = rounded / (levels // 2)
+        return Quantized(latents=latents, codes=self.encode_digits(jnp.round(bounded)), kl_BS=None)
+
+    def encode_digits(self, steps_BSZ: Array) -> Array:
+        """Integer steps around zero to one mixed-radix index a token, first dim fastest."""
+        levels = np.asarray(self.levels)
+        digits = steps_BSZ.astype(jnp.int32) + levels // 2
+        return jnp.sum(digits * np.cumprod([1, *self.levels[:-1]]), axis=-1, dtype=jnp.int32)
+
+    def dequantize(self, codes_BS: Array) -> Array:
+        """int32 [B, S] codes to the float32 [B, S, Z] latents that gave them, exactly."""
+        levels = np.asarray(self.levels)
+        strides = np.cumprod([1, *self.levels[:-1]])
+        digits = (codes_BS[..., None] // strides) % levels
+        return (digits - levels // 2).astype(jnp.float32) / (levels // 2)
+
+
+@dataclasses.dataclass(frozen=True)
+class VAE:
+    """Diagonal Gaussian with the reparameterisation trick; codes are the mean."""
+
+    dims: int
+
+    @property
+    def encoder_dims(self) -> int:
+        return 2 * self.dims  # mean, then log-variance
+
+    @property
+    def latent_dims(self) -> int:
+        return self.dims
+
+    @property
+    def bits_per_token(self) -> float:
+        return 32.0 * self.dims
+
+    def __call__(self, x_BSZ: Array, noise_keys_B: Array | None) -> Quantized:
+        """Samples each row with its own key; without keys, latents are the mean."""
+        mean, log_variance = jnp.split(x_BSZ.astype(jnp.float32), 2, axis=-1)
+        log_variance = jnp.clip(log_variance, -30.0, 20.0)  # exp stays finite in float32
+        kl_BS = 0.5 * jnp.sum(mean**2 + jnp.exp(log_variance) - 1.0 - log_variance, axis=-1)
+        latents = mean
+        if noise_keys_B is not None:
+            noise = jax.vmap(lambda key: jax.random.normal(key, mean.shape[1:]))(noise_keys_B)
+            latents = mean + jnp.exp(0.5 * log_variance) * noise
+        return Quantized(latents=latents, codes=mean, kl_BS=kl_BS)
+
+    def dequantize(self, codes_BSZ: Array) -> Array:
+        """VAE codes are the latents."""
+        return codes_BSZ
+
+
+def codebook_counts(codes_BS: Array, weights_BS: Array, *, codebook_size: int) -> Array:
+    """float32 [codebook_size]: how often each code occurs, by one scatter-add into the table."""
+    return jnp.zeros(codebook_size, jnp.float32).at[codes_BS].add(weights_BS.astype(jnp.float32))
+
+
+def codebook_statistics(counts: np.ndarray) -> dict[str, float]:
+    """How much of the codebook is in use.
+
+    Returns:
+      usage: share of codes seen; perplexity: exp of the entropy of their use, 1 for no tokens.
+    """
+    share = counts[counts > 0] / max(counts.sum(), 1.0)
+    return {
+        "usage": float(np.mean(counts > 0)),
+        "perplexity": float(np.exp(-np.sum(share * np.log(share)))),
+    }

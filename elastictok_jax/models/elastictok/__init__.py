@@ -1,0 +1,1 @@
+"""ElasticTok (arXiv 2410.08368)."""

@@ -1,0 +1,1 @@
+"""Perceptual networks (LPIPS, I3D) with their pinned weights."""

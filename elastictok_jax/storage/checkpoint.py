@@ -1,0 +1,396 @@
+"""Orbax checkpoints of a training run: the only file that imports orbax.
+
+A checkpoint is a Composite of `state` (the train state), `data` (position in the data) and
+`meta` (resolved config and library versions). It is written in the background under a temporary
+name and renamed when whole, so a killed process never leaves a checkpoint that looks complete.
+"""
+
+import contextlib
+import functools
+import importlib.metadata
+import inspect
+import itertools
+import json
+import logging
+import math
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+import ml_collections
+import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import preservation_policy
+
+from elastictok_jax import __version__
+from elastictok_jax.errors import RunError, UsageError
+from elastictok_jax.layers.scan_layout import is_stacked, relayout, relayout_shapes
+from elastictok_jax.storage.references import BEST
+from elastictok_jax.training.state import TrainState
+
+T = TypeVar("T")
+LIBRARIES = ("jax", "flax", "optax", "orbax-checkpoint")
+
+
+class DamagedCheckpoint(UsageError):
+    """A checkpoint that is there and cannot be read."""
+
+
+class Checkpointer:
+    """Saves, keeps and restores the checkpoints below `workdir/checkpoints`.
+
+    Keeps the newest `keep_last` and the `keep_best` with the best `best_metric`: the lowest, or the
+    highest if it is a share of blocks met.
+    """
+
+    def __init__(
+        self, workdir: Path, *, keep_last: int, keep_best: int, best_metric: str = "eval/mse"
+    ):
+        sign = _sign(best_metric)
+
+        def cost(metrics: dict[str, float] | None) -> float:
+            missing = math.copysign(math.inf, sign)  # not every checkpoint is evaluated
+            return sign * (metrics or {}).get(best_metric, missing)
+
+        policy = preservation_policy.AnyPreservationPolicy(
+            [
+                preservation_policy.LatestN(keep_last),
+                preservation_policy.BestN(
+                    get_metric_fn=cost,
+                    reverse=True,  # the last of the descending order is kept: the lowest error
+                    n=keep_best,
+                    keep_checkpoints_without_metrics=False,
+                ),
+            ]
+        )
+        self._open(
+            workdir,
+            preservation_policy=policy,
+            best_fn=cost,  # without it metrics are not written, and a resumed run knows none
+            best_mode="min",
+            cleanup_tmp_directories=True,
+            enable_async_checkpointing=True,
+        )
+
+    @classmethod
+    def for_reading(cls, workdir: Path) -> "Checkpointer":
+        """Only restores: touches nothing, not even what a running training is just writing."""
+        reader = cls.__new__(cls)
+        log = logging.getLogger("absl")
+        level = log.level
+        log.setLevel(logging.ERROR)  # orbax warns that read-only means read-only
+        try:
+            reader._open(workdir, read_only=True)
+        finally:
+            log.setLevel(level)
+        return reader
+
+    def _open(self, workdir: Path, **options: Any) -> None:
+        _ignore_late_answers()
+        self.folder = workdir / "checkpoints"
+        self._manager = ocp.CheckpointManager(
+            self.folder.absolute(), options=ocp.CheckpointManagerOptions(**options)
+        )
+
+    def steps(self) -> list[int]:
+        """Steps of the checkpoints on disk, the newest first; some may be damaged."""
+        return saved_steps(self.folder)
+
+    def latest_step(self) -> int | None:
+        """Step of the newest checkpoint on disk, or None."""
+        return next(iter(self.steps()), None)
+
+    def best_steps(self, metric: str) -> list[int]:
+        """Steps of the checkpoints that were evaluated, that with the best `metric` first."""
+        values = {step: self.metrics(step).get(metric) for step in self.steps()}
+        known = {step: value for step, value in values.items() if value is not None}
+        return sorted(known, key=lambda step: _sign(metric) * known[step])
+
+    def choose(self, which: int | str | None, *, best_metric: str) -> list[int]:
+        """The steps that are meant by a reference, see `references`; for None all, newest first.
+
+        Raises:
+          UsageError: if there is none.
+        """
+        steps = self.steps()
+        if not steps:
+            raise UsageError(
+                f"model {self.folder.parent} has no whole checkpoint yet: train it further"
+            )
+        if which is None:
+            return steps
+        if which == BEST:
+            chosen = self.best_steps(best_metric)[:1]
+            if not chosen:
+                raise UsageError(
+                    f"no checkpoint in {self.folder} was saved with {best_metric}: name a step, "
+                    f"of {', '.join(map(str, steps))}"
+                )
+            return chosen
+        if which not in steps:
+            raise UsageError(
+                f"{self.folder} has no step {which}: choose one of {', '.join(map(str, steps))}, "
+                f"or {BEST}"
+            )
+        return [int(which)]
+
+    def first_readable(self, steps: list[int], read: Callable[[int], T]) -> tuple[int, T]:
+        """The first of `steps` that `read` can read, and what it gives; a note on stderr names
+        the damaged ones before it.
+
+        Raises:
+          DamagedCheckpoint: if none can be read.
+        """
+        damaged: list[str] = []
+        for step in steps:
+            try:
+                found = read(step)
+            except DamagedCheckpoint as error:
+                damaged.append(str(error))
+                continue
+            for line in damaged:
+                print(f"note: {line}: step {step} is read instead", file=sys.stderr)
+            return step, found
+        raise DamagedCheckpoint("; ".join(damaged))
+
+    def metrics(self, step: int) -> dict[str, float]:
+        """What was measured when a checkpoint was saved; {} for nothing, or if it is damaged."""
+        try:
+            metrics = json.loads((self.folder / str(step) / "metrics" / "metrics").read_bytes())
+        except (OSError, ValueError):
+            return {}
+        numbers = metrics.items() if isinstance(metrics, dict) else ()
+        return {name: float(x) for name, x in numbers if isinstance(x, int | float)}
+
+    def size(self, step: int) -> int:
+        """Bytes of a checkpoint on disk."""
+        files = (path for path in (self.folder / str(step)).rglob("*") if path.is_file())
+        return sum(path.stat().st_size for path in files)
+
+    def set_aside(self, step: int) -> Path:
+        """Moves a damaged checkpoint out of the way of the next one of its step.
+
+        Every process of a run that sees the damage asks for it; the first one does it.
+        """
+        for number in itertools.count():
+            aside = self.folder.with_name("damaged") / f"{step}-{number}"
+            if not aside.exists():
+                break
+        aside.parent.mkdir(exist_ok=True)
+        try:
+            os.rename(self.folder / str(step), aside)
+        except FileNotFoundError:
+            aside = aside.parent
+        self._manager.reload()
+        return aside
+
+    def save(
+        self,
+        step: int,
+        state: TrainState,
+        *,
+        data_position: dict[str, Any],
+        config: ml_collections.ConfigDict,
+        metrics: dict[str, float] | None,
+    ) -> None:
+        """Starts writing a checkpoint; the state may be donated as soon as this returns.
+
+        Raises:
+          RunError: if this save, or the one before it, failed to be written.
+        """
+        versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
+        versions["elastictok_jax"] = __version__
+        try:
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.PyTreeSave(state),
+                    data=ocp.args.JsonSave(data_position),
+                    meta=ocp.args.JsonSave(
+                        {"config": json.loads(config.to_json_best_effort()), "versions": versions}
+                    ),
+                ),
+                metrics=metrics or {},
+            )
+        except Exception as error:
+            raise self._failed(error) from error
+
+    def raise_if_failed(self) -> None:
+        """Looks whether what was written in the background has failed, without waiting for it.
+
+        Raises:
+          RunError: if it could not be written.
+        """
+        try:
+            self._manager.check_for_errors()
+        except Exception as error:
+            raise self._failed(error) from error
+
+    def restore(self, step: int, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
+        """The state at `step`, placed as `abstract` says, and the data position.
+
+        The mesh, the number of processes, the kind of device and the layout of layers may be
+        others than when it was saved.
+
+        Raises:
+          UsageError: naming every weight that differs, with both shapes.
+          DamagedCheckpoint: if it cannot be read.
+        """
+        saved = self._saved(step)
+        with self._reading(step):
+            wanted = relayout_shapes(abstract, stacked=is_stacked(saved["params"]))
+        self._check_shapes(step, shape_mismatches(saved, wanted))
+        with self._reading(step):
+            restored = self._restore(step, wanted, data=ocp.args.JsonRestore())
+            position = dict(restored["data"])
+        state = relayout(restored["state"], stacked=is_stacked(abstract.params))
+        return state, position
+
+    def saved_params(self, step: int) -> dict[str, Any]:
+        """The weights to evaluate (the average where there is one) as a tree of what has a
+        `.shape`, with layers stacked or apart as they were saved."""
+        return self._saved(step)[self._evaluated(step)]
+
+    def restore_params(self, step: int, abstract_params: Any) -> Any:
+        """The weights to evaluate, placed as `abstract_params` says, without the optimizer.
+
+        Raises:
+          UsageError: naming every weight that differs, with both shapes.
+        """
+        saved = self.saved_params(step)
+        wanted = relayout_shapes(abstract_params, stacked=is_stacked(saved))
+        self._check_shapes(step, shape_mismatches(saved, wanted))
+        params = self.restore_some_params(step, wanted)
+        return relayout(params, stacked=is_stacked(abstract_params))
+
+    def restore_some_params(self, step: int, abstract_params: Any) -> Any:
+        """Those of the weights to evaluate that `abstract_params` has, which must fit what was
+        saved in names, shapes and layout."""
+        name = self._evaluated(step)
+        with self._reading(step):
+            return self._restore(step, {name: abstract_params}, partial=True)["state"][name]
+
+    def _restore(self, step: int, wanted: Any, *, partial: bool = False, **items: Any) -> Any:
+        """The state as `wanted` places it, only what that has if `partial`, and other `items`."""
+        state = ocp.args.PyTreeRestore(
+            item=wanted,
+            restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
+            partial_restore=partial,
+        )
+        return self._manager.restore(step, args=ocp.args.Composite(state=state, **items))
+
+    def finish(self) -> None:
+        """Waits until the last save is on disk.
+
+        Raises:
+          RunError: if it could not be written.
+        """
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:
+            raise self._failed(error) from error
+
+    def close(self) -> None:
+        self._manager.close()
+
+    def _failed(self, error: Exception) -> RunError:
+        step = self.latest_step()
+        kept = "there is no earlier one" if step is None else f"step {step} is kept"
+        return RunError(
+            f"a checkpoint could not be written to {self.folder} ({_first_line(error)}): {kept}; "
+            "free space or repair the disk, then run the same command again"
+        )
+
+    @contextlib.contextmanager
+    def _reading(self, step: int) -> Iterator[None]:
+        """What orbax raises within, of damage, as DamagedCheckpoint."""
+        try:
+            yield
+        except (UsageError, MemoryError, PermissionError, jax.errors.JaxRuntimeError):
+            raise  # not for what is on the disk
+        except Exception as error:  # orbax and tensorstore raise all kinds
+            raise DamagedCheckpoint(
+                f"checkpoint {self.folder / str(step)} is damaged ({_first_line(error)})"
+            ) from error
+
+    def _saved(self, step: int) -> Any:
+        with self._reading(step):
+            metadata = ocp.PyTreeCheckpointHandler().metadata(
+                self.folder.absolute() / str(step) / "state"
+            )
+            tree = metadata.tree
+            if not tree["params"]:
+                raise ValueError("it names no weights")
+            return tree
+
+    def _evaluated(self, step: int) -> str:
+        return "ema_params" if self._saved(step)["ema_params"] else "params"
+
+    def _check_shapes(self, step: int, wrong: list[str]) -> None:
+        if wrong:
+            raise UsageError(
+                f"checkpoint {self.folder / str(step)} does not fit the config: {'; '.join(wrong)}"
+                ". Use the config it was trained with, or another --workdir"
+            )
+
+
+@functools.cache
+def _ignore_late_answers() -> None:
+    """Drops the tracebacks, one an array, of what tensorstore's threads and orbax's tasks still
+    come to after the first failure to read or write has ended orbax's event loop. That first one
+    is raised."""
+    before = sys.unraisablehook
+
+    def hook(unraisable: "sys.UnraisableHookArgs") -> None:
+        closed = str(unraisable.exc_value) == "Event loop is closed"
+        task = unraisable.object
+        is_orbax = inspect.iscoroutine(task) and "orbax" in task.cr_code.co_filename
+        if not (closed or is_orbax):
+            before(unraisable)
+
+    sys.unraisablehook = hook
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+
+
+def saved_steps(folder: Path) -> list[int]:
+    """Steps of the checkpoints in a folder, the newest first; some may be damaged."""
+    try:
+        names = [path.name for path in folder.iterdir() if path.is_dir()]
+    except OSError:
+        return []
+    return sorted((int(name) for name in names if name.isdecimal()), reverse=True)
+
+
+def _sign(metric: str) -> float:
+    """By which a metric is multiplied so that the lowest is the best."""
+    return -1.0 if metric.startswith("eval/met_") else 1.0
+
+
+def _first_line(error: Exception) -> str:
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    for details in (". See full TensorStore details", " [tensorstore_spec", " [source locations"):
+        line = line.partition(details)[0]
+    return line
+
+
+def shape_mismatches(saved: Any, wanted: Any) -> list[str]:
+    """Every weight that is missing, extra or of another shape, with both shapes."""
+    old, new = _flat_shapes(saved), _flat_shapes(wanted)
+    return [
+        f"{name}: {old.get(name, 'none')} saved, {new.get(name, 'none')} asked for"
+        for name in sorted(old.keys() | new.keys())
+        if old.get(name) != new.get(name)
+    ]
+
+
+def _flat_shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {
+        "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path): (
+            tuple(leaf.shape)
+        )
+        for path, leaf in leaves
+        if hasattr(leaf, "shape")
+    }

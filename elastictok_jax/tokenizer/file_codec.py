@@ -1,0 +1,316 @@
+"""`elastictok encode` and `elastictok decode`: pictures and videos to .etok files, and back.
+
+Both go from frame to frame, so a video may be of any length: what grows with it is its tokens.
+"""
+
+import dataclasses
+import itertools
+import re
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from elastictok_jax import ctrl_c
+from elastictok_jax.data import media
+from elastictok_jax.data.frame_stream import PIPE, Footage, open_footage
+from elastictok_jax.errors import RunError, UsageError
+from elastictok_jax.evaluation.ssim import psnr
+from elastictok_jax.progress import Progress
+from elastictok_jax.storage.atomic import try_file
+from elastictok_jax.tokenizer import entropy, etok
+from elastictok_jax.tokenizer.api import ElasticTokenizer
+from elastictok_jax.tokenizer.goal import Goal
+from elastictok_jax.tokenizer.tiling import Grid
+from elastictok_jax.tokenizer.tokens import Tokens
+
+FPS = 24.0  # of tokens that were made without a frame rate
+LOSSLESS_SUFFIX = ".mkv"
+VIDEO_SUFFIXES = (".mp4", ".mov", ".m4v", LOSSLESS_SUFFIX)
+
+
+def encode_file(
+    source: str,
+    *,
+    model: str | Path,
+    output: Path,
+    goal: Goal,
+    resolution: int | None = None,
+    max_frames: int | None = None,
+    window_blocks: int | None = None,
+    coding: str = "plain",
+    size: tuple[int, int] | None = None,
+    fps: float | None = None,
+) -> dict[str, object]:
+    """Encodes an image, a video or standard input ("-") into one .etok file.
+
+    A budget of a file is spent over the whole clip, which is then in memory; that of a pipe, and
+    any other goal, block by block as frames come.
+
+    Args:
+      resolution: length to resize the shortest side to, in pixels; None keeps the size.
+      window_blocks: how many blocks see each other; as in training if None.
+      coding: as in `Tokens.save`.
+      size: width and height of raw frames; fps: as in `open_footage`.
+
+    Returns:
+      What came of it, as JSON values.
+
+    Raises:
+      UsageError: on a bad file, model or option; RunError: if the input broke off, or there is
+        more of it than one file may hold. What came before is in `output` then.
+    """
+    if output.suffix != ".etok":
+        raise UsageError(f"-o {output}: tokens go into a file that ends in .etok")
+    require_writable(output)
+    _require_window(window_blocks)
+    if source == PIPE and goal.total_tokens is not None:
+        raise UsageError("--total-tokens needs to know the whole clip: with a pipe give --budget")
+    footage = open_footage(source, side=resolution, max_frames=max_frames, size=size, fps=fps)
+    for note in footage.notes:
+        print(f"note: {note}", file=sys.stderr)
+    tokenizer = ElasticTokenizer.from_pretrained(model)
+    if coding == "entropy":
+        entropy.require_coder(tokenizer.levels)
+    layout = Grid((1, footage.height, footage.width), tokenizer.config).describe()
+    if layout:
+        print(f"note: {layout}", file=sys.stderr)
+    if window_blocks is not None:
+        tokenizer.window_blocks = window_blocks
+    if goal.spends and source != PIPE:
+        tokens = _encode_whole(tokenizer, footage, goal)
+    else:
+        tokens = _encode_in_order(tokenizer, footage, goal)
+    tokens.save(output, coding=coding)
+    if footage.fault:
+        raise RunError(
+            f"{footage.fault}: the {tokens.frames} frames before are in {output}; mend what "
+            "sends it, or cut it there, and encode the rest into another file"
+        )
+    return {"input": source, "output": str(output)} | summary(tokens, tokenizer, output, goal)
+
+
+def _encode_whole(tokenizer: ElasticTokenizer, footage: Footage, goal: Goal) -> Tokens:
+    video = np.stack(list(footage.stream))
+    grid = Grid(video.shape[:3], tokenizer.config)
+    sizes = dict(low=tokenizer.min_tokens, high=tokenizer.tokens_per_block)
+    count = goal.total(grid.blocks * grid.tiles, **sizes)
+    if video.size // 3 > etok.MAX_PIXELS or count > etok.MAX_TOKENS:
+        raise UsageError(
+            f"{footage.name} to {goal} is more than one .etok file may hold: cut it, or lower "
+            "--max-frames"
+        )
+    with Progress(f"encoding {footage.name}", unit="block") as progress:
+        tokens = tokenizer.encode(
+            video, **dataclasses.asdict(goal), fps=footage.fps, progress=progress.show
+        )
+    assert isinstance(tokens, Tokens)
+    return tokens
+
+
+def _encode_in_order(tokenizer: ElasticTokenizer, footage: Footage, goal: Goal) -> Tokens:
+    options = dataclasses.asdict(goal)
+    del options["total_tokens"]
+    pieces: list[Tokens] = []
+    frames = count = size = 0
+    with Progress(f"encoding {footage.name}", unit="frame") as progress:
+        try:
+            for piece in tokenizer.encode_stream(footage.stream, **options, fps=footage.fps):
+                frames, count = frames + piece.frames, count + piece.num_tokens
+                size += 9 * len(piece.codes) + sum(code.nbytes for code in piece.codes)
+                too_many = frames * piece.height * piece.width > etok.MAX_PIXELS
+                too_large = size > etok.MAX_FILE_BYTES - etok.MAX_HEADER_BYTES
+                if too_many or too_large or count > etok.MAX_TOKENS:
+                    footage.fault = f"{footage.name} is more than one .etok file may hold"
+                    break
+                pieces.append(piece)
+                progress.show(frames, footage.frames)
+        except KeyboardInterrupt:  # how one stops a camera
+            if not pieces:
+                raise
+            ctrl_c.take_over()
+            footage.fault = f"{footage.name} was interrupted"
+    if not pieces:
+        raise UsageError(footage.fault or f"{footage.name} has no frames: send at least one")
+    return Tokens.join(pieces)
+
+
+def summary(
+    tokens: Tokens, tokenizer: ElasticTokenizer, path: Path, goal: Goal
+) -> dict[str, object]:
+    """What an .etok file holds and how good it is, as JSON values."""
+    grid = Grid((tokens.frames, tokens.height, tokens.width), tokenizer.config)
+    error = float(np.average(tokens.mse, weights=grid.pixels))
+    return {
+        "goal": str(goal),
+        "frames": tokens.frames,
+        "height": tokens.height,
+        "width": tokens.width,
+        "fps": tokens.fps,
+        "layout": grid.describe(),
+        "tiles": [grid.rows, grid.columns],
+        "blocks": len(tokens.codes),
+        "blocks_met": int(tokens.met.sum()),
+        "tokens": tokens.num_tokens,
+        "tokens_per_block": tokens.num_tokens / len(tokens.codes),
+        "most_tokens_per_block": tokenizer.tokens_per_block,
+        "bits": tokens.bits,
+        "file_bytes": path.stat().st_size,
+        "mse": error,
+        "psnr_db": psnr(error) if error else None,  # JSON knows no infinity
+    }
+
+
+def summary_line(results: dict) -> str:
+    """The results of `encode_file`, in a line or two."""
+    lines = [
+        f"{results['output']}: {results['frames']} frames, {results['blocks']} blocks, "
+        f"{results['tokens']} tokens ({results['tokens_per_block']:.1f} of "
+        f"{results['most_tokens_per_block']} a block), {results['bits']:.0f} bits nominal, "
+        f"{results['file_bytes']} bytes in the file, MSE {results['mse']:.4g} "
+        f"({psnr(results['mse']):.1f} dB)"
+    ]
+    missed = results["blocks"] - results["blocks_met"]
+    if missed:
+        lines.append(
+            f"{missed} of {results['blocks']} blocks miss {results['goal']}: no number of tokens "
+            "that was tried reaches it"
+        )
+    return "\n".join(lines)
+
+
+def decode_file(
+    source: str | Path,
+    *,
+    model: str | Path,
+    output: Path,
+    window_blocks: int | None = None,
+    fps: float | None = None,
+) -> dict[str, object]:
+    """Decodes an .etok file into a picture, numbered pictures (a name with %05d) or a video.
+
+    A video is H.264 to look at or, in .mkv, FFV1, whose pixels are exactly those decoded. It keeps
+    size and frame rate.
+
+    Args:
+      window_blocks: most blocks that may see each other; as in training if None.
+      fps: frames a second of the video, in place of those of the tokens.
+
+    Raises:
+      UsageError: on a bad file, model or output.
+    """
+    _require_window(window_blocks)
+    suffix = output.suffix.lower()
+    numbered = "%" in output.name
+    if suffix not in VIDEO_SUFFIXES and suffix not in media.WRITABLE_IMAGES:
+        known = " ".join([*sorted(media.WRITABLE_IMAGES), *VIDEO_SUFFIXES])
+        raise UsageError(f"-o {output}: unknown suffix {suffix!r}; use one of {known}")
+    if numbered and not re.fullmatch(r"[^%]*%(0\d)?d[^%]*", output.name):
+        raise UsageError(f"-o {output}: name numbered pictures like frame-%05d.png")
+    require_writable(output)
+    tokens = Tokens.load(source)
+    _require_kind(output, tokens, numbered=numbered)
+    rate = tokens.fps
+    if suffix in VIDEO_SUFFIXES:
+        rate = _writable_rate(output, tokens, fps)
+    elif fps is not None:
+        raise UsageError(f"--fps {fps:g}: pictures have no frame rate; leave it out, or write .mp4")
+    tokenizer = ElasticTokenizer.from_pretrained(model)
+    if window_blocks is not None:
+        tokenizer.window_blocks = window_blocks
+    with Progress(f"decoding {source}", unit="frame") as progress:
+        frames = _shown(
+            (frame for piece in tokenizer.decode_stream([tokens]) for frame in piece),
+            progress,
+            total=tokens.frames,
+        )
+        if suffix in VIDEO_SUFFIXES:
+            _write_video(output, frames, tokens, fps=rate)
+        else:
+            for number, frame in enumerate(frames):
+                name = output.name % number if numbered else output.name
+                media.write_image(output.with_name(name), frame)
+            if numbered:
+                _remove_numbered(output, first=tokens.frames)
+    return {
+        "input": str(source),
+        "output": str(output),
+        "frames": tokens.frames,
+        "height": tokens.height,
+        "width": tokens.width,
+        "fps": rate,
+    }
+
+
+def _remove_numbered(output: Path, *, first: int) -> None:
+    """Removes the pictures from `first` on that the decoding of a longer clip has left."""
+    for number in itertools.count(first):
+        try:
+            output.with_name(output.name % number).unlink()
+        except FileNotFoundError:
+            return
+
+
+def _require_kind(output: Path, tokens: Tokens, *, numbered: bool) -> None:
+    """Raises UsageError where a video would go into a picture or a picture into a video."""
+    is_video = output.suffix.lower() in VIDEO_SUFFIXES
+    if is_video and (tokens.frames, tokens.fps) == (1, 0.0):
+        raise UsageError(f"-o {output}: the tokens are of an image; write a .png or .jpg")
+    if not is_video and not numbered and tokens.frames > 1:
+        numbers = output.with_name(f"{output.stem}-%05d{output.suffix}")
+        raise UsageError(
+            f"-o {output}: the tokens are of {tokens.frames} frames; write an .mp4, or as many "
+            f"pictures with -o {numbers}"
+        )
+    if is_video and numbered:
+        raise UsageError(f"-o {output}: only pictures are numbered; leave out the %")
+
+
+def _writable_rate(output: Path, tokens: Tokens, fps: float | None) -> float:
+    """The frame rate of the video to write; raises UsageError for one that it cannot have."""
+    rate = tokens.fps if fps is None else fps
+    if fps is None and not rate:
+        print(f"note: the tokens have no frame rate: {FPS:g} a second is written", file=sys.stderr)
+        rate = FPS
+    fault = media.rate_fault(output, rate)
+    if fault:
+        raise UsageError(f"{fault}; give another rate with --fps")
+    return rate
+
+
+def _write_video(output: Path, frames: Iterable[np.ndarray], tokens: Tokens, *, fps: float) -> None:
+    odd = tokens.height % 2 or tokens.width % 2  # 4:2:0 has no odd sizes
+    media.write_video(
+        output,
+        frames,
+        fps=fps,
+        codec="ffv1" if output.suffix.lower() == LOSSLESS_SUFFIX else "libx264",
+        chroma="4:4:4" if odd else "4:2:0",
+    )
+
+
+def _shown(frames: Iterable[np.ndarray], progress: Progress, *, total: int) -> Iterator[np.ndarray]:
+    for number, frame in enumerate(frames, start=1):
+        yield frame
+        progress.show(number, total)
+
+
+def _require_window(window_blocks: int | None) -> None:
+    if window_blocks is not None and not 1 <= window_blocks <= etok.MAX_TOKENS:
+        most = etok.MAX_TOKENS
+        raise UsageError(f"--window-blocks {window_blocks}: give at least 1 and at most {most}")
+
+
+def require_writable(path: Path) -> None:
+    """Raises UsageError if no file can be made at `path`: before the work, not after it."""
+    if path.is_dir():
+        raise UsageError(f"-o {path} is a folder: name a file in it")
+    if not path.parent.is_dir():
+        raise UsageError(f"-o {path}: its folder does not exist; make it first")
+    try:
+        try_file(path)
+    except OSError as error:
+        raise UsageError(
+            f"-o {path} cannot be written ({error.strerror}): choose another place"
+        ) from None

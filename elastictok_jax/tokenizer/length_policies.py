@@ -1,0 +1,127 @@
+"""Who settles on the length of each block: one protocol for every way to do it."""
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Protocol
+
+import numpy as np
+
+from elastictok_jax.tokenizer.allocation import BudgetPlanner, interpolate_curves
+from elastictok_jax.tokenizer.block_codec import BlockEncoder, CodedBlock
+from elastictok_jax.tokenizer.search import SEARCHES, Problem, corrected, log_spaced
+
+# How the log of the error falls with that of the length, where nothing better is known.
+TYPICAL_SLOPE = -0.35
+
+# Errors of several lengths at once that are so near to the target, as a share of it, are measured
+# again one by one: rounding could decide.
+DOUBT = 1e-4
+POINTS = 12  # lengths at which a curve is measured where tokens are to be spent
+RESERVE_BLOCKS = 16  # how many blocks' mean a stream may be ahead of its budget
+
+Predict = Callable[[BlockEncoder], np.ndarray]  # log error at every length, as `Router` does
+
+
+class LengthPolicy(Protocol):
+    """Of one clip: is shown its blocks one after another, and keeps each at some length."""
+
+    def keep(self, block: BlockEncoder) -> CodedBlock: ...
+
+
+class FixedLength:
+    """Keeps the lengths given, one a block."""
+
+    def __init__(self, lengths: Iterable[int]) -> None:
+        self._lengths: Iterator[int] = iter(lengths)
+
+    def keep(self, block: BlockEncoder) -> CodedBlock:
+        return block.keep(next(self._lengths))
+
+
+class TargetError:
+    """Keeps what a search of `SEARCHES` finds for a highest error.
+
+    What it guesses by is the curve that `router` predicts for the block or, without one, what was
+    measured on the blocks before, which most often look alike.
+    """
+
+    def __init__(
+        self, target: float, *, search: str, low: int, high: int, router: Predict | None = None
+    ) -> None:
+        self._target, self._low, self._high = target, low, high
+        self._search, self._router = SEARCHES[search], router
+        logs = np.log(np.arange(low, high + 1))
+        middle = (logs[0] + logs[-1]) / 2
+        self._guess = np.log(target) + TYPICAL_SLOPE * (logs - middle)
+
+    def keep(self, block: BlockEncoder) -> CodedBlock:
+        guess = self._guess if self._router is None else self._router(block)
+        problem = Problem(self._low, self._high, self._target, guess)
+        exact: set[int] = set()  # measured as `ClipDecoder` has it
+        measured: dict[int, float] = {}
+        while True:
+            length = self._run(problem, block, measured, exact)
+            if length in exact:
+                break
+            measured[length] = block.measure(length, target=self._target).error
+            exact.add(length)
+        self._guess = corrected(guess, measured, low=self._low)
+        return block.keep(length, target=self._target)
+
+    def _run(
+        self, problem: Problem, block: BlockEncoder, measured: dict[int, float], exact: set[int]
+    ) -> int:
+        """What the search returns; what is already in `measured` is not measured again."""
+        search = self._search(problem)
+        try:
+            lengths = next(search)
+            while True:
+                new = [length for length in lengths if length not in measured]
+                if len(new) == 1:
+                    measured[new[0]] = block.measure(new[0], target=self._target).error
+                    exact.add(new[0])
+                elif new:
+                    measured |= zip(new, block.errors(new), strict=True)
+                    for length in new:
+                        if abs(measured[length] / self._target - 1) < DOUBT:
+                            measured[length] = block.measure(length, target=self._target).error
+                            exact.add(length)
+                lengths = search.send([measured[length] for length in lengths])
+        except StopIteration as stop:
+            return stop.value
+
+
+def measured_curve(block: BlockEncoder, *, low: int, high: int) -> np.ndarray:
+    """float64 [high - low + 1]: squared error at each length, measured at POINTS of them."""
+    lengths = log_spaced(low, high, count=POINTS)
+    points = [(lengths, np.asarray(block.errors(lengths)))]
+    return interpolate_curves(points, low=low, high=high)[0] * block.share_inside
+
+
+class Probe:
+    """Keeps the lengths given, one a block, and measures what others would have meant.
+
+    Attributes:
+      curves: float64 [high - low + 1] of each block so far; errors: squared error of what was kept.
+    """
+
+    def __init__(self, lengths: Iterable[int], *, low: int, high: int) -> None:
+        self._lengths, self._bounds = iter(lengths), dict(low=low, high=high)
+        self.curves: list[np.ndarray] = []
+        self.errors: list[float] = []
+
+    def keep(self, block: BlockEncoder) -> CodedBlock:
+        self.curves.append(measured_curve(block, **self._bounds))
+        kept = block.keep(int(next(self._lengths)))
+        self.errors.append(kept.mse * block.share_inside)
+        return kept
+
+
+class CausalBudget:
+    """Keeps to a mean number of tokens a block, knowing the past alone."""
+
+    def __init__(self, tokens: float, *, low: int, high: int) -> None:
+        self._bounds = dict(low=low, high=high)
+        self._account = BudgetPlanner(tokens, low, high, reserve=round(RESERVE_BLOCKS * tokens))
+
+    def keep(self, block: BlockEncoder) -> CodedBlock:
+        return block.keep(self._account.next_length(measured_curve(block, **self._bounds)))

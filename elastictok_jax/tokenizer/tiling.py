@@ -1,0 +1,134 @@
+"""How a clip of any size is cut into blocks of the model's size, and joined again."""
+
+from collections.abc import Iterable, Iterator
+
+import ml_collections
+import numpy as np
+from einops import rearrange
+
+from elastictok_jax.errors import UsageError
+from elastictok_jax.layers.patching import patchify, unpatchify
+
+
+class Grid:
+    """Tiles of a frame (top to bottom, left to right), each coded as a clip of its own.
+
+    Args:
+      size: frames, height and width of the clip, each at least 1.
+    """
+
+    def __init__(self, size: tuple[int, int, int], config: ml_collections.ConfigDict) -> None:
+        self.frames, self.height, self.width = size
+        self._config = config
+        self._side, self._patch = config.video.resolution, tuple(config.model.patch)
+        self.frames_per_block = config.video.frames_per_block
+        self.blocks = -(-self.frames // self.frames_per_block)
+        self.rows, self.columns = -(-self.height // self._side), -(-self.width // self._side)
+        self.tiles = self.rows * self.columns
+
+    @property
+    def time_first(self) -> list[int]:
+        """Indices that bring blocks from (tile, time) order to (time, tile) order."""
+        order = np.arange(self.tiles * self.blocks).reshape(self.tiles, self.blocks)
+        return order.T.reshape(-1).tolist()
+
+    @property
+    def pixels(self) -> np.ndarray:
+        """int64 [N], pixels of the clip in each block, time first."""
+
+        def shares(length: int, step: int) -> np.ndarray:
+            return np.diff(np.minimum(np.arange(0, length + step, step), length))
+
+        times = shares(self.frames, self.frames_per_block)
+        rows, columns = shares(self.height, self._side), shares(self.width, self._side)
+        return np.einsum("t,r,k->trk", times, rows, columns).reshape(-1)
+
+    def describe(self) -> str:
+        """What becomes of a frame that is not of the model's size, in words; "" where it is."""
+        rows, columns, side = self.rows, self.columns, self._side
+        parts = []
+        if self.tiles > 1:
+            parts.append(f"coded in {rows}x{columns} tiles of {side}x{side}")
+        if (self.height, self.width) != (rows * side, columns * side):
+            parts.append(f"padded to {columns * side}x{rows * side}")
+        return f"{self.width}x{self.height} is {', '.join(parts)}" if parts else ""
+
+    def cut(self, video_THWC: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Patches uint8 [tiles, S, D] of a clip of this size, and which of their values are in it.
+
+        Beyond the clip its edge is repeated; bool [tiles, S, D] is false there.
+        """
+        slack = (
+            (0, self.blocks * self.frames_per_block - self.frames),
+            (0, self.rows * self._side - self.height),
+            (0, self.columns * self._side - self.width),
+            (0, 0),
+        )
+        inside = np.pad(np.ones(video_THWC.shape, bool), slack)
+        return self._tiles(np.pad(video_THWC, slack, mode="edge")), self._tiles(inside)
+
+    def cut_tile(self, video_THWC: np.ndarray, tile: int) -> tuple[np.ndarray, np.ndarray]:
+        """`cut` of one tile alone: [S, D] each."""
+        row, column = divmod(tile, self.columns)
+        top, left = row * self._side, column * self._side
+        part = video_THWC[:, top : top + self._side, left : left + self._side]
+        one = Grid((self.frames, *part.shape[1:3]), self._config)
+        patches, inside = one.cut(part)
+        return patches[0], inside[0]
+
+    def _tiles(self, video_THWC: np.ndarray) -> np.ndarray:
+        tiles = rearrange(
+            video_THWC, "t (r h) (k w) c -> (r k) t h w c", r=self.rows, k=self.columns
+        )
+        return patchify(tiles, patch=self._patch, frames_per_block=self.frames_per_block)
+
+    def join(self, patches: np.ndarray, *, block: int) -> np.ndarray:
+        """Frames uint8 [t, H, W, 3] of one block from its patches [tiles, L, D], cropped."""
+        tiles = unpatchify(
+            patches,
+            patch=self._patch,
+            frames_per_block=self.frames_per_block,
+            height=self._side,
+            width=self._side,
+        )
+        video = rearrange(tiles, "(r k) t h w c -> t (r h) (k w) c", r=self.rows, k=self.columns)
+        frames = self.frames - block * self.frames_per_block  # the last block may hold fewer
+        return video[:frames, : self.height, : self.width]
+
+
+def in_blocks(frames: Iterable[np.ndarray], frames_per_block: int) -> Iterator[np.ndarray]:
+    """Frames uint8 [H, W, 3] or [t, H, W, 3] as they come, in blocks [F, H, W, 3]; the last block
+    has what is left.
+
+    Raises:
+      UsageError: if what comes is no frame, or of another size than the first.
+    """
+    held: list[np.ndarray] = []
+    size = None
+    for some in frames:
+        for frame in checked_video(np.asarray(some)):
+            size = size or frame.shape
+            if frame.shape != size:
+                raise UsageError(f"a frame of {frame.shape} follows one of {size}: give one size")
+            held.append(frame)
+            if len(held) == frames_per_block:
+                yield np.stack(held)
+                held = []
+    if held:
+        yield np.stack(held)
+
+
+def checked_video(video: np.ndarray) -> np.ndarray:
+    """uint8 [T, H, W, 3] of a clip, or of an image [H, W, 3].
+
+    Raises:
+      UsageError: if it is neither.
+    """
+    if video.ndim == 3:
+        video = video[None]
+    if video.ndim != 4 or video.shape[-1] != 3 or 0 in video.shape or video.dtype != np.uint8:
+        raise UsageError(
+            f"a clip must be uint8 [T, H, W, 3] (or an image [H, W, 3]) with no empty axis; "
+            f"this is {video.dtype} {list(video.shape)}"
+        )
+    return video

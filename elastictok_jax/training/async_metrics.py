@@ -1,0 +1,117 @@
+"""Metrics of steps on their way from the device to the log, without making the device wait."""
+
+import dataclasses
+import time
+from pathlib import Path
+
+import jax
+import ml_collections
+import numpy as np
+
+from elastictok_jax.config import sequence_tokens
+from elastictok_jax.errors import RunError
+from elastictok_jax.training.metric_writers import Console, MetricWriter, Silent
+from elastictok_jax.training.throughput import peak_flops, train_flops_per_token
+
+# Steps that the host may run ahead: enough that the device never idles, few enough that batches
+# do not pile up in its memory.
+IN_FLIGHT = 2
+
+
+@dataclasses.dataclass
+class StepLog:
+    """Holds the metrics of steps on the device and reads them only when a line is due.
+
+    A line is read one step late, when the next step is already on its way, so that the device
+    never waits for the host. Metrics and votes are whole on every device, so that all processes
+    read the same, and read them after the same step.
+    """
+
+    config: ml_collections.ConfigDict
+    writer: MetricWriter | Silent
+    console: Console | Silent
+    workdir: Path
+    replaced_blocks: int = 0  # of the run, by all processes, as of the last step that was read
+
+    def __post_init__(self) -> None:
+        self.stop_agreed = False  # after the same step in all processes
+        self._stops: list[jax.Array] = []  # votes of the steps under way
+        self._pending: list[tuple[int, dict[str, jax.Array]]] = []
+        self._waited = 0.0
+        self._steps = 0
+        self._since = time.perf_counter()
+        self._compiled = False  # the first step's time is mostly the compiler's
+        self._flops_per_step = train_flops_per_token(self.config) * (
+            self.config.data.batch_size * sequence_tokens(self.config)
+        )
+        self._peak = peak_flops(self.config.model.dtype) * jax.device_count()
+
+    def record(self, step: int, metrics: dict[str, jax.Array], waited: float) -> None:
+        """Takes a step's metrics; reads and writes those of the steps before it when due."""
+        self._waited += waited  # this wait lies before the flush that ends the line's time
+        if self._pending and self._pending[-1][0] % self.config.train.log_every == 0:
+            self.flush()
+        if len(self._pending) >= IN_FLIGHT:
+            jax.block_until_ready(self._pending[-IN_FLIGHT][1])
+        self._stops.append(metrics.pop("stop"))
+        if len(self._stops) > IN_FLIGHT:
+            self.stop_agreed |= bool(jax.device_get(self._stops.pop(0)))
+        self._pending.append((step, metrics))
+        self._steps += 1
+        if not self._compiled:
+            self._compiled = True
+            self.pause()
+
+    def flush(self) -> None:
+        """Reads all pending metrics, checks that they are finite, and writes the due line.
+
+        Raises:
+          RunError: naming the first step whose loss or gradient is not finite.
+        """
+        if not self._pending:
+            return
+        read = jax.device_get(self._pending)
+        self._pending = []
+        for step, metrics in read:
+            if not (np.isfinite(metrics["loss"]) and np.isfinite(metrics["grad_norm"])):
+                raise RunError(
+                    f"loss is {float(metrics['loss'])} with gradient norm "
+                    f"{float(metrics['grad_norm'])} at step {step}: stopped. The checkpoints in "
+                    f"{self.workdir / 'checkpoints'} are from before it. To go on, run the same "
+                    "command again with --config.optimizer.learning_rate lower, or another "
+                    "--config.seed to see other batches"
+                )
+        self.replaced_blocks = int(read[-1][1]["replaced_blocks"])
+        for step, metrics in read:
+            if step % self.config.train.log_every == 0:
+                values = {key: float(value) for key, value in metrics.items()} | self._speed()
+                if not values["replaced_blocks"]:
+                    del values["replaced_blocks"]
+                self.writer.scalars(step, values)
+                self.console.scalars(step, values)
+
+    def record_eval(self, step: int, values: dict[str, float]) -> None:
+        """Writes an evaluation; its time counts for no step."""
+        if values:
+            self.writer.scalars(step, values)
+            self.console.scalars(step, values)
+        self.pause()
+
+    def pause(self) -> None:
+        """Starts the clock anew: what was just done is no part of a step."""
+        self._since, self._steps, self._waited = time.perf_counter(), 0, 0.0
+
+    def _speed(self) -> dict[str, float]:
+        now = time.perf_counter()
+        if not self._steps:
+            return {}
+        seconds = (now - self._since) / self._steps
+        tokens = self.config.data.batch_size * sequence_tokens(self.config)
+        speed = {
+            "step_seconds": seconds,
+            "tokens_per_second": tokens / seconds,
+            "model_flop_utilisation": self._flops_per_step / seconds / self._peak,
+            "wait_fraction": self._waited / (now - self._since),
+        }
+        self.pause()
+        return speed

@@ -1,1 +1,1 @@
-"""Data: files and data sets to batches of packed clips."""
+"""Turns files and data sets into batches of packed clips."""

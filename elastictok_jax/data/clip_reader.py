@@ -1,4 +1,4 @@
-"""Pixels of clips: frame rate, crop and flip; and what stands in for blocks that are damaged.
+"""Reads the pixels of clips: applies frame rate, crop and flip, and replaces damaged blocks.
 
 Dimensions: F frames a block, R = video.resolution pixels.
 """
@@ -20,16 +20,16 @@ from elastictok_jax.data.mixture import frame_step
 from elastictok_jax.data.packing import PackedClip
 from elastictok_jax.data.sources.splits import SPLITS, SourceSplit
 
-WIDEST = 16 / 9  # assumed of frames when it is asked whether a source fits in memory
-SUBSTITUTES = 8  # items that are tried in place of a damaged one
+WIDEST = 16 / 9  # assumed aspect of frames when estimating the memory of a source
+SUBSTITUTES = 8  # items tried in place of a damaged one
 
 
 class ClipBlock(NamedTuple):
-    """A block as it was read.
+    """A block of pixels.
 
     Attributes:
       frames: uint8 [F, R, R, 3].
-      fault: what was wrong with the block that these frames stand in for, else empty.
+      fault: what is wrong with the block that these frames replace, else empty.
     """
 
     frames: np.ndarray
@@ -37,11 +37,11 @@ class ClipBlock(NamedTuple):
 
 
 class _View(NamedTuple):
-    """How an item is looked at in an epoch.
+    """How an item is sampled in an epoch.
 
     Attributes:
       step: recorded frames from one to the next.
-      across, down: where the crop lies in the slack of each side, in [0, 1]; flip: mirrored.
+      across, down: offset of the crop as a fraction of the slack, in [0, 1]; flip: mirrored.
     """
 
     step: float
@@ -58,11 +58,10 @@ def _mirrored(frames_FHWC: np.ndarray) -> np.ndarray:
 
 
 class ClipReader:
-    """Reads blocks of clips: a function of (seed, split, clip, block) and the data.
+    """Reads blocks of clips, as a function of (seed, split, clip, block) and the data.
 
-    Training sources of which all items fit in what is left of `data.cache_mib` are decoded once
-    and kept, and so is what is wrong with a damaged item. Held-out blocks are read once, and take
-    no part of that memory.
+    Training sources whose items all fit into the rest of `data.cache_mib` are decoded once and
+    cached, faults of damaged items included. Held-out blocks are read once and never cached.
     """
 
     def __init__(
@@ -83,12 +82,12 @@ class ClipReader:
         self._lock = threading.Lock()
 
     def read(self, clip: PackedClip, blocks: Iterable[int]) -> Iterator[ClipBlock]:
-        """Blocks of an item, one after the other.
+        """Yields blocks of an item.
 
         A video is read at its own rate or at `fps` of its source; an image, and a video shorter
         than a block, repeats its last frame. A block that cannot be read is replaced by the first
-        block of the next readable item of the source; where none of SUBSTITUTES items is
-        readable, by black.
+        block of the next readable item of the source, or by black if none of SUBSTITUTES items is
+        readable.
         """
         view = self._view(clip)
         for block in blocks:
@@ -98,8 +97,10 @@ class ClipReader:
                 yield ClipBlock(self._substitute(clip), str(error))
 
     def read_frames(self, clip: PackedClip, *, most: int) -> np.ndarray:
-        """uint8 [T, R, R, 3]: an item from its start, as `read` gives it, but without repeats: its
-        first `most` frames, or all of fewer. Raises MediaError."""
+        """Reads the first `most` frames of an item, or all of fewer: uint8 [T, R, R, 3].
+
+        They are those of `read` without repeats. Raises MediaError.
+        """
         view = self._view(clip)
         frames = self._feeds[clip.feed].source.frames[clip.item]
         count = min(most, int(frames_read(frames, view.step)))
@@ -117,12 +118,12 @@ class ClipReader:
         return np.zeros((self._frames_per_block, self._side, self._side, 3), np.uint8)
 
     def _view(self, clip: PackedClip) -> _View:
-        """Drawn for the whole item, so that its blocks agree whoever reads which."""
+        """Draws the view of an item, so that all its blocks agree whichever process reads them."""
         feed = self._feeds[clip.feed]
         step = float(frame_step(feed, np.array(clip.item)))
         if not self._training:
             return _View(step, 0.5, 0.5, False)
-        # A hash, as making numpy's generator takes a tenth of decoding an image.
+        # A hash, as creating a numpy generator takes a tenth of the time to decode an image.
         key = repr([*self._seed, feed.seed, clip.epoch, clip.item]).encode()
         words = struct.unpack("<3Q", hashlib.blake2b(key, digest_size=24).digest())
         flip, across, down = (word / 2**64 for word in words)
@@ -131,7 +132,7 @@ class ClipReader:
         return _View(step, across, down, feed.settings.flip and flip < 0.5)
 
     def _read(self, clip: PackedClip, view: _View, block: int) -> np.ndarray:
-        """uint8 [F, R, R, 3], or MediaError."""
+        """Reads a block: uint8 [F, R, R, 3]; raises MediaError."""
         per_block, side = self._frames_per_block, self._side
         numbers = np.arange(block * per_block, (block + 1) * per_block)
         wanted = self._recorded(clip, view, numbers)
@@ -148,7 +149,7 @@ class ClipReader:
         return recorded_at(numbers, step=view.step, frames=frames)
 
     def _frames(self, clip: PackedClip, view: _View, indices: np.ndarray) -> np.ndarray:
-        """Recorded frames at `indices`, cropped and maybe mirrored: uint8 [T, R, R, 3]."""
+        """Reads recorded frames at `indices`, cropped and maybe mirrored: uint8 [T, R, R, 3]."""
         frames, side = self._decode(clip.feed, clip.item, indices), self._side
         top = round(view.down * (frames.shape[1] - side))
         left = round(view.across * (frames.shape[2] - side))
@@ -159,7 +160,7 @@ class ClipReader:
         return feed.settings.resolution or self._side
 
     def _decode(self, feed_index: int, item: int, indices: np.ndarray) -> np.ndarray:
-        """Frames at `indices`, shortest side resized."""
+        """Decodes frames at `indices`, resized to the read side."""
         feed, kept = self._feeds[feed_index], self._kept[feed_index]
         side = self._read_side(feed)
         if kept is None:
@@ -172,8 +173,11 @@ class ClipReader:
     def _decode_once(
         self, feed: SourceSplit, item: int, kept: dict[int, Future[np.ndarray | str]], *, side: int
     ) -> np.ndarray:
-        """All frames of an item. The first thread to ask decodes it; those that ask for the same
-        item wait for that. Damage is remembered as its message."""
+        """Returns all frames of an item, from the cache after the first call.
+
+        The first thread to ask decodes the item while others wait. A MediaError is cached as its
+        message.
+        """
         with self._lock:
             first = item not in kept
             future = kept.setdefault(item, Future())
@@ -183,7 +187,7 @@ class ClipReader:
                 future.set_result(feed.source.read(item, everything, side=side))
             except MediaError as error:
                 future.set_result(str(error))
-            except BaseException as error:  # whatever it is, those who wait must hear of it
+            except BaseException as error:  # waiting threads must get any error
                 future.set_exception(error)
                 raise
         frames = future.result()

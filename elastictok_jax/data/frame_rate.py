@@ -1,15 +1,15 @@
-"""Which of the recorded frames are read at a lower rate: one rule, for training and all else."""
+"""Selects the recorded frames to read at a lower frame rate, by one rule for all callers."""
 
 import numpy as np
 
 
 def step_between(recorded, fps: float) -> np.ndarray:
-    """float64, shape of `recorded`: recorded frames from one that is read to the next, 1 or more.
+    """Returns the step between frames to read, in recorded frames: float64 >= 1, as `recorded`.
 
     Args:
       recorded: frames a second of the recording, 0 for an image.
-      fps: frames a second that are asked for; 0 for those of the recording. Where it has fewer,
-        it is read as it is: no frame is made up.
+      fps: requested frames a second, 0 for those of the recording. A slower recording is read at
+        its own rate: no frame is synthesized.
     """
     if not fps:
         return np.ones(np.shape(recorded))
@@ -17,12 +17,13 @@ def step_between(recorded, fps: float) -> np.ndarray:
 
 
 def frames_read(frames, step) -> np.ndarray:
-    """int64: how many of `frames` are read at every `step`: those at 0, step, 2 step ... before
-    the recording ends."""
+    """Counts the frames at 0, step, 2 step, ... below `frames`: int64."""
     return np.ceil(np.asarray(frames) / step).astype(np.int64)
 
 
 def recorded_at(numbers: np.ndarray, *, step: float, frames: int) -> np.ndarray:
-    """int64, ascending: the recorded frames nearest to the times of `numbers`, frames at the lower
-    rate; the last of `frames` where there is none so late."""
+    """Returns the recorded frame nearest to each of `numbers`, frames at the lower rate.
+
+    Returns int64, ascending like `numbers`; the last of `frames` for times after the end.
+    """
     return np.minimum(np.floor(numbers * step + 0.5).astype(np.int64), frames - 1)

@@ -1,4 +1,4 @@
-"""What comes in to be encoded: frames in order, one at a time, of an image, a video or a pipe.
+"""Opens an image, a video or a pipe as a stream of frames to encode.
 
 Dimension key: H height, W width.
 """
@@ -23,10 +23,10 @@ class Footage:
     """Frames that can be read once.
 
     Attributes:
-      name: what messages call it.
-      stream: uint8 [H, W, 3], one after the other.
-      height, width: in pixels, as they are given; fps: frames a second, 0 for an image.
-      frames: how many there are at most, or None where nobody knows.
+      name: its name in messages.
+      stream: uint8 [H, W, 3] each.
+      height, width: in pixels, of `stream`; fps: frames a second, 0 for an image.
+      frames: the most frames that follow, None if unknown.
       notes: what is lost of the original, a line each.
       fault: why `stream` ended early; "" unless a pipe was cut off.
     """
@@ -49,15 +49,15 @@ def open_footage(
     size: tuple[int, int] | None = None,
     fps: float | None = None,
 ) -> Footage:
-    """Opens an image or a video, or "-", standard input with raw rgb24 or y4m.
+    """Opens an image, a video, or "-": standard input with raw rgb24 or y4m.
 
     Args:
       source: a path, or "-".
       side: length of the shortest side to resize to, in pixels.
       max_frames: read no more than these.
-      size: width and height of raw frames; without, standard input is y4m.
-      fps: of a pipe, what its frames have, in place of what a y4m stream says; of a video, what is
-        read of it: the frames nearest to 0, 1 / fps, 2 / fps, ... seconds, or all if it has fewer.
+      size: width and height of raw frames; None if standard input is y4m.
+      fps: of a pipe, its frame rate, which overrides a y4m header; of a video, the rate to read:
+        the frames nearest to 0, 1 / fps, 2 / fps, ... seconds, or all if it has fewer.
 
     Raises:
       UsageError: if it cannot be read, or the options do not fit it.
@@ -118,7 +118,7 @@ def _open_video(source: str, *, fps: float | None) -> Footage:
 
 
 def _in_order(reader: media.VideoReader, indices: np.ndarray) -> Iterator[np.ndarray]:
-    """Frames at ascending `indices`; one that comes again is decoded once."""
+    """Yields frames at ascending `indices`; decodes a repeated one once."""
     with reader:
         for index, times in zip(*np.unique(indices, return_counts=True), strict=True):
             yield from [reader.read(int(index), 1)[0]] * int(times)

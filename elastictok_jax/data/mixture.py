@@ -1,8 +1,8 @@
-"""Which blocks train at which row: a function of (seed, row), computed and never discovered.
+"""Computes which blocks train in which row, as a function of (seed, row) alone.
 
-Rows are planned in groups of `data.packing_rows`. Each feed is an endless stream of blocks, every
-block once an epoch; its weight says which run of that stream a group takes. The runs are packed
-into the rows of the group, so that row r costs the same to find, however large r is.
+Rows are planned in groups of `data.packing_rows`. Each source split is an endless stream of blocks,
+every block once an epoch; its weight decides which run of that stream a group takes. The runs are
+packed into the rows of the group, so that finding row r costs the same for any r.
 """
 
 import functools
@@ -19,28 +19,28 @@ from elastictok_jax.data.sources.splits import SPLITS, SourceSplit
 from elastictok_jax.errors import UsageError
 
 MOST_IN_TABLE = 2**20
-EPOCHS_KEPT = 2  # orders of a feed that are remembered
+EPOCHS_KEPT = 2  # cached orders of a stream
 
 
 def item_blocks(feed: SourceSplit, *, frames_per_block: int) -> np.ndarray:
-    """int64 [m]: complete blocks in each item of the feed, at least one."""
+    """Returns the number of complete blocks in each item, at least one: int64 [m]."""
     items = feed.items
     frames = frames_read(feed.source.frames[items], frame_step(feed, items))
     return np.maximum(1, frames // frames_per_block)
 
 
 def frame_step(feed: SourceSplit, items: np.ndarray) -> np.ndarray:
-    """float64, shape of `items`: recorded frames from one that is read to the next, 1 or more."""
+    """Returns the step between frames to read, in recorded frames: float64 >= 1, as `items`."""
     return step_between(feed.source.fps[items], feed.settings.fps)
 
 
 class Stream:
-    """The blocks of a feed in training order: each once an epoch, its clips shuffled.
+    """The blocks of a source split in training order: each once an epoch, clips shuffled.
 
     A clip is an item, or a stretch of at most `longest` blocks of one.
 
     Attributes:
-      blocks: how many an epoch has.
+      blocks: number of blocks in an epoch.
     """
 
     def __init__(self, items: np.ndarray, counts: np.ndarray, *, longest: int, seed: list[int]):
@@ -50,13 +50,13 @@ class Stream:
         self._starts = first * longest
         self._counts = np.minimum(np.repeat(counts, pieces) - self._starts, longest)
         self.blocks = int(self._counts.sum())
-        # Of very many single blocks, images, no table is kept; for few it is the quicker way.
+        # For very many single blocks (images), no table is kept; for few a table is faster.
         self._hashed = self.blocks > MOST_IN_TABLE and bool((self._counts == 1).all())
         self._seed = seed
         self._orders: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
     def take(self, start: int, stop: int, *, feed: int) -> list[PackedClip]:
-        """Blocks start, ..., stop - 1 of the endless stream, as clips; cut at both ends."""
+        """Returns blocks start, ..., stop - 1 of the endless stream as clips, cut at both ends."""
         clips = []
         while start < stop:
             epoch, offset = divmod(start, self.blocks)
@@ -68,7 +68,7 @@ class Stream:
         return clips
 
     def _find(self, epoch: int, offset: int) -> tuple[int, int]:
-        """The clip that block `offset` of an epoch lies in, and the clip's blocks before it."""
+        """Finds the clip of block `offset` of an epoch, and the number of its blocks before it."""
         if self._hashed:
             seed = int(np.random.default_rng([*self._seed, epoch]).integers(2**32))
             return index_shuffle(offset, max_index=self.blocks - 1, seed=seed, rounds=4), 0
@@ -84,7 +84,7 @@ class Stream:
 
 
 class Mixture:
-    """The clips of every row of a split.
+    """Computes the clips of every row of a split.
 
     Raises:
       UsageError: if a weight is so small that a group of rows holds none of its source.
@@ -96,7 +96,7 @@ class Mixture:
         data, per_block = config.data, config.video.frames_per_block
         self._seed = [config.seed, SPLITS.index(split)]
         self._rows, self._row_blocks = data.packing_rows, data.sequence_blocks
-        self._apart = data.packing == "by_source"
+        self._by_source = data.packing == "by_source"
         self._feeds = feeds
         self.streams = [
             Stream(
@@ -108,22 +108,22 @@ class Mixture:
             for feed in feeds
         ]
         weights = [Fraction(feed.settings.weight).limit_denominator(10**6) for feed in feeds]
-        shares = [weight / sum(weights) for weight in weights]
-        self._edges = [sum(shares[:index], Fraction(0)) for index in range(len(shares) + 1)]
-        units = self._rows * (1 if self._apart else self._row_blocks)
-        for feed, share in zip(feeds, shares, strict=True):
-            if share * units < 1:
+        fractions = [weight / sum(weights) for weight in weights]
+        self._edges = [sum(fractions[:index], Fraction(0)) for index in range(len(fractions) + 1)]
+        units = self._rows * (1 if self._by_source else self._row_blocks)
+        for feed, fraction in zip(feeds, fractions, strict=True):
+            if fraction * units < 1:
                 raise UsageError(
-                    f"data.sources.{feed.name}.weight = {feed.settings.weight:g} is {share} of "
-                    f"all: none of it falls into the {units} {'rows' if self._apart else 'blocks'}"
-                    " that are packed together; raise it, or data.packing_rows to at least "
-                    f"{-(-self._rows // (share * units))}"
+                    f"data.sources.{feed.name}.weight = {feed.settings.weight:g} is {fraction} of "
+                    f"all: none of it falls into the {units} "
+                    f"{'rows' if self._by_source else 'blocks'} that are packed together; raise "
+                    f"it, or data.packing_rows to at least {-(-self._rows // (fraction * units))}"
                 )
         self._lock = threading.Lock()
         self._group = functools.lru_cache(maxsize=4)(self._plan)
 
     def row(self, row: int) -> list[PackedClip]:
-        """The clips of global row `row`, left to right: `data.sequence_blocks` blocks."""
+        """Returns the clips of global row `row` in order: `data.sequence_blocks` blocks."""
         group, place = divmod(row, self._rows)
         with self._lock:
             return self._group(group)[place]
@@ -131,7 +131,7 @@ class Mixture:
     def _plan(self, group: int) -> list[list[PackedClip]]:
         rng = np.random.default_rng([*self._seed, 0xFEED, group])
         rows, row_blocks = self._rows, self._row_blocks
-        if not self._apart:
+        if not self._by_source:
             parts = self._parts(group, units=rows * row_blocks)
             clips = [
                 clip
@@ -148,20 +148,20 @@ class Mixture:
         return [queues[index].pop() for index in rng.permutation(turns)]
 
     def _parts(self, group: int, *, units: int) -> list[tuple[int, int]]:
-        """For each feed, which run of its stream the group takes: `units` in all, by weight.
+        """Returns the run [start, stop) of each stream that a group takes: `units` in total.
 
-        Up to time t a feed has had floor(t w1) - floor(t w0) units, with [w0, w1) its part of
-        [0, 1]: always within one of its share, and t in all.
+        Up to time t a stream has given floor(t w1) - floor(t w0) units, with [w0, w1) its part of
+        [0, 1]: always within one of t (w1 - w0), and t in total.
         """
 
-        def had(index: int, time: int) -> int:
+        def taken(index: int, time: int) -> int:
             low, high = self._edges[index], self._edges[index + 1]
             return time * high.numerator // high.denominator - (
                 time * low.numerator // low.denominator
             )
 
         begin, end = group * units, (group + 1) * units
-        return [(had(index, begin), had(index, end)) for index in range(len(self.streams))]
+        return [(taken(index, begin), taken(index, end)) for index in range(len(self.streams))]
 
     def __getstate__(self) -> dict:
         state = self.__dict__.copy()

@@ -1,4 +1,4 @@
-"""Pieces of clips into rows of N blocks: best fit, no block lost, none left empty."""
+"""Packs pieces of clips into rows of N blocks by best fit; no block is lost or left empty."""
 
 import bisect
 import dataclasses
@@ -9,12 +9,12 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class PackedClip:
-    """A run of blocks of one item.
+    """A run of consecutive blocks of one item.
 
     Attributes:
-      feed: index of the feed; item: of the item in the feed's source; epoch: how often the feed
-        has been gone through before.
-      start: its first block in the item; blocks: how many.
+      feed: index of the source split; item: index in its source; epoch: complete passes over the
+        split before this one.
+      start: its first block in the item; blocks: their number.
     """
 
     feed: int
@@ -24,7 +24,7 @@ class PackedClip:
     blocks: int
 
     def cut(self, blocks: int) -> tuple["PackedClip", "PackedClip"]:
-        """Its first `blocks` blocks, and the rest."""
+        """Returns the first `blocks` blocks, and the rest."""
         rest = dataclasses.replace(self, start=self.start + blocks, blocks=self.blocks - blocks)
         return dataclasses.replace(self, blocks=blocks), rest
 
@@ -32,17 +32,17 @@ class PackedClip:
 def pack(
     clips: Sequence[PackedClip], *, rows: int, row_blocks: int, rng: np.random.Generator
 ) -> list[list[PackedClip]]:
-    """`rows` rows of `row_blocks` blocks that hold all `clips`, in random order.
+    """Packs `clips` into `rows` rows of `row_blocks` blocks, in random order.
 
-    Clips longer than a row are cut at rows and fill them one after the other; what is shorter is
-    placed by best fit, longest first; only those that then fit nowhere are cut once more, to fill
-    the gaps. Pieces of one clip come in their order from row to row.
+    Clips longer than a row are cut into full rows; what is shorter is placed by best fit, longest
+    first; only what then fits nowhere is cut once more, to fill the gaps. Pieces of one clip stay
+    in order from row to row.
 
     Args:
-      clips: rows x row_blocks blocks in all.
+      clips: rows x row_blocks blocks in total.
     """
     assert sum(clip.blocks for clip in clips) == rows * row_blocks
-    full: list[tuple[float, list[PackedClip]]] = []  # with the key that rows are sorted by
+    full: list[tuple[float, list[PackedClip]]] = []  # with the sort key of the row
     short: list[PackedClip] = []
     after: list[float] = []  # for each of `short`, the key of the row that must come before it
     for clip in clips:
@@ -75,12 +75,12 @@ def pack(
 def _best_fit(
     sizes: list[int], *, rows: int, row_blocks: int, rng: np.random.Generator
 ) -> list[list[tuple[int, int]]]:
-    """For each size, where it goes: [(row, blocks)], more than one entry where it had to be cut.
+    """Returns the places [(row, blocks)] of each size, several where it had to be cut.
 
-    Longest first, each into the fullest row that has room for it; see `pack`.
+    Places the longest first, each into the fullest row that has room for it; see `pack`.
     """
     by_room: dict[int, list[int]] = {row_blocks: list(range(rows))} if rows else {}
-    rooms = sorted(by_room)  # ascending, those that rows have
+    rooms = sorted(by_room)  # ascending, those in use
 
     def put(room: int, blocks: int) -> tuple[int, int]:
         row = by_room[room].pop()
@@ -96,7 +96,7 @@ def _best_fit(
 
     places: list[list[tuple[int, int]]] = [[] for _ in sizes]
     waiting = []
-    shuffled = rng.permutation(len(sizes)).tolist()  # so that chance decides among equals
+    shuffled = rng.permutation(len(sizes)).tolist()  # breaks ties at random
     for index in sorted(shuffled, key=lambda index: -sizes[index]):
         fitting = bisect.bisect_left(rooms, sizes[index])
         if fitting == len(rooms):

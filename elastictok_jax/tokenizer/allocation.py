@@ -1,11 +1,11 @@
-"""Spend a number of tokens where they lower distortion most: over blocks, over clips, on a stream.
+"""Allocates a token budget to minimise distortion: over blocks, over clips or along a stream.
 
 Dimension key: N blocks, M lengths a block can have (low, low + 1, ..., high), C blocks that may
 still change. An *offset* is a length less `low`, a column of the curves. Pure numpy, float64.
 
-Lagrangian relaxation [Everett 1963; Shoham and Gersho 1988] prices a token: at a price each block
-takes its best length alone, which bounds the optimum from below. What the bound leaves open is
-closed by a dynamic programme over the few lengths whose reduced cost is within the gap.
+Lagrangian relaxation [Everett 1963; Shoham and Gersho 1988] puts a price on a token: at a given
+price each block chooses its best length independently, which bounds the optimum from below. The
+remaining gap is closed by a dynamic programme over the few lengths whose reduced cost is within it.
 """
 
 import dataclasses
@@ -19,20 +19,20 @@ import numpy as np
 from elastictok_jax.errors import UsageError
 
 EXCHANGES = 30  # rounds of local search before the dynamic programme
-# What the dynamic programme may take: additions (some 3 s of one core) and float64 kept for the
-# way back (512 MiB).
+# Limits of the dynamic programme: additions (about 3 s on one core) and float64 values kept for
+# backtracking (512 MiB).
 MAX_ADDITIONS = 10**10
 MAX_KEPT = 2**26
 
 
 @dataclasses.dataclass(frozen=True)
 class Allocation:
-    """Lengths with an exact total, and what is proved of them.
+    """Lengths with an exact total, and a bound on their distortion.
 
     Attributes:
       lengths: int32 [N], tokens of each block.
       distortion: sum over blocks of the distortion at these lengths.
-      lower_bound: no lengths with this total have a smaller sum (to float64 rounding).
+      lower_bound: the least that this sum can be at this total (to float64 rounding).
     """
 
     lengths: np.ndarray
@@ -41,26 +41,25 @@ class Allocation:
 
     @property
     def is_optimal(self) -> bool:
-        """Whether the lengths are proved to be the best, to float64 rounding."""
+        """Whether the lengths are proved optimal, to float64 rounding."""
         return self.lower_bound >= self.distortion
 
 
 def allocate(curves: np.ndarray, *, total: int, low: int, high: int) -> Allocation:
-    """The lengths that add up to `total` with the least summed distortion.
+    """Returns the lengths that sum to `total` with the least summed distortion.
 
-    Exact for any curves, to float64 rounding: about 2e-15 of the sum over blocks of the largest
-    magnitude. Only where the dynamic programme would pass MAX_ADDITIONS or MAX_KEPT is the result
-    a local optimum, with `lower_bound` below `distortion`: seen with hundreds of blocks whose
-    curves are one staircase or one very noisy curve, or fall ever more steeply.
+    The result is exact for any curves, to float64 rounding: about 2e-15 of the sum over blocks of
+    the largest magnitude. Only if the dynamic programme would exceed MAX_ADDITIONS or MAX_KEPT is
+    it a local optimum, with `lower_bound` below `distortion`. This has been seen with hundreds of
+    blocks that share one staircase or one very noisy curve, or whose curves are concave.
 
     Args:
       curves: [N, M] distortion of each block at every length from low to high; any finite values,
-        falling or not, convex or not. To weigh clips, scale their rows.
-      total: tokens of all blocks together.
+        monotone or not, convex or not. To weight clips, scale their rows.
+      total: the sum of all lengths.
 
     Raises:
-      UsageError: if no lengths add up to `total`, or the curves have another shape or are not
-        finite.
+      UsageError: if no lengths sum to `total`, or the curves have another shape or are not finite.
     """
     costs_NM = _checked(curves, low=low, high=high)
     blocks = len(costs_NM)
@@ -104,21 +103,21 @@ def interpolate_curves(
     low: int,
     high: int,
 ) -> np.ndarray:
-    """The error at every length, from a few measured ones.
+    """Interpolates the error at every length from a few measured lengths.
 
-    Straight in log(length) and log(error) between neighbours, flat beyond the ends, and equal to
-    what was measured where it was. Between two points of which one has error 0, whose log has no
-    end, straight in log(length) and error.
+    The curve passes through the measurements, is linear in log(length) and log(error) between
+    neighbours and constant beyond the ends. Next to a point of error 0, which has no log, it is
+    linear in log(length) and error.
 
     Args:
-      measured: of each of N blocks, (lengths, errors): at least one point, in any order.
+      measured: (lengths, errors) for each of N blocks: at least one point, in any order.
 
     Returns:
       float64 [N, M], errors at low, ..., high.
 
     Raises:
-      UsageError: if a block has no point, a length twice or below 1, or an error that is negative
-        or not finite.
+      UsageError: if a block has no points, a length that repeats or is below 1, or an error that
+        is negative or not finite.
     """
     grid_M = np.log(_length_range(low=low, high=high))
     curves_NM = np.zeros((len(measured), len(grid_M)))
@@ -131,29 +130,30 @@ def interpolate_curves(
 
 @dataclasses.dataclass
 class BudgetPlanner:
-    """Lengths of a stream's blocks, one after another, each chosen from what came so far.
+    """Chooses the lengths of a stream's blocks causally, one block after another.
 
-    A block takes the length that is best at a price a token. The price is the one at which the
-    last `window` blocks, the present one included, would have used the target, more or less what
-    the account is behind or ahead of it. So blocks that gain most by tokens get them, as in
-    `allocate`, and memory is that of `window` curves.
+    Each block gets its best length at the current price of a token: the price at which the last
+    `window` blocks, including this one, would have used the target, corrected by the surplus or
+    deficit so far. Tokens thus go to the blocks that gain most from them, as in `allocate`, and
+    memory holds `window` curves.
 
-    After n blocks at most tokens_per_block * n + reserve tokens are used, at every n. On a stream
-    that stays as it is the mean use tends to tokens_per_block, unless fewer tokens are better: the
-    price is never negative, and what is not used stays in the account. With `blocks`, exactly
-    floor(tokens_per_block * blocks) are used in the end.
+    After any n blocks at most tokens_per_block * n + reserve tokens are used. On a stationary
+    stream the mean use converges to tokens_per_block, unless fewer tokens are better: the price is
+    never negative, and unused tokens stay available. If `blocks` is given, exactly
+    floor(tokens_per_block * blocks) tokens are used in the end.
 
     Attributes:
-      tokens_per_block: target mean, in [low, high]; a float is taken as the nearest fraction
-        with a denominator up to 1e6. For a total over known blocks, Fraction(total, blocks).
+      tokens_per_block: target mean, in [low, high]; a float is converted to the nearest fraction
+        with a denominator up to 1e6. For a total over known blocks, use Fraction(total, blocks).
       low, high: shortest and longest length.
-      reserve: tokens that may be used ahead of the target, at least 0; with 0 a block gets more
-        than the target only from what earlier blocks saved.
-      window: blocks that the price is learnt from; long against scenes, or each is a world alone.
-      blocks: blocks of the whole stream, None where that is not known.
+      reserve: tokens that may be used ahead of the target, at least 0; with 0 a block exceeds the
+        target only by what earlier blocks saved.
+      window: blocks that the price is estimated from; it should span several scenes, or tokens do
+        not move between them.
+      blocks: blocks in the stream, or None if unknown.
 
     Raises:
-      UsageError: if an attribute is out of its range.
+      UsageError: if an attribute is out of range.
     """
 
     tokens_per_block: float | Fraction
@@ -183,13 +183,13 @@ class BudgetPlanner:
         self._past: deque[np.ndarray] = deque(maxlen=self.window)
 
     def next_length(self, curve: np.ndarray) -> int:
-        """The length of the next block, whose distortion at low, ..., high is `curve` [M].
+        """Returns the length of the next block, whose distortion at low, ..., high is `curve` [M].
 
         Raises:
           UsageError: if the curve has another shape or is not finite, or all blocks are done.
         """
         if self.done == self.blocks:
-            raise UsageError(f"all {self.blocks} blocks have their lengths: start another budget")
+            raise UsageError(f"all {self.blocks} blocks have their lengths: start a new budget")
         self._past.append(_checked(np.asarray(curve)[None], low=self.low, high=self.high)[0])
         shortest, longest = self._allowed()
         aim = self._aim()
@@ -199,8 +199,8 @@ class BudgetPlanner:
         price = max(_price(curves_NM, spend=spend)[2], 0.0)
         allowed = np.arange(shortest, longest + 1)
         priced = curves_NM[-1, allowed - self.low] + price * (allowed - self.low)
-        # Of lengths that are equally good the one nearest the aim: a straight curve, on which all
-        # are, would else swing between low and high.
+        # Of equally good lengths, take the one nearest the aim: on a straight curve all are equally
+        # good, and the choice would otherwise alternate between low and high.
         ties = allowed[priced <= priced.min() + _rounding(curves_NM[-1:])]
         length = int(ties[np.argmin(np.abs(ties - float(aim)))])
         self.used += length
@@ -208,7 +208,7 @@ class BudgetPlanner:
         return length
 
     def _allowed(self) -> tuple[int, int]:
-        """Shortest and longest length that keep the account, and the total within reach."""
+        """Returns the shortest and longest length that respect the reserve and the total."""
         most = math.floor(self._target * (self.done + 1)) + self.reserve - self.used
         shortest, longest = self.low, min(self.high, most)
         if self.blocks is not None:
@@ -219,7 +219,7 @@ class BudgetPlanner:
         return shortest, longest
 
     def _aim(self) -> Fraction:
-        """Mean use from here on that brings the account back to the target."""
+        """Returns the mean length from here on that brings the use back to the target."""
         horizon = self.window if self.blocks is None else self.blocks - self.done
         return self._target + (self._target * self.done - self.used) / horizon
 
@@ -236,11 +236,11 @@ def _checked(curves: np.ndarray, *, low: int, high: int) -> np.ndarray:
     if curves.ndim != 2 or curves.shape[1] != lengths:
         raise UsageError(
             f"curves of shape {curves.shape} for lengths {low} to {high}: "
-            f"give one row of {lengths} a block"
+            f"give one row of {lengths} per block"
         )
     if not np.isfinite(curves).all():
         block = int(np.argmin(np.isfinite(curves).all(axis=1)))
-        raise UsageError(f"the curve of block {block} is not finite: give distortions that are")
+        raise UsageError(f"the curve of block {block} is not finite: give finite distortions")
     return curves
 
 
@@ -250,10 +250,10 @@ def _interpolate(
     if not len(lengths) == len(errors) == len(set(lengths.tolist())) > 0 or lengths.min() < 1:
         raise UsageError(
             f"block {block} has errors at lengths {lengths.tolist()}: "
-            "give one error for each of one or more different lengths from 1"
+            "give one error for each of one or more distinct lengths >= 1"
         )
     if not (np.isfinite(errors) & (errors >= 0)).all():
-        raise UsageError(f"block {block} has errors {errors.tolist()}: give finite ones from 0")
+        raise UsageError(f"block {block} has errors {errors.tolist()}: give finite values >= 0")
     order = np.argsort(lengths)
     lengths, errors = lengths[order], errors[order]
     at = np.log(lengths)
@@ -262,7 +262,7 @@ def _interpolate(
     curve_M = np.exp(np.interp(grid_M, at, logs))
     right = np.clip(np.searchsorted(at, grid_M), 0, len(at) - 1)
     left = np.maximum(right - 1, 0)
-    # Also where both ends are one error, so that a log and back does not round it.
+    # Also where both ends have the same error, which exp(log(error)) would round.
     level = (errors[left] == errors[right]) | (grid_M < at[0]) | (grid_M > at[-1])
     is_straight = is_zero[left] | is_zero[right] | level
     curve_M[is_straight] = np.interp(grid_M[is_straight], at, errors)
@@ -272,26 +272,27 @@ def _interpolate(
 
 
 def _rounding(costs_NM: np.ndarray) -> float:
-    """What sums of a cost a block may differ by through rounding alone."""
+    """Returns a bound on the rounding error of a sum of one cost per block."""
     return 8 * np.finfo(np.float64).eps * float(np.abs(costs_NM).max(axis=1).sum())
 
 
 def _priced(costs_NM: np.ndarray, price: float) -> np.ndarray:
-    """Costs with the price of their tokens, all but for a constant a block."""
-    # From the end that the price favours, so that what is near the least is not rounded away.
+    """Returns costs plus the price of their tokens, up to a constant per block."""
+    # Counting from the end that the price favours keeps precision near the minimum.
     origin = 0 if price >= 0 else costs_NM.shape[1] - 1
     return costs_NM + price * (np.arange(costs_NM.shape[1]) - origin)
 
 
 def _price(costs_NM: np.ndarray, *, spend: int) -> tuple[np.ndarray, np.ndarray, float]:
-    """The price of a token at which the bound of the optimum is highest.
+    """Returns the token price with the tightest lower bound on the optimum.
 
-    Points (summed offsets, summed costs) of the best choices at each price are the corners of a
-    convex chain. From its two ends, the price of the chord over `spend` gives the corner farthest
-    below it, until none is below: the chord is an edge of the chain.
+    The points (summed offsets, summed costs) of the best choices at each price are the corners of
+    a convex chain. Starting from its two ends, the slope of the chord over `spend` gives the corner
+    farthest below the chord, until there is none: the chord is then an edge of the chain.
 
     Returns:
-      offsets [N] that use at least `spend` and at most `spend`, both best at the price, and it.
+      (more_N, fewer_N, price): offsets [N], both optimal at the price, that use at least and at
+      most `spend`.
     """
     blocks, lengths = costs_NM.shape
     rows = np.arange(blocks)
@@ -316,19 +317,19 @@ def _price(costs_NM: np.ndarray, *, spend: int) -> tuple[np.ndarray, np.ndarray,
 
 
 def _fill(fewer_N: np.ndarray, more_N: np.ndarray, *, spend: int) -> np.ndarray:
-    """From `fewer` towards `more`, block after block, until exactly `spend` is used."""
+    """Moves `fewer` towards `more`, block by block, until exactly `spend` is used."""
     steps_N = np.maximum(more_N - fewer_N, 0)
     before_N = np.cumsum(steps_N) - steps_N
     return fewer_N + np.clip(spend - fewer_N.sum() - before_N, 0, steps_N)
 
 
 def _exchange(reduced_NM: np.ndarray, offsets_N: np.ndarray, *, tolerance: float) -> np.ndarray:
-    """Moves tokens from one block to another while that pays: the best pair of blocks a round."""
+    """Moves tokens between the best pair of blocks in each round while that lowers the cost."""
     blocks, lengths = reduced_NM.shape
     offsets_N = offsets_N.copy()
     for _ in range(EXCHANGES if blocks > 1 else 0):
         (cost, next_cost), (block, next_block) = _cheapest_changes(reduced_NM, offsets_N)
-        # Another block changes by as much the other way: the cheapest, or the next where that is
+        # A second block makes the opposite change: the cheapest one, or the runner-up if that is
         # the same block.
         is_same = block == block[::-1]
         summed = cost + np.where(is_same, next_cost[::-1], cost[::-1])
@@ -344,10 +345,10 @@ def _exchange(reduced_NM: np.ndarray, offsets_N: np.ndarray, *, tolerance: float
 def _cheapest_changes(
     reduced_NM: np.ndarray, offsets_N: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Of every change of an offset, -(M - 1) to M - 1, the two blocks that make it cheapest.
+    """Finds the two cheapest blocks for every change of an offset, from -(M - 1) to M - 1.
 
     Returns:
-      what they add to the cost, and which they are: float64 and int64 [2, 2 M - 1].
+      The added costs and the block indices: float64 and int64 [2, 2 M - 1].
     """
     lengths = reduced_NM.shape[1]
     cost = np.full((2, 2 * lengths - 1), np.inf)
@@ -364,20 +365,20 @@ def _cheapest_changes(
 
 
 def _close_gap(reduced_NM: np.ndarray, *, spend: int, gap: float) -> np.ndarray | None:
-    """Offsets [N] that use `spend` with the least summed reduced cost, which is at most `gap`.
+    """Returns offsets [N] that use `spend` with the least summed reduced cost, at most `gap`.
 
-    A length whose own reduced cost is above the gap, and a sum of the first blocks that is, are in
-    no better allocation. None where what is left passes MAX_ADDITIONS or MAX_KEPT.
+    Lengths and partial sums whose reduced cost exceeds the gap are pruned, since no better
+    allocation contains them. Returns None if the remainder exceeds MAX_ADDITIONS or MAX_KEPT.
     """
     kept_NM = reduced_NM <= gap
     first_N = kept_NM.argmax(axis=1)
     span_N = kept_NM.shape[1] - 1 - kept_NM[:, ::-1].argmax(axis=1) - first_N
     changing_C = np.flatnonzero(span_N)
-    # Blocks with many lengths come while the sums so far are few.
+    # Blocks with many lengths come first, while there are few sums.
     changing_C = changing_C[np.argsort(-span_N[changing_C], kind="stable")]
     target = spend - int(first_N.sum())
     later_C = np.cumsum(span_N[changing_C][::-1])[::-1] - span_N[changing_C]
-    # stages[c]: least cost of sums start, start + 1, ... of the first c blocks' offsets.
+    # stages[c]: (start, least costs of the sums start, start + 1, ... of the first c offsets).
     stages: list[tuple[int, np.ndarray]] = [(0, np.zeros(1))]
     rows: list[np.ndarray] = []
     additions = kept = 0
@@ -391,7 +392,7 @@ def _close_gap(reduced_NM: np.ndarray, *, spend: int, gap: float) -> np.ndarray 
         kept += len(costs)
         if additions > MAX_ADDITIONS or kept > MAX_KEPT:
             return None
-        # Sums from which the blocks to come cannot reach the target are left out.
+        # Drop sums from which the remaining blocks cannot reach the target.
         skip = max(0, int(target - later) - start)
         sums = _min_plus(costs, rows[-1])[skip : max(target - start + 1, 0)]
         sums = np.where(sums <= gap, sums, np.inf)
@@ -409,7 +410,7 @@ def _close_gap(reduced_NM: np.ndarray, *, spend: int, gap: float) -> np.ndarray 
 
 
 def _min_plus(one: np.ndarray, two: np.ndarray) -> np.ndarray:
-    """min over i + j = k of one[i] + two[j], for every k; infinite entries are no entries."""
+    """Returns the min-plus convolution, min over i + j = k of one[i] + two[j], skipping infs."""
     few, many = sorted((one, two), key=lambda costs: int(np.isfinite(costs).sum()))
     sums = np.full(len(one) + len(two) - 1, np.inf)
     for index in np.flatnonzero(np.isfinite(few)):

@@ -1,4 +1,4 @@
-"""The codes of the blocks of a clip, in one array.
+"""The codes of a clip's blocks, stored in one array.
 
 Dimension key: N blocks, S tokens of all blocks, Z latent dims.
 """
@@ -10,11 +10,12 @@ import numpy as np
 
 
 class BlockCodes(Sequence[np.ndarray]):
-    """A sequence of N arrays, [n] or [n, Z], that are views of one: millions of short ones would
-    take many times the memory of their codes.
+    """A sequence of N arrays, [n] or [n, Z], that are views of one array.
+
+    Millions of short arrays would take many times the memory of their codes.
 
     Attributes:
-      flat: [S] or [S, Z], all codes, block after block.
+      flat: [S] or [S, Z], the concatenated codes of all blocks.
       lengths: int32 [N].
     """
 
@@ -25,7 +26,7 @@ class BlockCodes(Sequence[np.ndarray]):
 
     @classmethod
     def of(cls, codes: Iterable[np.ndarray]) -> "BlockCodes":
-        """`codes`, whose types and dims must be alike, one after the other."""
+        """Concatenates `codes`, which must agree in dtype and trailing shape."""
         if isinstance(codes, cls):
             return codes
         codes = list(codes)
@@ -60,7 +61,7 @@ class BlockCodes(Sequence[np.ndarray]):
 
 
 def block_lengths(codes: Sequence[np.ndarray]) -> np.ndarray:
-    """int32 [N], tokens in each block."""
+    """Returns the number of tokens in each block, int32 [N]."""
     if isinstance(codes, BlockCodes):
         return codes.lengths
     return np.asarray([len(code) for code in codes], np.int32)

@@ -1,13 +1,13 @@
-"""FSQ codes in fewer bits: arithmetic coding under a model that adapts to the clip.
+"""Lossless compression of FSQ codes: arithmetic coding with a model that adapts to the clip.
 
 Dimension key: N blocks, S tokens of all blocks, C tokens of a chunk, Z latent dims, V values
 (levels) of one dim.
 
-A code is Z digits, first dim fastest (`bottlenecks.FSQ`). Each dim has tables of counts of its
-digits, one for each context: the digit at the same place in an earlier block, `stride` blocks
-back, or where there is none the digit of the dim before it in the same token. A table starts from
-the counts of the dim as a whole. Counts are updated after each chunk, so a chunk is coded at once,
-and decoding repeats the same whole-number arithmetic: exact on any machine.
+A code has Z digits, first dim fastest (`bottlenecks.FSQ`). Each dim has a table of digit counts
+for each context: the digit at the same position `stride` blocks earlier, or if there is none, the
+digit of the preceding dim in the same token. A table is smoothed by the dim's overall counts.
+Counts are updated after each chunk, so that a chunk is coded in one call. The decoder repeats the
+same integer arithmetic, which is exact on any machine.
 """
 
 import importlib.util
@@ -19,33 +19,33 @@ import numpy as np
 from elastictok_jax.errors import UsageError
 from elastictok_jax.tokenizer.block_codes import BlockCodes, block_lengths
 
-MAX_LEVELS = 256  # of one dim: bounds the tables
-_SHARED_WEIGHT = 4  # observations that the counts of the whole dim are worth to a context
-_SAME_WEIGHT = 16  # observations that begin the belief in the same digit as in the earlier block
+MAX_LEVELS = 256  # per dim: bounds the tables
+_SHARED_WEIGHT = 4  # weight of the dim's overall counts in a context, in observations
+_SAME_WEIGHT = 16  # prior for the same digit as in the earlier block, in observations
 _FORGET_AT = 1024  # a table with more observations is halved
-_FLOOR = 256  # at least one part in this many is spread over all digits
-_MIN_BITS_PER_DIGIT = 1 / 400  # what that floor makes a digit cost, at the least
+_FLOOR = 256  # at least 1/_FLOOR of the probability is spread over all digits
+_MIN_BITS_PER_DIGIT = 1 / 400  # a lower bound on the cost of a digit, due to that floor
 _SMALLEST_CHUNK, _LARGEST_CHUNK = 4, 256  # tokens
-_STRIDE_SAMPLE = 2**18  # tokens looked at to choose the stride
+_STRIDE_SAMPLE = 2**18  # tokens examined to choose the stride
 _HEAD_WORDS = 2  # stride, checksum
 
 
 def is_installed() -> bool:
-    """Whether the extra [compress] is there."""
+    """Returns whether the extra [compress] is installed."""
     return importlib.util.find_spec("constriction") is not None
 
 
 def require_coder(levels: tuple[int, ...]) -> None:
-    """Raises UsageError where `encode_codes` would: before the work, not after it."""
+    """Raises UsageError if `encode_codes` would, so that callers can fail early."""
     _require_levels(levels)
     _coder()
 
 
 def encode_codes(codes: Sequence[np.ndarray], *, levels: tuple[int, ...]) -> np.ndarray:
-    """N blocks of codes, int [n] each with n >= 1, below prod(levels), as uint32 [words].
+    """Encodes N blocks of codes, int [n] with n >= 1, below prod(levels), as uint32 [words].
 
     Raises:
-      UsageError: if the coder is not installed, or `levels` is empty or has more than MAX_LEVELS.
+      UsageError: if the coder is not installed, or `levels` is empty or exceeds MAX_LEVELS.
     """
     _require_levels(levels)
     likely = _likely_stride(codes, levels=levels)
@@ -73,12 +73,12 @@ def _encode(codes: Sequence[np.ndarray], levels: tuple[int, ...], *, stride: int
 def decode_codes(
     words: np.ndarray, *, lengths: Sequence[int] | np.ndarray, levels: tuple[int, ...]
 ) -> np.ndarray:
-    """int32 [S], the codes that `encode_codes` was given, of all blocks one after the other.
+    """Inverts `encode_codes`: returns the codes of all blocks concatenated, int32 [S].
 
     Raises:
       UsageError: as `encode_codes`.
-      ValueError: if `words` are not what it made of blocks of those lengths. More tokens than the
-        words could hold are refused before memory is taken for them.
+      ValueError: if `words` do not encode blocks of these lengths. More tokens than the words
+        could hold are rejected before memory is allocated for them.
     """
     _require_levels(levels)
     lengths = np.asarray(lengths, np.int64)
@@ -87,8 +87,8 @@ def decode_codes(
         raise ValueError(f"{len(words)} words of entropy-coded tokens")
     stride = int(words[0])
     if not 1 <= stride <= len(lengths):
-        raise ValueError(f"entropy-coded tokens refer {stride} of {len(lengths)} blocks back")
-    # The words of the head are slack enough for the coder's own end.
+        raise ValueError(f"entropy-coded tokens have stride {stride} for {len(lengths)} blocks")
+    # The words of the head leave enough slack for the coder's own terminator.
     if total * len(levels) * _MIN_BITS_PER_DIGIT > 32 * len(words):
         raise ValueError(f"{total} tokens cannot come from {len(words)} entropy-coded words")
     model, places = _Model(levels), _Places(lengths, stride=stride)
@@ -103,12 +103,12 @@ def decode_codes(
             contexts_C = model.contexts(dim, before_CZ, known_C, digits_CZ)
             try:
                 digits_CZ[:, dim] = decoder.decode(_family(), model.weights(dim, contexts_C))
-            except AssertionError as error:  # so the coder says that no message has these words
+            except AssertionError as error:  # the coder's way of saying that the words are invalid
                 raise ValueError(f"entropy-coded tokens: {error}") from None
             model.update(dim, contexts_C, digits_CZ[:, dim])
         codes_S[chunk] = digits_CZ @ radix
     if _checksum(codes_S) != int(words[1]):
-        raise ValueError("entropy-coded tokens do not decode to what was encoded")
+        raise ValueError("entropy-coded tokens do not match their checksum")
     return codes_S
 
 
@@ -118,7 +118,7 @@ class _Model:
     def __init__(self, levels: tuple[int, ...]) -> None:
         self._levels = levels
         self._shared_V = [np.ones(values, np.int64) for values in levels]
-        # Contexts of a dim: its own V digits in the earlier block, then those of the dim before.
+        # Contexts of a dim: its own V digits in the earlier block, then those of the preceding dim.
         self._tables = [
             np.concatenate(
                 [
@@ -132,12 +132,12 @@ class _Model:
     def contexts(
         self, dim: int, before_CZ: np.ndarray, known_C: np.ndarray, digits_CZ: np.ndarray
     ) -> np.ndarray:
-        """int [C], rows of the dim's tables; reads `digits_CZ` of the dims before alone."""
+        """Returns rows of the dim's table, int [C]; reads only preceding dims of `digits_CZ`."""
         of_token = digits_CZ[:, dim - 1] if dim else 0
         return np.where(known_C, before_CZ[:, dim], self._levels[dim] + of_token)
 
     def weights(self, dim: int, contexts_C: np.ndarray) -> np.ndarray:
-        """float64 [C, V], whole numbers in proportion to the probabilities."""
+        """Returns unnormalised probabilities, float64 [C, V] with integer values."""
         shared_V = self._shared_V[dim]
         weights_CV = self._tables[dim][contexts_C] * shared_V.sum() + _SHARED_WEIGHT * shared_V
         floor = weights_CV.sum(axis=1, keepdims=True) // (_FLOOR * self._levels[dim])
@@ -153,15 +153,18 @@ class _Model:
 
 
 class _Places:
-    """Where tokens lie in their blocks, and in what chunks they are coded."""
+    """Positions of tokens within their blocks, and the chunks in which they are coded."""
 
     def __init__(self, lengths_N: np.ndarray, *, stride: int) -> None:
         self._lengths_N, self._stride = lengths_N, stride
         self._ends_N = np.cumsum(lengths_N)
 
     def chunks(self) -> Iterator[slice]:
-        """Spans of tokens in order: small at first, when there is most to learn, and ending where
-        `stride` blocks end, so that the next ones have them as context."""
+        """Yields consecutive spans of tokens.
+
+        Chunks are small at first, when there is most to learn, and end after every `stride` blocks,
+        so that these are context for the next ones.
+        """
         ends = self._ends_N[self._stride - 1 :: self._stride]
         start, total = 0, int(self._ends_N[-1])
         while start < total:
@@ -174,8 +177,11 @@ class _Places:
             start = stop
 
     def earlier(self, chunk: slice) -> tuple[np.ndarray, np.ndarray]:
-        """int [C], which token has the same place `stride` blocks back, or 0; and bool [C],
-        whether there is one, coded before this chunk."""
+        """Finds the token at the same position `stride` blocks earlier.
+
+        Returns:
+          int [C], its index or 0; and bool [C], whether it exists and precedes this chunk.
+        """
         tokens_C = np.arange(chunk.start, chunk.stop)
         blocks_C = np.searchsorted(self._ends_N, tokens_C, side="right")
         starts_N = self._ends_N - self._lengths_N
@@ -187,9 +193,10 @@ class _Places:
 
 
 def _likely_stride(codes: Sequence[np.ndarray], *, levels: tuple[int, ...]) -> int:
-    """Blocks between the same place at successive times: 1, or the number of tiles of a frame.
+    """Estimates the distance in blocks between successive times of one tile.
 
-    Of the divisors of N, the one with the most digits equal to those that many blocks back.
+    That is 1, or the number of tiles per frame. Returns the divisor of N at which the most digits
+    equal those that many blocks earlier.
     """
     count = len(codes)
     lengths, flat = block_lengths(codes).astype(np.int64), BlockCodes.of(codes).flat
@@ -207,7 +214,7 @@ def _likely_stride(codes: Sequence[np.ndarray], *, levels: tuple[int, ...]) -> i
 
 
 def _digits(codes_C: np.ndarray, levels: tuple[int, ...]) -> np.ndarray:
-    """int32 [C, Z], the digit of each dim."""
+    """Returns the digit of each dim, int32 [C, Z]."""
     digits = codes_C[:, None] // np.cumprod([1, *levels[:-1]]) % np.asarray(levels)
     return digits.astype(np.int32)
 
@@ -219,8 +226,8 @@ def _checksum(codes_S: np.ndarray) -> int:
 def _require_levels(levels: tuple[int, ...]) -> None:
     if not levels or max(levels) > MAX_LEVELS:
         raise UsageError(
-            f"levels {levels} have no entropy-coded form: it is for codes of an FSQ of at most "
-            f"{MAX_LEVELS} levels a dim, so use the plain form"
+            f"levels {levels} have no entropy-coded form: it is for an FSQ of at most "
+            f"{MAX_LEVELS} levels per dim, so use the plain form"
         )
 
 
@@ -229,11 +236,11 @@ def _coder():
         import constriction
     except ImportError:
         raise UsageError(
-            "entropy-coded tokens need the extra: pip install 'elastictok_jax[compress]'"
+            "entropy-coded tokens need an extra: pip install 'elastictok_jax[compress]'"
         ) from None
     return constriction
 
 
 def _family():
-    """Any probabilities over the digits of a dim, given with each digit."""
+    """Returns the family of categorical distributions, with probabilities given per digit."""
     return _coder().stream.model.Categorical(perfect=False)

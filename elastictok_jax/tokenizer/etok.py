@@ -1,11 +1,11 @@
-"""The .etok file: a safetensors file of arrays, with text about the clip, sealed by a checksum.
+"""The .etok file format: a safetensors file with metadata about the clip and a checksum.
 
 Dimension key: N blocks, S tokens of all blocks, Z latent dims, W words of the entropy coder.
 
-Arrays: `codes` (the smallest unsigned type [S] of an FSQ, float32 [S, Z] of a VAE), or in their
-place `words` (uint32 [W], `entropy`); `lengths` (the smallest unsigned type [N]), `mse` (float32
-[N]), `met` (bool [N]). A file may come from anywhere: what it says is checked against limits, and
-its shapes against each other, before memory is taken for it.
+Arrays: `codes` (the smallest unsigned type [S] of an FSQ, float32 [S, Z] of a VAE), or instead
+`words` (uint32 [W], `entropy`); `lengths` (the smallest unsigned type [N]), `mse` (float32 [N]),
+`met` (bool [N]). Files are untrusted: their sizes are checked against limits, and their shapes
+against each other, before memory is allocated for them.
 """
 
 import contextlib
@@ -27,19 +27,19 @@ from elastictok_jax.tokenizer.block_codes import BlockCodes, block_lengths
 
 FORMAT = "etok-2"
 CODINGS = ("plain", "entropy")
-MAX_TOKENS = 2**25  # of one file: 8,192 blocks of 4,096
+MAX_TOKENS = 2**25  # per file: 8,192 blocks of 4,096
 MAX_PIXELS = 2**36  # frames x height x width: 10 hours of 256 x 256 at 30 frames a second
 MAX_FRAME_PIXELS = 2**26  # all tiles of a frame are decoded together
 MAX_FILE_BYTES = 2**31
 MAX_HEADER_BYTES = 2**14  # ours take well under 1,024
 
-# As JSON.
+# Metadata stored as JSON.
 _TEXT = ("bits_per_token", "fps", "frames", "height", "levels", "width", "window_blocks")
 _UNSIGNED = ("U8", "U16", "U32")
 
 
 def write_fields(path: str | Path, fields: Mapping[str, Any], *, coding: str) -> None:
-    """Writes the fields of `Tokens` whole or not at all; see `Tokens.save`."""
+    """Writes the fields of `Tokens` atomically; see `Tokens.save`."""
     if coding not in CODINGS:
         raise UsageError(f"coding {coding!r}: choose one of {', '.join(CODINGS)}")
     try:
@@ -55,14 +55,14 @@ def write_fields(path: str | Path, fields: Mapping[str, Any], *, coding: str) ->
     elif codes[0].ndim == 1:
         arrays["words"] = entropy.encode_codes(codes, levels=levels)
     else:
-        raise UsageError(f"{path}: codes of a VAE have no entropy-coded form: use the plain form")
+        raise UsageError(f"{path}: VAE codes have no entropy-coded form: use coding='plain'")
     text = {name: json.dumps(fields[name]) for name in _TEXT}
     text |= {"format": FORMAT, "coding": coding, "fingerprint": fields["fingerprint"]}
     data = save(arrays, metadata=text | {"crc32": checksum(arrays, text)})
     if len(data) > MAX_FILE_BYTES:
         raise UsageError(
-            f"{path} would have {len(data)} bytes, more than the {MAX_FILE_BYTES} that one may "
-            "have: save the clip in pieces"
+            f"{path} would have {len(data)} bytes, more than the limit of {MAX_FILE_BYTES}: "
+            "save the clip in pieces"
         )
     temporary = Path(f"{path}.tmp")
     try:
@@ -71,12 +71,12 @@ def write_fields(path: str | Path, fields: Mapping[str, Any], *, coding: str) ->
     except OSError as error:
         raise UsageError(f"{path} cannot be written ({error}): choose another place") from None
     finally:
-        with contextlib.suppress(OSError):  # as where its folder is none
+        with contextlib.suppress(OSError):  # for example if its parent is not a folder
             temporary.unlink(missing_ok=True)
 
 
 def read_fields(path: str | Path) -> dict[str, Any]:
-    """The fields of `Tokens` in an .etok file; see `Tokens.load`."""
+    """Reads the fields of `Tokens` from an .etok file; see `Tokens.load`."""
     if not Path(path).is_file():
         raise UsageError(f"{path} does not exist: give an .etok file")
     try:
@@ -85,7 +85,7 @@ def read_fields(path: str | Path) -> dict[str, Any]:
             text = _read_text(file.metadata() or {})
             arrays = _read_arrays(file, coding=text["coding"])
         if text.pop("crc32") != checksum(arrays, text):
-            raise ValueError("its content does not give its checksum")
+            raise ValueError("its content does not match its checksum")
         clip = {name: json.loads(text[name]) for name in _TEXT}
         clip |= {"levels": tuple(clip["levels"]), "fingerprint": text["fingerprint"]}
         _check_clip(clip)
@@ -100,8 +100,10 @@ def read_fields(path: str | Path) -> dict[str, Any]:
 
 
 def check_fields(fields: Mapping[str, Any]) -> None:
-    """Raises ValueError, saying what, unless the fields of `Tokens` fit together and within the
-    limits of this module: what `save` refuses to write and `load` to give."""
+    """Raises ValueError if the fields of `Tokens` are inconsistent or exceed this module's limits.
+
+    Both `save` and `load` enforce it.
+    """
     _check_clip(fields)
     codes, levels = fields["codes"], fields["levels"]
     if not len(codes):
@@ -121,11 +123,11 @@ def check_fields(fields: Mapping[str, Any]) -> None:
     elif dtype != np.float32 or len(tail) != 1 or levels:
         raise ValueError(f"codes are {dtype} [n{''.join(f', {n}' for n in tail)}]")
     elif not np.isfinite(flat).all():
-        raise ValueError("codes are not all finite")
+        raise ValueError("codes have values that are not finite")
 
 
 def checksum(arrays: Mapping[str, np.ndarray], text: Mapping[str, str]) -> str:
-    """8 hex digits over names, types, shapes and values."""
+    """Returns 8 hex digits over names, types, shapes and values."""
     crc = 0
     for name in sorted(text):
         crc = zlib.crc32(f"{name}={text[name]};".encode(), crc)
@@ -142,12 +144,12 @@ def _smallest(numbers: np.ndarray) -> np.ndarray:
 
 
 def _require_size(path: str | Path) -> None:
-    """Refuses a file by its length and that of its header, before anything parses it."""
+    """Rejects a file by its size and that of its header before anything is parsed."""
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
         header = int.from_bytes(file.read(8), "little")
     if size > MAX_FILE_BYTES:
-        raise ValueError(f"{size} bytes, more than the {MAX_FILE_BYTES} that one may have")
+        raise ValueError(f"{size} bytes, more than the limit of {MAX_FILE_BYTES}")
     if not 0 < header <= min(MAX_HEADER_BYTES, size - 8):
         raise ValueError(f"{size} bytes, with a header of {header}")
 
@@ -160,15 +162,17 @@ def _read_text(text: dict[str, str]) -> dict[str, str]:
         )
     expected = {*_TEXT, "format", "coding", "crc32", "fingerprint"}
     if set(text) != expected:
-        raise ValueError(f"its text is {sorted(text)}, not {sorted(expected)}")
+        raise ValueError(f"its metadata has keys {sorted(text)}, not {sorted(expected)}")
     if text["coding"] not in CODINGS:
         raise ValueError(f"coding {text['coding'][:40]!r}")
     return text
 
 
 def _read_arrays(file, *, coding: str) -> dict[str, np.ndarray]:
-    """The arrays, once their names, types and shapes are sound; safetensors has seen to it that
-    they fill the file exactly."""
+    """Reads the arrays after checking their names, types and shapes.
+
+    safetensors has already checked that they fill the file exactly.
+    """
     payload = "words" if coding == "entropy" else "codes"
     names = [payload, "lengths", "met", "mse"]
     if sorted(file.keys()) != sorted(names):
@@ -189,7 +193,7 @@ def _read_arrays(file, *, coding: str) -> dict[str, np.ndarray]:
 
 
 def _with_blocks(clip: dict[str, Any], arrays: dict[str, np.ndarray]) -> dict[str, Any]:
-    """The fields in `clip` and those of the arrays, sound together."""
+    """Combines the fields in `clip` with those of the arrays, checked for consistency."""
     lengths, mse, met = arrays["lengths"].astype(np.int64), arrays["mse"], arrays["met"]
     _check_blocks(mse, met, lengths=lengths)
     if "words" in arrays:
@@ -208,20 +212,20 @@ def _with_blocks(clip: dict[str, Any], arrays: dict[str, np.ndarray]) -> dict[st
 
 
 def _check_clip(fields: Mapping[str, Any]) -> None:
-    """What there is about the clip and the model."""
+    """Checks the fields that describe the clip and the model."""
     sizes = {name: fields[name] for name in ("frames", "height", "width")}
     window = fields["window_blocks"]
     if any(type(size) is not int or size < 1 for size in (*sizes.values(), window)):
-        raise ValueError(f"sizes of the clip are {sizes}, of its window {window}")
+        raise ValueError(f"the clip has sizes {sizes} and a window of {window} blocks")
     if window > MAX_TOKENS:
-        raise ValueError(f"a window of {window} blocks is more than {MAX_TOKENS}")
+        raise ValueError(f"a window of {window} blocks exceeds {MAX_TOKENS}")
     if math.prod(sizes.values()) > MAX_PIXELS:
         raise ValueError(f"a clip of {sizes} has more than {MAX_PIXELS} pixels")
     if sizes["height"] * sizes["width"] > MAX_FRAME_PIXELS:
         raise ValueError(f"a frame of {sizes} has more than {MAX_FRAME_PIXELS} pixels")
     for name in ("fps", "bits_per_token"):
         value = fields[name]
-        if type(value) not in (int, float) or not 0 <= value < 2**31:  # NaN neither
+        if type(value) not in (int, float) or not 0 <= value < 2**31:  # false for NaN
             raise ValueError(f"{name} is {value}")
     levels, fingerprint = fields["levels"], fields["fingerprint"]
     small = any(type(level) is not int or level < 2 for level in levels)
@@ -237,11 +241,11 @@ def _check_blocks(mse: np.ndarray, met: np.ndarray, *, lengths: np.ndarray) -> N
     if mse.dtype != np.float32 or mse.ndim != 1 or met.dtype != np.bool_ or met.ndim != 1:
         raise ValueError(f"mse and met are {mse.dtype} {mse.shape} and {met.dtype} {met.shape}")
     if met.view(np.uint8).max() > 1:
-        raise ValueError("met is not all true or false")
+        raise ValueError("met has values other than true and false")
     if not (np.isfinite(mse).all() and mse.min() >= 0):
-        raise ValueError("mse is not all finite and at least 0")
+        raise ValueError("mse has values that are negative or not finite")
     if lengths.min() < 1 or lengths.sum() > MAX_TOKENS:
         raise ValueError(
             f"blocks of {lengths.min()} to {lengths.max()} tokens, {lengths.sum()} in all; "
-            f"each has at least 1, all together at most {MAX_TOKENS}"
+            f"each needs at least 1, and all together may have at most {MAX_TOKENS}"
         )

@@ -1,4 +1,4 @@
-"""What lengths are chosen by: a number of tokens, a quality to reach, or a budget to spend."""
+"""The goal of an encoding: a number of tokens, a quality to reach, or a budget to spend."""
 
 import dataclasses
 import math
@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from elastictok_jax.errors import UsageError
-from elastictok_jax.evaluation.ssim import PEAK
+from elastictok_jax.pixels import PEAK
 from elastictok_jax.tokenizer.search import SEARCHES
 
-MAX_PSNR = 200  # dB; far beyond what pixels of 8 bits can show
+MAX_PSNR = 200  # dB; far beyond what 8-bit pixels can show
 GOALS = ("tokens", "max_mse", "min_psnr", "max_lpips", "budget", "total_tokens")
 
 
@@ -19,14 +19,14 @@ class Goal:
     """Exactly one of `tokens` ... `total_tokens`, and the search that the thresholds use.
 
     Attributes:
-      tokens: of each block, one for all or one each.
+      tokens: tokens per block, one number for all blocks or one each.
       max_mse: highest error of a block, on the [-1, 1] scale; min_psnr: the same in dB;
         max_lpips: highest mean LPIPS of a block's frames.
-      budget: mean share of all tokens that blocks may take; total_tokens: of all clips together.
+      budget: mean fraction of full length that blocks may use; total_tokens: tokens of all clips.
       search: a key of `SEARCHES`.
 
     Raises:
-      UsageError: naming what is wrong.
+      UsageError: naming the offending value.
     """
 
     tokens: int | Sequence[int] | None = None
@@ -56,18 +56,18 @@ class Goal:
         if total is not None and not isinstance(total, int | np.integer):
             raise UsageError(f"total_tokens={total}: give a whole number")
         if self.budget is not None and not 0 < self.budget <= 1:
-            raise UsageError(f"budget={self.budget}: give a share of all tokens in (0, 1]")
+            raise UsageError(f"budget={self.budget}: give a fraction of all tokens in (0, 1]")
 
     @property
     def target(self) -> float | None:
-        """The highest error, in MSE or LPIPS as `metric` says, where the goal is a quality."""
+        """The highest error in units of `metric`, or None if the goal is not a quality."""
         if self.min_psnr is not None:
             return PEAK**2 / 10 ** (self.min_psnr / 10)
         return self.max_mse if self.max_lpips is None else self.max_lpips
 
     @property
     def metric(self) -> str:
-        """What is measured: "mse" or "lpips"."""
+        """The error that is measured: "mse" or "lpips"."""
         return "mse" if self.max_lpips is None else "lpips"
 
     @property
@@ -89,10 +89,10 @@ class Goal:
         return f"{self.total_tokens} tokens in all"
 
     def total(self, blocks: int, *, low: int, high: int) -> int:
-        """The tokens that a budget gives so many blocks of `low` to `high` tokens each.
+        """Returns the total tokens that a budget grants to blocks of `low` to `high` tokens each.
 
         Raises:
-          UsageError: if they cannot take so few or so many.
+          UsageError: if no lengths in this range have that total.
         """
         total = self.total_tokens
         if total is None:
@@ -106,10 +106,10 @@ class Goal:
         return total
 
     def lengths(self, blocks: int, *, tokens_per_block: int) -> np.ndarray:
-        """int32 [blocks], the lengths that `tokens` asks for.
+        """Returns the lengths requested by `tokens`, int32 [blocks].
 
         Raises:
-          UsageError: if they are of another number, or out of range.
+          UsageError: if their number differs from `blocks`, or one is out of range.
         """
         try:
             lengths = np.broadcast_to(np.asarray(self.tokens), blocks)
@@ -117,8 +117,8 @@ class Goal:
             raise UsageError(
                 f"tokens= has {np.size(np.asarray(self.tokens))} lengths for {blocks} blocks"
             ) from None
-        whole = lengths.dtype.kind in "iu"
-        if not whole or lengths.min() < 1 or lengths.max() > tokens_per_block:
+        is_integer = lengths.dtype.kind in "iu"
+        if not is_integer or lengths.min() < 1 or lengths.max() > tokens_per_block:
             raise UsageError(
                 f"tokens={self.tokens}: give whole numbers from 1 to {tokens_per_block}, "
                 "the tokens of a block"

@@ -1,11 +1,11 @@
-"""How many tokens a block needs for a target (paper, section 3.4).
+"""Searches for the fewest tokens with which a block meets a target (paper, section 3.4).
 
 A search is a generator: it yields lengths to measure, is sent their errors, and returns the length
-that it chooses, which it has measured. It knows nothing of models.
+it chose, always one that it measured. It is independent of any model.
 
 The error is not quite monotone in the number of tokens, so only `full` proves that no shorter
-length would do, or that none reaches the target at all. The others hold a target for out of reach
-when all tokens miss it and so do the lengths that promised most.
+length meets the target, or that no length does. The others give up on a target once the full
+length and the most promising shorter ones have missed it.
 """
 
 import dataclasses
@@ -17,24 +17,24 @@ import numpy as np
 Search = Generator[Sequence[int], Sequence[float], int]
 
 BINS = 100  # lengths of the paper's binned search
-AT_ONCE = 16  # lengths that the full search asks for in one call
-# Where all tokens miss the target by no more than the factor NEAR, all but one are tried, and then
-# these shares of the range, before it is given up.
+AT_ONCE = 16  # lengths that the full search requests in one call
+# If the full length misses the target by at most the factor NEAR, one token less and then these
+# fractions of the range are tried before giving up.
 NEAR, HOPES = 1.5, (0.5, 0.75)
-PATIENCE = 3  # proposals that may leave more than half of what was open before it is halved
-CLOSE = 0.02  # `hybrid` looks no further where it could save no more than this share of tokens
-LIKELY = 0.2  # or than this share, where it expects to save none
-BELOW = 0.02  # while all meet, it tries this share less than it expects to need, doubled each time
+PATIENCE = 3  # proposals that may fail to halve the open range before it is bisected
+CLOSE = 0.02  # `hybrid` stops once it could save at most this fraction of the tokens
+LIKELY = 0.2  # or this fraction, if it expects to save none
+BELOW = 0.02  # while all meet, it undershoots its estimate by this fraction, doubled each time
 
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """What a search is to solve.
+    """The input of a search.
 
     Attributes:
-      low, high: the shortest and longest length that may be chosen.
-      target: the highest error that meets it.
-      guess: float64 [high - low + 1], the log of the error to be expected at each length.
+      low, high: the shortest and longest allowed length.
+      target: the highest acceptable error.
+      guess: float64 [high - low + 1], the log of the error expected at each length.
     """
 
     low: int
@@ -44,7 +44,7 @@ class Problem:
 
 
 def full(problem: Problem) -> Search:
-    """The shortest length that meets the target; where none does, the one of least error."""
+    """Finds the shortest length that meets the target, or if none does, the one of least error."""
     tried: dict[int, float] = {}
     for start in range(problem.low, problem.high + 1, AT_ONCE):
         lengths = range(start, min(start + AT_ONCE, problem.high + 1))
@@ -55,14 +55,14 @@ def full(problem: Problem) -> Search:
 
 
 def binned(problem: Problem) -> Search:
-    """The shortest of about BINS lengths, evenly spaced in their logarithm."""
+    """Finds the shortest of about BINS log-spaced lengths that meets the target."""
     lengths = log_spaced(problem.low, problem.high, count=BINS)
     tried = dict(zip(lengths, (yield lengths), strict=True))
     return best(tried, problem.target)
 
 
 def binary(problem: Problem) -> Search:
-    """A length that meets the target, in about log2(high - low) measurements one after another."""
+    """Finds a length that meets the target in about log2(high - low) sequential measurements."""
 
     def propose(gap: range, tried: Mapping[int, float]) -> int:
         return gap[len(gap) // 2] if tried else problem.high
@@ -71,15 +71,14 @@ def binary(problem: Problem) -> Search:
 
 
 def regression(problem: Problem) -> Search:
-    """The first length at which the guess meets the target, whatever its error turns out to be."""
+    """Returns the first length at which the guess meets the target, whatever its actual error."""
     length = _first_below(problem, problem.guess, problem.low, problem.high)
     yield [length]
     return length
 
 
 def verified_regression(problem: Problem) -> Search:
-    """As `regression`, but where that misses, the guess is corrected and followed until one
-    meets."""
+    """Starts as `regression` does, then corrects the guess until a length meets the target."""
 
     def propose(gap: range, tried: Mapping[int, float]) -> int:
         expected = corrected(problem.guess, tried, low=problem.low)
@@ -89,11 +88,11 @@ def verified_regression(problem: Problem) -> Search:
 
 
 def hybrid(problem: Problem) -> Search:
-    """Follows the guess, corrected by what was measured, until one length has missed and one has
-    met, then the straight line between these in the logarithms of length and error.
+    """Follows the guess, corrected by the measurements, then interpolates between a miss and a hit.
 
-    Where more tokens never raise the error, it ends within CLOSE of the shortest, or within LIKELY
-    where that line promises no saving; where they do, a shorter length may be overlooked.
+    The interpolation is linear in log length and log error. If the error never rises with the
+    number of tokens, the result is within CLOSE of the shortest length, or within LIKELY where the
+    interpolation predicts no saving; otherwise a shorter length may be overlooked.
     """
 
     def propose(gap: range, tried: Mapping[int, float]) -> int | None:
@@ -128,14 +127,15 @@ SEARCHES: dict[str, Callable[[Problem], Search]] = {
 def _narrow(
     problem: Problem, propose: Callable[[range, Mapping[int, float]], int | None], *, close: float
 ) -> Search:
-    """Measures what `propose` picks between the longest that missed and the shortest that met,
-    until no more than the share `close` of that one could be saved, or it picks none.
+    """Measures lengths picked by `propose` between the longest miss and the shortest hit.
 
-    Along a flat curve proposals creep, a length at a time: then the middle is taken, or all tokens
-    while nothing has met. So there are at most about PATIENCE log2(high - low) measurements.
+    Ends once at most the fraction `close` of that hit could be saved, or `propose` returns None.
+    Along a flat curve proposals creep by one length at a time: the range is then bisected, or the
+    full length tried if nothing has met the target yet. This bounds the search to about
+    PATIENCE log2(high - low) measurements.
     """
     tried: dict[int, float] = {}
-    open_: list[int] = []  # how many lengths there were to choose from, each time
+    open_: list[int] = []  # size of the open range at each proposal
     hopes = [problem.high - 1]
     hopes += [problem.low + round(share * (problem.high - problem.low)) for share in HOPES]
     while True:
@@ -152,7 +152,7 @@ def _narrow(
             if len(open_) > PATIENCE and 2 * len(gap) > open_[-1 - PATIENCE]:
                 length = gap[-1] if met is None else gap[len(gap) // 2]
             length = min(max(length, gap[0]), gap[-1])
-        else:  # all tokens miss
+        else:  # the full length misses
             left = [n for n in hopes if n >= problem.low and n not in tried]
             if not left or min(tried.values()) > NEAR * problem.target:
                 break
@@ -162,27 +162,26 @@ def _narrow(
 
 
 def _first_below(problem: Problem, expected: np.ndarray, first: int, last: int) -> int:
-    """The shortest length from `first` to `last` that is expected to meet the target, or `last`."""
+    """Returns the shortest length in [first, last] expected to meet the target, else `last`."""
     span = expected[first - problem.low : last - problem.low + 1]
     below = np.flatnonzero(span <= np.log(problem.target))
     return first + int(below[0]) if below.size else last
 
 
 def log_spaced(low: int, high: int, *, count: int) -> list[int]:
-    """At most `count` lengths from `low` to `high`, evenly spaced in their logarithm."""
+    """Returns at most `count` log-spaced lengths from `low` to `high`."""
     steps = np.linspace(np.log(low), np.log(high), count)
     return np.unique(np.round(np.exp(steps)).astype(int)).tolist()
 
 
 def best(tried: Mapping[int, float], target: float) -> int:
-    """Of the lengths measured, the shortest that meets the target, or that of least error."""
+    """Returns the shortest measured length that meets the target, or the one of least error."""
     met = [length for length, error in tried.items() if error <= target]
     return min(met) if met else min(tried, key=lambda length: (tried[length], length))
 
 
 def corrected(guess: np.ndarray, tried: Mapping[int, float], *, low: int) -> np.ndarray:
-    """`guess` moved so that it goes through what was measured; between two points the shift is
-    linear in the logarithm of the length."""
+    """Shifts `guess` to pass through the measurements, interpolating linearly in log length."""
     if not tried:
         return guess.copy()
     lengths = sorted(tried)
@@ -192,4 +191,4 @@ def corrected(guess: np.ndarray, tried: Mapping[int, float], *, low: int) -> np.
 
 
 def _log(errors: Sequence[float]) -> np.ndarray:
-    return np.log(np.maximum(errors, 1e-12))  # one of zero has no logarithm
+    return np.log(np.maximum(errors, 1e-12))  # avoids log(0)

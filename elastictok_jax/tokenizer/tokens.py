@@ -1,4 +1,4 @@
-"""Tokens of one clip.
+"""The tokens of one clip.
 
 Dimension key: N blocks, n tokens kept in a block, Z latent dims.
 """
@@ -13,27 +13,27 @@ from elastictok_jax.errors import UsageError
 from elastictok_jax.tokenizer import entropy, etok
 from elastictok_jax.tokenizer.block_codes import BlockCodes, block_lengths
 
-# What pieces of one clip have in common.
+# Fields that must agree between pieces of one clip.
 SHARED = ("fingerprint", "height", "width", "fps", "bits_per_token", "window_blocks", "levels")
 
 
-@dataclasses.dataclass(frozen=True, eq=False)  # arrays are not compared as a whole
+@dataclasses.dataclass(frozen=True, eq=False)  # == of arrays is elementwise
 class Tokens:
     """A clip as a variable number of tokens.
 
-    Blocks run over time first, then over tiles (top to bottom, left to right) where the frame is
-    larger than the model's resolution.
+    Blocks are ordered by time, then by tile (top to bottom, left to right) if the frame is larger
+    than the model's resolution.
 
     Attributes:
       codes: N arrays, int32 [n] (FSQ) or float32 [n, Z] (VAE).
       mse: float32 [N], achieved, on the [-1, 1] pixel scale after clipping.
-      met: bool [N], whether the target was reached; true where none was given.
-      frames, height, width: size of the clip that was encoded.
-      fps: frames a second, 0 for an image.
+      met: bool [N], whether the target was reached; true if there was no target.
+      frames, height, width: size of the encoded clip.
+      fps: frames per second, 0 for an image.
       bits_per_token: nominal size of a token.
-      fingerprint: which model made them.
-      window_blocks: how many blocks saw each other, the newest one included.
-      levels: of the FSQ that made the codes; empty for a VAE.
+      fingerprint: of the model that encoded the clip.
+      window_blocks: size of the context window in blocks, including the newest block.
+      levels: FSQ levels of the codes; empty for a VAE.
     """
 
     codes: Sequence[np.ndarray]
@@ -63,7 +63,7 @@ class Tokens:
         return self.num_tokens * self.bits_per_token
 
     def entropy_coded_bits(self) -> int:
-        """Bits of the codes alone in the entropy-coded form, without lengths and text.
+        """Returns the bits of the entropy-coded codes, excluding lengths and metadata.
 
         Raises:
           UsageError: if `levels` is empty, or the extra [compress] is not installed.
@@ -71,15 +71,15 @@ class Tokens:
         return 32 * len(entropy.encode_codes(self.codes, levels=self.levels))
 
     def save(self, path: str | Path, *, coding: str = "plain") -> None:
-        """Writes an .etok file whole or not at all.
+        """Writes an .etok file atomically.
 
         Args:
-          path: where to.
-          coding: "plain", or "entropy": arithmetic-coded (FSQ only), smaller and as exact.
+          path: the file to write.
+          coding: "plain", or "entropy": arithmetic-coded (FSQ only), smaller and still lossless.
 
         Raises:
-          UsageError: if it cannot be written, the tokens do not fit together or are more than the
-            limits of `etok`, or have no such form.
+          UsageError: if the file cannot be written, the tokens are inconsistent or exceed the
+            limits of `etok`, or the coding does not apply to them.
         """
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         etok.write_fields(path, fields, coding=coding)
@@ -89,31 +89,31 @@ class Tokens:
         """Reads an .etok file of either coding.
 
         Raises:
-          UsageError: if the file is missing, damaged, changed, of another format, or beyond the
+          UsageError: if the file is missing, damaged, modified, of another format, or exceeds the
             limits of `etok`.
         """
         return cls(**etok.read_fields(path))
 
     @classmethod
     def join(cls, pieces: Sequence["Tokens"]) -> "Tokens":
-        """One clip of pieces that follow each other in time.
+        """Concatenates pieces that follow each other in time into one clip.
 
-        All but the last must end where a block ends: else its frames are fewer than its blocks
-        hold, and what comes after would lie at the wrong place. Tokens do not know how many a block
-        holds, so pieces that all end too early alike are taken for whole ones.
+        Every piece but the last must end at a block boundary: otherwise it has fewer frames than
+        its blocks hold, and the pieces after it would be shifted. Tokens do not record how many
+        frames a block holds, so pieces that are all cut short alike go undetected.
 
         Raises:
-          UsageError: if there are none, they differ in model, size or frame rate, or a piece
-            before the last has fewer frames to its blocks than another.
+          UsageError: if there are no pieces, they differ in model, size or frame rate, or a piece
+            before the last has fewer frames per block than another.
         """
         if not pieces:
             raise UsageError("there are no pieces to join: give at least one")
         first, last = pieces[0], pieces[-1]
         for number, piece in enumerate(pieces):
             require_alike(piece, first, number=number)
-            whole = piece.frames * len(first.codes) == first.frames * len(piece.codes)
+            equal = piece.frames * len(first.codes) == first.frames * len(piece.codes)
             longer = piece.frames * len(first.codes) > first.frames * len(piece.codes)
-            if longer or not (whole or piece is last):
+            if longer or not (equal or piece is last):
                 raise UsageError(
                     f"piece {number} has {piece.frames} frames in {len(piece.codes)} blocks, the "
                     f"first {first.frames} in {len(first.codes)}: cut the clip where blocks end"
@@ -131,7 +131,7 @@ class Tokens:
 
 
 def require_alike(piece: Tokens, first: Tokens, *, number: int) -> None:
-    """Raises UsageError if two pieces cannot be of one clip; `number` is the later one's."""
+    """Raises UsageError if two pieces cannot belong to one clip; `number` is that of `piece`."""
     for name in SHARED:
         ours, theirs = getattr(first, name), getattr(piece, name)
         if ours != theirs:

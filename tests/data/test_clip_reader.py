@@ -1,4 +1,4 @@
-"""The pixels of a row are those of its clips; damaged blocks are replaced alike for everyone."""
+"""Rows hold the pixels of their clips; every process replaces damaged blocks alike."""
 
 import functools
 import operator
@@ -11,15 +11,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from elastictok_jax.config import block_tokens, override, resolve, source_config
+from elastictok_jax.config import override, resolve, source_config
 from elastictok_jax.data import media
 from elastictok_jax.data.clip_reader import ClipReader
 from elastictok_jax.data.media import MediaError
 from elastictok_jax.data.packing import PackedClip
-from elastictok_jax.data.pipeline import BatchReader
-from elastictok_jax.data.sources.splits import EMBEDDED, SourceSplit, SourceSplits, open_splits
+from elastictok_jax.data.sources.file_source import EMBEDDED
+from elastictok_jax.data.sources.splits import SourceSplit, SourceSplits, open_splits
 from elastictok_jax.experiment_registry import get_experiment
 from elastictok_jax.layers.patching import unpatchify
+from tests.tiny import block_tokens, reader_of
 
 SIDE, FRAMES = 32, 4
 
@@ -38,11 +39,11 @@ def pixels(row, config) -> np.ndarray:
 
 @pytest.mark.parametrize("split", ["train", "heldout"])
 def test_pixels_of_a_row_are_those_of_its_clips(split):
-    """Un-patchified rows of real footage are found, frame by frame, in the decoded files."""
+    """Finds unpatchified rows of real footage, frame by frame, in the decoded files."""
     config = tiny(data__sources__main__weight=0.4, data__sources__stills__path="embedded")
     config.data.sources.stills.update(kind="image", weight=0.6)
     feeds = open_splits(config)
-    reader = BatchReader(config, feeds, split=split)
+    reader = reader_of(config, feeds, split=split)
     per_block, kinds, mirrored, offsets = block_tokens(config), set(), set(), set()
     for number in range(6):
         row = reader.read_row(number)
@@ -53,7 +54,9 @@ def test_pixels_of_a_row_are_those_of_its_clips(split):
             assert (row["segment_ids"][first * per_block : last * per_block] == segment).all()
             feed = feeds.split(split)[clip.feed]
             flip, left, top = find(
-                video[first * FRAMES : last * FRAMES], whole(feed, clip.item), clip.start * FRAMES
+                video[first * FRAMES : last * FRAMES],
+                full_item(feed, clip.item),
+                clip.start * FRAMES,
             )
             kinds.add(bool(feed.source.is_video[clip.item]))
             mirrored.add(flip)
@@ -66,13 +69,13 @@ def test_pixels_of_a_row_are_those_of_its_clips(split):
         assert len(offsets) > 6
 
 
-def whole(feed, item) -> np.ndarray:
+def full_item(feed, item) -> np.ndarray:
     name = feed.source.name(item)
     return media.resize_shortest(media.read_frames(EMBEDDED / name), side=SIDE)
 
 
 def find(clip, frames, start) -> tuple[bool, int, int]:
-    """(flipped, left, top) with which `clip` is cut out of `frames` from `start` on."""
+    """Returns (flipped, left, top) of `clip` as a crop of `frames` from `start` on."""
     if len(frames) == 1:
         frames = np.repeat(frames, len(clip), axis=0)
     part = frames[start : start + len(clip)]
@@ -156,7 +159,7 @@ def test_damaged_blocks_are_replaced_whoever_reads_which_part():
     """Items 1 and 2 have damaged frames: 20 % of all blocks."""
     damaged = {(1, 9), (1, 10), (2, 2), (3, 0)}
     config, feeds, _ = counted([16, 16, 16, 2, 16], damaged=damaged)
-    whole_reader = BatchReader(config, feeds, split="train")
+    whole_reader = reader_of(config, feeds, split="train")
     parts_of_a_row = [0, 1], [2], [3, 4]
     replaced = 0
     for number in range(20):
@@ -174,7 +177,7 @@ def test_damaged_blocks_are_replaced_whoever_reads_which_part():
                 frames = video[place * FRAMES : (place + 1) * FRAMES]
                 bad = any((clip.item, k) in damaged for k in range(4 * block, 4 * block + 4))
                 if bad:
-                    stand_in = {1: 2, 2: 4, 3: 4}[clip.item]  # the next whose first block is whole
+                    stand_in = {1: 2, 2: 4, 3: 4}[clip.item]  # the next whose first block is sound
                     stand_in = 4 if (stand_in, 2) in damaged else stand_in
                     assert (frames[:, 0] == stand_in).all() and frames[:, 1].tolist() == [
                         0,
@@ -210,7 +213,7 @@ def test_small_sources_are_decoded_once_and_pickle_without_what_is_kept():
     reader = ClipReader(feeds.train, config, split="train")
     for _ in range(2):
         joined(reader.read(PackedClip(0, 0, 0, 0, 1), range(1)))
-    assert source.reads == 2  # the source as a whole does not fit
+    assert source.reads == 2  # the full source does not fit
 
 
 def test_a_damaged_item_that_would_be_kept_is_decoded_once():

@@ -1,4 +1,4 @@
-"""Which blocks train at which row: exact shares, exact epochs, any row at once."""
+"""Which blocks train in which row: exact fractions, exact epochs, random access to rows."""
 
 import pickle
 from collections import Counter
@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from elastictok_jax.config import override, resolve, source_config
 from elastictok_jax.data.mixture import Mixture, Stream, item_blocks
-from elastictok_jax.data.sources.splits import SourceSplit, name_place
+from elastictok_jax.data.sources.base import name_place
+from elastictok_jax.data.sources.splits import SourceSplit
 from elastictok_jax.errors import UsageError
 from elastictok_jax.experiment_registry import get_experiment
 
@@ -18,7 +19,7 @@ FRAMES = 4
 
 
 class Lengths:
-    """A source that knows how long its items are; nothing is read from it here."""
+    """A source of item lengths alone; these tests read no pixels."""
 
     def __init__(self, frames, fps=24.0):
         self.frames = np.array(frames, np.int64)
@@ -68,8 +69,8 @@ def test_every_block_comes_exactly_once_an_epoch(frames, sequences, blocks, seed
     seen = blocks_of(plan.row(row) for row in range(3 * -(-rows // 3)))
     assert max(seen.values()) == 1
     for epoch in range(2):
-        whole = {(0, epoch, item, b) for item, n in enumerate(counts) for b in range(n)}
-        assert whole <= seen.keys()
+        expected = {(0, epoch, item, b) for item, n in enumerate(counts) for b in range(n)}
+        assert expected <= seen.keys()
 
 
 @settings(max_examples=30)
@@ -161,12 +162,12 @@ def test_many_images_are_shuffled_without_a_table():
         clips = stream.take(start, start + 2000, feed=0)
         assert len({(clip.epoch, clip.item) for clip in clips}) == 2000
         assert not stream._orders
-    whole = [stream._find(3, offset)[0] for offset in range(0, count, 97)]
-    assert len(set(whole)) == len(whole)
+    found = [stream._find(3, offset)[0] for offset in range(0, count, 97)]
+    assert len(set(found)) == len(found)
 
 
 def test_a_million_videos_are_planned_without_going_through_them():
-    """A row far out costs a table of one epoch, not a walk to it."""
+    """A distant row costs the table of one epoch, not all epochs before it."""
     rng = np.random.default_rng(0)
     counts = rng.integers(1, 50, 10**6)
     stream = Stream(np.arange(10**6), counts, longest=64, seed=[0])

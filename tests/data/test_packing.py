@@ -13,7 +13,7 @@ SEEDS = st.integers(0, 2**32 - 1)
 
 @st.composite
 def problems(draw):
-    """Clips of any lengths that fill some rows exactly, and the row length."""
+    """Draws clips of any lengths that fill some rows exactly, and the row length."""
     row_blocks = draw(st.integers(1, 12))
     lengths = draw(st.lists(st.integers(1, 40), min_size=1, max_size=40))
     rows = -(-sum(lengths) // row_blocks)
@@ -23,7 +23,7 @@ def problems(draw):
 
 
 def pieces_by_item(packed):
-    """(start, blocks, row) of all pieces of each item, in the order of the rows."""
+    """Returns (start, blocks, row) of all pieces of each item, in row order."""
     pieces = defaultdict(list)
     for row, clips in enumerate(packed):
         for clip in clips:

@@ -116,7 +116,7 @@ def test_saved_weights_load_as_float32_and_tell_their_source(tmp_path):
     params = {"a": {"kernel": np.ones((2, 3), np.float16), "bias": np.ones(3, np.float32)}}
     archive.save(path, params, source="test")
     shapes = {"a": {"kernel": (2, 3), "bias": (3,)}}
-    loaded = archive.load(path, shapes=shapes, mend="-")
+    loaded = archive.load(path, shapes=shapes, fix="-")
     assert {a.dtype for a in loaded["a"].values()} == {np.dtype(np.float32)}
     first = path.read_bytes()
     archive.save(path, params, source="test")

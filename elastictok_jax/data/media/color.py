@@ -1,9 +1,9 @@
-"""Color of video frames: YUV to RGB and back, with chroma samples where they belong.
+"""Converts video frames from YUV to RGB and back, with exact chroma siting.
 
 A chroma sample of 4:2:0 or 4:2:2 is sited at the left column of its luma samples ("left": H.264,
 MPEG-2 and what is written here), at their center ("center": JPEG, MPEG-1) or at their top left
-corner ("topleft"). Files declare which; a convention holds for those that do not. Mistaking one
-for another shifts all color by half a pixel.
+corner ("topleft"). Files declare which; for those that do not, a convention holds. The wrong one
+shifts all color by half a pixel.
 """
 
 import io
@@ -20,7 +20,7 @@ from av.video.reformatter import (
     VideoReformatter,
 )
 
-# Rounded, not cut off: swscale's default darkens every frame by more than one level of 255.
+# Rounds instead of truncating: swscale's default darkens frames by more than one level of 255.
 EXACT_COLORS = (
     Interpolation.BICUBIC
     | Interpolation.FULL_CHR_H_INT
@@ -28,8 +28,8 @@ EXACT_COLORS = (
     | Interpolation.ACCURATE_RND
     | Interpolation.BITEXACT
 )
-WRITTEN = "left"  # what H.264 means where a file says nothing
-# For a stream that is encoded from frames of `FromRgb`: the file then says what they are.
+WRITTEN = "left"  # the default of H.264
+# For a stream encoded from frames of `FromRgb`, so that the file declares their siting.
 WRITTEN_OPTIONS = {"chroma_sample_location": WRITTEN}
 _UNTAGGED = (0, 2)
 _COLOUR, _SITING_HORZ = b"\x55\xb0", b"\x55\xb7"  # elements of Matroska
@@ -37,9 +37,9 @@ _BRIGHTER: dict[int, str] = {ColorTrc.SMPTE2084: "PQ", ColorTrc.ARIB_STD_B67: "H
 
 
 class ToRgbPlanes:
-    """Decoded frames as red, green and blue: uint8 [H, W] each, views of one frame.
+    """Converts decoded frames to red, green and blue: uint8 [H, W] each, views of one frame.
 
-    `siting` is where the chroma samples of frames lie that do not say so; "" trusts them.
+    `siting` is the chroma siting of frames that declare none; "" trusts them.
     """
 
     def __init__(self, siting: str = "") -> None:
@@ -63,7 +63,7 @@ class ToRgbPlanes:
 
 
 class FromRgb:
-    """Pixels uint8 [H, W, 3] as frames of a YUV format for an encoder: BT.709, chroma WRITTEN."""
+    """Converts pixels uint8 [H, W, 3] to YUV frames for an encoder: BT.709, chroma WRITTEN."""
 
     def __init__(self, pixel_format: str) -> None:
         self._format = pixel_format
@@ -73,16 +73,16 @@ class FromRgb:
     def __call__(self, pixels_HWC: np.ndarray) -> av.VideoFrame:
         frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels_HWC), format="rgb24")
         return self._reformatter.reformat(
-            self._sited(frame),  # what it is made into lies where it says
+            self._sited(frame),  # the result takes its siting from the input
             format=self._format,
             dst_colorspace=Colorspace.ITU709,
-            dst_color_range=ColorRange.MPEG,  # the filter has marked it as RGB's full range
+            dst_color_range=ColorRange.MPEG,  # the filter marks it as full range, as RGB is
             interpolation=EXACT_COLORS,
         )
 
 
 class _Sited:
-    """Frames that say where their chroma samples lie: PyAV can set that only by a filter."""
+    """Sets the chroma siting of frames, which PyAV can do only by a filter."""
 
     def __init__(self, siting: str) -> None:
         self._siting = siting
@@ -108,9 +108,9 @@ class _Sited:
 
 
 class _Even:
-    """Frames of full chroma samples: swscale stretches those of odd sizes to the edge.
+    """Pads frames to full chroma samples: swscale stretches odd sizes to the edge.
 
-    What is added at the right and the bottom has any brightness.
+    The padding at the right and the bottom has arbitrary brightness.
     """
 
     def __init__(self) -> None:
@@ -120,7 +120,7 @@ class _Even:
         across, down = _samples_served(frame.format)
         if frame.width % across == 0 and frame.height % down == 0:
             return frame
-        even = self._reformatter.reformat(  # for all that the frame says of itself
+        even = self._reformatter.reformat(  # keeps the frame's metadata
             frame,
             width=-(-frame.width // across) * across,
             height=-(-frame.height // down) * down,
@@ -139,19 +139,19 @@ def _lines(plane) -> np.ndarray:
 
 
 def _samples_served(layout: av.VideoFormat) -> tuple[int, int]:
-    """How many luma samples, across and down, have one chroma sample."""
+    """Returns how many luma samples, across and down, share one chroma sample."""
     return 64 // layout.chroma_width(64), 64 // layout.chroma_height(64)
 
 
 def usual_siting(*, full_range: bool) -> str:
-    """Where chroma samples lie if nothing says so: full range comes from JPEG."""
+    """Returns the chroma siting of files that declare none: full range comes from JPEG."""
     return "center" if full_range else WRITTEN
 
 
 def complete_siting(stream: av.VideoStream) -> str:
-    """Sees to it that the frames of a stream say where their chroma samples lie.
+    """Makes the frames of a stream declare their chroma siting.
 
-    To be called before the first frame is decoded. Returns what `ToRgbPlanes` is to be given.
+    Must be called before the first frame is decoded. Returns the `siting` for `ToRgbPlanes`.
     """
     context = stream.codec_context
     if context.format is None or context.pix_fmt is None:
@@ -161,31 +161,31 @@ def complete_siting(stream: av.VideoStream) -> str:
     is_full = context.color_range == ColorRange.JPEG or context.pix_fmt.startswith("yuvj")
     siting = usual_siting(full_range=is_full)
     if context.name == "hevc":
-        return siting  # its decoder forgets what it was told
+        return siting  # its decoder resets the option
     context.options = context.options | {"chroma_sample_location": siting}
     return ""
 
 
 def _declares_siting(stream: av.VideoStream) -> bool:
-    """Whether the file or the stream in it says where its chroma samples lie.
+    """Returns whether the file or its stream declares the chroma siting.
 
-    PyAV does not tell, but libav writes it into the head of a Matroska file.
+    PyAV does not expose it, but libav writes it into the header of a Matroska file.
     """
     file = io.BytesIO()
-    options = {"allow_raw_vfw": "1"}  # uncompressed streams too
+    options = {"allow_raw_vfw": "1"}  # for uncompressed streams
     try:
         with av.open(file, "w", format="matroska", options=options) as container:
             container.add_stream_from_template(stream, opaque=True)
             container.start_encoding()
     except (av.FFmpegError, ValueError):
-        return False  # of codecs that Matroska does not take, none says it
+        return False  # no codec that Matroska rejects declares it
     head = file.getvalue()
     at = head.find(_COLOUR)
     return at >= 0 and head.find(_SITING_HORZ, at) >= 0
 
 
 def brightness_note(stream: av.VideoStream) -> str:
-    """What is lost of a stream whose brightness or colors are beyond those of a usual screen."""
+    """Returns what is lost of a stream whose brightness or colors exceed a usual screen's."""
     context = stream.codec_context
     transfer = _BRIGHTER.get(context.color_trc)
     if transfer:

@@ -10,6 +10,7 @@ import mmap
 import os
 import zlib
 from collections.abc import Iterator
+from pathlib import Path
 
 # Matroska element ids.
 _EBML, _SEGMENT, _CLUSTER, _BLOCK_GROUP = 0x1A45DFA3, 0x18538067, 0x1F43B675, 0xA0
@@ -29,7 +30,7 @@ _REVERSED_BITS = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
 
 
 def structure_fault(path: str) -> str:
-    """What is wrong with the structure of the file at `path`; "" if nothing is known to be."""
+    """Returns what is wrong with the structure of the file at `path`; "" if nothing is known."""
     size = os.path.getsize(path)
     if size == 0:
         return ""
@@ -49,7 +50,7 @@ def structure_fault(path: str) -> str:
 
 
 class _Broken(Exception):
-    """The chain of elements ends; its argument is the place."""
+    """The chain of elements breaks; its argument is the byte offset."""
 
 
 def _matroska_fault(data: mmap.mmap, size: int) -> str:
@@ -57,7 +58,7 @@ def _matroska_fault(data: mmap.mmap, size: int) -> str:
         for identity, start, end in _elements(data, 0, size, allowed=frozenset({_EBML, _SEGMENT})):
             if identity == _SEGMENT:
                 _check_segment(data, start, end)
-                break  # what may follow holds no frame
+                break  # anything after it holds no frame
     except _Broken as broken:
         return f"damaged at byte {broken.args[0]} of {size}"
     return ""
@@ -75,7 +76,7 @@ def _check_segment(data: mmap.mmap, start: int, end: int) -> None:
 
 
 def _check_crc(data: mmap.mmap, start: int, end: int) -> None:
-    """Compares the checksum with which an element may begin."""
+    """Checks the CRC-32 that an element may begin with."""
     if data[start : start + 2] == b"\xbf\x84" and end - start >= 6:
         stated = int.from_bytes(data[start + 2 : start + 6], "little")
         with memoryview(data) as view, view[start + 6 : end] as content:
@@ -87,12 +88,12 @@ def _check_crc(data: mmap.mmap, start: int, end: int) -> None:
 def _elements(
     data: mmap.mmap, start: int, end: int, *, allowed: frozenset[int]
 ) -> Iterator[tuple[int, int, int]]:
-    """(id, start, end) of the contents of the elements one after the other in [start, end).
+    """Yields (id, start, end) of the content of each element in [start, end).
 
-    One of unknown length, as in a live recording, ends where an id comes that it cannot hold.
+    An element of unknown length, as in a live recording, ends at the first id that it cannot hold.
 
     Raises:
-      _Broken: where no element of `allowed` is, or one that is longer than what it lies in.
+      _Broken: if an element is not in `allowed`, or exceeds what contains it.
     """
     at = start
     while at < end:
@@ -111,7 +112,7 @@ def _elements(
 
 
 def _end_of_open(data: mmap.mmap, start: int, end: int) -> int:
-    """Where a cluster of unknown length ends: at the first element that it cannot hold."""
+    """Returns where a cluster of unknown length ends: at the first element it cannot hold."""
     at = start
     while at < end:
         identity, content = _vint(data, at, end, keep_marker=True)
@@ -125,7 +126,7 @@ def _end_of_open(data: mmap.mmap, start: int, end: int) -> int:
 
 
 def _vint(data: mmap.mmap, at: int, end: int, *, keep_marker: bool) -> tuple[int | None, int]:
-    """A number of variable length, None if all its bits are set, and where it ends."""
+    """Returns a number of variable length, None if all its bits are set, and its end."""
     first = data[at] if at < end else 0
     width = 9 - first.bit_length()
     if first == 0 or at + width > end:
@@ -141,9 +142,9 @@ def _vint(data: mmap.mmap, at: int, end: int, *, keep_marker: bool) -> tuple[int
 
 
 def _ogg_fault(data: mmap.mmap, size: int) -> str:
-    """Pages must follow each other without a gap, be numbered on, and have their checksum."""
+    """Checks that pages follow each other without a gap and that their CRC-32 is right."""
     at = 0
-    numbers: dict[bytes, int] = {}  # of the next page of each stream
+    numbers: dict[bytes, int] = {}  # by stream, of its next page
     while at < size:
         head = data[at : at + 27]
         table = data[at + 27 : at + 27 + head[26]] if len(head) == 27 else b""
@@ -162,8 +163,10 @@ def _ogg_fault(data: mmap.mmap, size: int) -> str:
 
 
 def _ogg_crc(page: bytes) -> int:
-    """Ogg's CRC-32 by zlib's: the bits of each byte and of the result are in the other order, and
-    nothing is inverted."""
+    """Computes Ogg's CRC-32 with zlib's.
+
+    Ogg reverses the bits of each byte and of the result, and inverts nothing.
+    """
     other = zlib.crc32(page.translate(_REVERSED_BITS), 0xFFFFFFFF) ^ 0xFFFFFFFF
     return int(f"{other:032b}"[::-1], 2)
 
@@ -172,7 +175,7 @@ def _ogg_crc(page: bytes) -> int:
 
 
 def _flv_fault(data: mmap.mmap, size: int) -> str:
-    """Each tag is followed by its own length."""
+    """Checks that each tag is followed by its own length."""
     at = int.from_bytes(data[5:9], "big") + 4
     while at < size:
         length = int.from_bytes(data[at + 1 : at + 4], "big") + 11
@@ -187,7 +190,7 @@ def _flv_fault(data: mmap.mmap, size: int) -> str:
 
 
 def _riff_fault(data: mmap.mmap, size: int) -> str:
-    """Chunks must follow each other, down to those of the frames."""
+    """Checks that chunks follow each other, down to those of the frames."""
     at = 0
     while at + 8 <= size and data[at : at + 4] == b"RIFF":
         stop = at + 8 + int.from_bytes(data[at + 4 : at + 8], "little")
@@ -217,8 +220,8 @@ def _chunks_fault(data: mmap.mmap, start: int, end: int, size: int) -> str:
 
 
 def _asf_fault(data: mmap.mmap, size: int) -> str:
-    """Data packets are of one length, each begins alike, and the file says how many there are."""
-    start = int.from_bytes(data[16:24], "little")  # of the data object, after the header's length
+    """Checks that as many data packets of one length and start code follow as the file says."""
+    start = int.from_bytes(data[16:24], "little")  # of the data object, right after the header
     properties = data.find(_ASF_PROPERTIES, 0, start)
     if data[start : start + 16] != _ASF_DATA or properties < 0:
         return f"damaged at byte {min(start, size)} of {size}"
@@ -228,9 +231,57 @@ def _asf_fault(data: mmap.mmap, size: int) -> str:
     count = int.from_bytes(data[start + 40 : start + 48], "little")
     at = start + 50
     if shortest != longest or longest == 0 or data[at] & 0x80 == 0:
-        return ""  # no marks to go by
+        return ""  # no start codes to check
     for number in range(count):
         if data[at : at + 3] != b"\x82\0\0" or at + longest > size:
             return f"damaged in packet {number} of {count}"
         at += longest
     return ""
+
+
+# ---- what a demuxer does not check
+
+
+def gif_ends_well(path: str) -> bool:
+    """Returns whether a GIF's blocks reach its end mark: decoders silently fill what is cut off."""
+    data = Path(path).read_bytes()
+
+    def after_color_table(at: int, flags: int) -> int:
+        return at + (3 << ((flags & 7) + 1) if flags & 0x80 else 0)
+
+    try:
+        at = after_color_table(13, data[10])
+        while data[at] != 0x3B:
+            if data[at] == 0x2C:  # a frame: descriptor, color table, code size, data
+                at = after_color_table(at + 10, data[at + 9]) + 1
+            else:  # an extension: mark, label, data
+                at += 2
+            while data[at]:
+                at += data[at] + 1
+            at += 1
+    except IndexError:
+        return False
+    return True
+
+
+def announced_bytes(path: str) -> int:
+    """Returns the file size that the header of a RIFF (avi) or Matroska file states, else 0."""
+    with open(path, "rb") as file:
+        head = file.read(4096)
+    if head[:4] == b"RIFF":
+        return 8 + int.from_bytes(head[4:8], "little")
+    if head[:4] != b"\x1a\x45\xdf\xa3":
+        return 0
+    start, length = _ebml_length(head, 4)  # the header element, then the segment
+    start, length = _ebml_length(head, (start + (length or 0)) + 4)
+    return 0 if length is None else start + length
+
+
+def _ebml_length(data: bytes, at: int) -> tuple[int, int | None]:
+    """Returns where an element's content starts and its length, None in a live stream."""
+    if at >= len(data) or data[at] == 0:
+        return at, None
+    width = 9 - data[at].bit_length()
+    value_bits = (1 << 7 * width) - 1
+    length = int.from_bytes(data[at : at + width], "big") & value_bits
+    return at + width, None if length == value_bits else length

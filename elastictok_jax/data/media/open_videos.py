@@ -1,4 +1,4 @@
-"""Videos kept open between reads: opening one demuxes it for its index."""
+"""Keeps videos open between reads, since opening one demuxes it for its index."""
 
 import collections
 import threading
@@ -7,15 +7,17 @@ from typing import Any
 
 
 class OpenVideos:
-    """Up to `limit` open videos in each thread, since one serves one thread; the least
-    recently used is closed. Pickled, it arrives empty."""
+    """Caches up to `limit` open videos in each thread, as readers are not thread-safe.
+
+    The least recently used is closed. Unpickling gives an empty cache.
+    """
 
     def __init__(self, limit: int = 32):
         self._limit = limit
         self._local = threading.local()
 
     def open(self, key: Hashable, make: Callable[[], Any]) -> Any:
-        """The video kept under `key`, or what `make` opens."""
+        """Returns the video kept under `key`, or opens it by `make`."""
         if not hasattr(self._local, "videos"):
             self._local.videos = collections.OrderedDict()
         videos = self._local.videos

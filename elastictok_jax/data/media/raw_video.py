@@ -1,4 +1,4 @@
-"""Frames out of a pipe: raw rgb24, or YUV4MPEG2 (y4m), which says of itself what it holds.
+"""Reads frames from a pipe: raw rgb24, or YUV4MPEG2 (y4m), whose header gives its format.
 
 Dimension key: H height, W width. One frame is held at a time.
 """
@@ -9,13 +9,14 @@ from typing import BinaryIO
 
 import numpy as np
 
-from elastictok_jax.data import media
 from elastictok_jax.data.media import color
+from elastictok_jax.data.media.files import LIMITS
+from elastictok_jax.data.media.frame_pixels import yuv_to_rgb
 from elastictok_jax.errors import UsageError
 
 Y4M = b"YUV4MPEG2"
-_LINE = 1024  # bytes that a line of a y4m header may have
-# By the name of a layout: pixel format, and where its chroma samples lie ("" for the usual place).
+_LINE = 1024  # most bytes of a y4m header line
+# Pixel format and chroma siting ("" for the usual one) by the name of a layout.
 _LAYOUTS = {
     "420": ("yuv420p", "center"),
     "420jpeg": ("yuv420p", "center"),
@@ -25,17 +26,16 @@ _LAYOUTS = {
     "444": ("yuv444p", ""),
     "mono": ("gray", ""),
 }
-_OLD_LAYOUT = b"XYSCSS="  # how old senders, which have no C, name it
+_OLD_LAYOUT = b"XYSCSS="  # names the layout in old streams, which have no C
 
 
 class CutOff(Exception):
-    """The stream ends within a frame, or goes on with none; all frames before it are sound."""
+    """The stream ends within a frame or continues with garbage; all frames before are sound."""
 
 
 @dataclass(frozen=True)
 class Y4mHeader:
-    """What the first line of a y4m stream says; fps is 0 where it leaves that open, and siting is
-    where its chroma samples lie, as in `color`."""
+    """Header of a y4m stream; fps is 0 if unknown, siting is the chroma siting as in `color`."""
 
     height: int
     width: int
@@ -46,6 +46,7 @@ class Y4mHeader:
 
     @property
     def frame_bytes(self) -> int:
+        """Bytes of one frame, without its FRAME line."""
         luma = self.height * self.width
         down, across = -(-self.height // 2), -(-self.width // 2)
         chroma = {"yuv420p": down * across, "yuv422p": self.height * across, "yuv444p": luma}
@@ -53,14 +54,14 @@ class Y4mHeader:
 
 
 def read_raw(stream: BinaryIO, *, height: int, width: int) -> Iterator[np.ndarray]:
-    """Frames uint8 [H, W, 3] of raw rgb24 until the stream ends.
+    """Yields frames uint8 [H, W, 3] of raw rgb24 until the stream ends.
 
     Raises:
-      UsageError: if it is y4m after all; CutOff: if it ends within a frame.
+      UsageError: if the stream is y4m; CutOff: if it ends within a frame.
     """
     require_size(height, width)
     number = 0
-    while data := _whole(stream, height * width * 3, number=number):
+    while data := _frame_data(stream, height * width * 3, number=number):
         if number == 0 and data.startswith(Y4M):
             raise UsageError("standard input is y4m, which gives its own size: leave out --size")
         yield np.frombuffer(data, np.uint8).reshape(height, width, 3)
@@ -68,10 +69,10 @@ def read_raw(stream: BinaryIO, *, height: int, width: int) -> Iterator[np.ndarra
 
 
 def read_y4m_header(stream: BinaryIO) -> Y4mHeader:
-    """Reads the first line.
+    """Reads the header line of a y4m stream.
 
     Raises:
-      UsageError: if it is not that of a y4m stream, or of one that cannot be read here.
+      UsageError: if it is no y4m header, or of a layout that cannot be read here.
     """
     line = stream.readline(_LINE)
     magic, *words = line.split()[:64] or [b""]
@@ -90,11 +91,11 @@ def read_y4m_header(stream: BinaryIO) -> Y4mHeader:
         ) from None
     require_size(height, width)
     old = [word.removeprefix(_OLD_LAYOUT) for word in words if word.startswith(_OLD_LAYOUT)]
-    colours = fields.get(b"C") or b"".join(old[:1]).decode("ascii", "replace").lower() or "420"
-    if colours not in _LAYOUTS:
+    colors = fields.get(b"C") or b"".join(old[:1]).decode("ascii", "replace").lower() or "420"
+    if colors not in _LAYOUTS:
         known = ", ".join(f"C{name}" for name in _LAYOUTS)
-        raise UsageError(f"standard input: y4m of C{colours[:20]}: send one of {known}")
-    pixel_format, siting = _LAYOUTS[colours]
+        raise UsageError(f"standard input: y4m of C{colors[:20]}: send one of {known}")
+    pixel_format, siting = _LAYOUTS[colors]
     full_range = b"XCOLORRANGE=FULL" in words
     return Y4mHeader(
         height=height,
@@ -107,19 +108,19 @@ def read_y4m_header(stream: BinaryIO) -> Y4mHeader:
 
 
 def read_y4m(stream: BinaryIO, header: Y4mHeader) -> Iterator[np.ndarray]:
-    """Frames uint8 [H, W, 3] after the header, until the stream ends.
+    """Yields frames uint8 [H, W, 3] after the header until the stream ends.
 
     Raises:
-      CutOff: if it ends within a frame, or goes on with something else.
+      CutOff: if it ends within a frame or continues with garbage.
     """
     number = 0
     while line := stream.readline(_LINE):
         if not (line.startswith(b"FRAME") and line.endswith(b"\n")):
             raise CutOff(f"within frame {number}: {line[:20]!r} where FRAME should be")
-        data = _whole(stream, header.frame_bytes, number=number)
+        data = _frame_data(stream, header.frame_bytes, number=number)
         if not data:
             raise CutOff(f"within frame {number}")
-        yield media.yuv_to_rgb(
+        yield yuv_to_rgb(
             data,
             pixel_format=header.pixel_format,
             height=header.height,
@@ -132,14 +133,14 @@ def read_y4m(stream: BinaryIO, header: Y4mHeader) -> Iterator[np.ndarray]:
 
 def require_size(height: int, width: int) -> None:
     """Raises UsageError for a size that no frame has."""
-    if height < 1 or width < 1 or height * width > media.LIMITS.pixels:
+    if height < 1 or width < 1 or height * width > LIMITS.pixels:
         raise UsageError(
-            f"frames of {width}x{height}: give 1 to {media.LIMITS.pixels} pixels, as WIDTHxHEIGHT"
+            f"frames of {width}x{height}: give 1 to {LIMITS.pixels} pixels, as WIDTHxHEIGHT"
         )
 
 
-def _whole(stream: BinaryIO, size: int, *, number: int) -> bytes:
-    """Bytes of a frame, or none at the end."""
+def _frame_data(stream: BinaryIO, size: int, *, number: int) -> bytes:
+    """Reads the bytes of a frame, b"" at the end of the stream."""
     data = stream.read(size)
     if 0 < len(data) < size:
         raise CutOff(f"within frame {number}: {len(data)} of {size} bytes")

@@ -1,1 +1,1 @@
-"""`elastictok prepare`: originals to record data sets."""
+"""Converts originals to record data sets: `elastictok prepare`."""

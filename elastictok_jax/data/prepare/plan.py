@@ -1,4 +1,4 @@
-"""What `elastictok prepare` is to do: its inputs, dealt to shards, the same on every machine."""
+"""Assigns the inputs of `elastictok prepare` to shards, identically on every machine."""
 
 import dataclasses
 import glob
@@ -17,17 +17,17 @@ from elastictok_jax.data.sources.tfds_records import PART_FRAMES, RecordSource, 
 from elastictok_jax.errors import UsageError
 from elastictok_jax.paths import has_scheme, input_path, path_text
 
-ITEMS_AT_ONCE = 256  # of another data set, in one entry
+ITEMS_AT_ONCE = 256  # of a TFDS data set, in one entry
 PLAN_VERSION = 2  # 1: color of stored video half a pixel too far right
 
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One original: a file, or a URL, or items [start, stop) of a TFDS data set at `path`.
+    """One original: a file, a URL, or items [start, stop) of a TFDS data set at `path`.
 
     Attributes:
-      name: unique; relative to its input, so that it is the same wherever that lies.
-      size: bytes, or what they are guessed to be.
+      name: unique; relative to its input, so that it is the same wherever the input is.
+      size: bytes, maybe estimated.
     """
 
     kind: str
@@ -39,17 +39,17 @@ class Entry:
 
     @property
     def originals(self) -> int:
-        """Files or items."""
+        """Number of files or items."""
         return max(1, self.stop - self.start)
 
 
 @dataclasses.dataclass(frozen=True)
 class PreparePlan:
-    """Entries by shard, and what else the result depends on.
+    """The entries of each shard, and all else that the result depends on.
 
     Attributes:
-      unreadable: a reason for each file or folder that could not even be listed.
-      ignored: how many files of each suffix are neither images nor videos.
+      unreadable: the reason for each file or folder that could not be listed.
+      ignored: the number of files of each suffix that are neither images nor videos.
     """
 
     shards: list[list[Entry]]
@@ -59,7 +59,7 @@ class PreparePlan:
     ignored: Counter[str] = dataclasses.field(default_factory=Counter)
 
     def identity(self) -> dict[str, Any]:
-        """What must be equal for a run to go on with what another has begun."""
+        """Returns what must not change when a run resumes another."""
         entries = sorted((e.name, e.size) for shard in self.shards for e in shard)
         digest = hashlib.sha256(json.dumps(entries).encode()).hexdigest()
         options = dataclasses.asdict(self.settings)
@@ -76,15 +76,15 @@ class PreparePlan:
 
 
 def plan_prepare(inputs: list[str], *, settings: Settings, shard_mib: float) -> PreparePlan:
-    """Lists `inputs` and deals what they hold to shards of about `shard_mib` of originals.
+    """Lists `inputs` and assigns their originals to shards of about `shard_mib` MiB.
 
     Raises:
-      UsageError: if an input is missing, empty, or is named like another.
+      UsageError: if an input is missing or empty, or two originals have one name.
     """
     plan = PreparePlan([], settings, shard_mib)
     entries = [entry for text in inputs for entry in _entries(text, plan, several=len(inputs) > 1)]
     if not entries:
-        raise UsageError(f"nothing of the inputs can be read: {'; '.join(_reasons(plan)[:3])}")
+        raise UsageError(f"no input can be read: {'; '.join(_reasons(plan)[:3])}")
     names: dict[str, str] = {}
     for entry in entries:
         if names.setdefault(entry.name, entry.path) != entry.path:
@@ -93,7 +93,7 @@ def plan_prepare(inputs: list[str], *, settings: Settings, shard_mib: float) -> 
                 "the folder above them, or rename one"
             )
     unique = {entry.name: entry for entry in entries}
-    # By hash, so that a shard is a sample of everything.
+    # By hash, so that each shard is a random sample.
     order = sorted(unique.values(), key=lambda e: hashlib.sha256(e.name.encode()).digest())
     total = sum(entry.size for entry in order)
     count = max(1, math.ceil(min(len(order), total / (shard_mib * 2**20))))
@@ -106,7 +106,7 @@ def _reasons(plan: PreparePlan) -> list[str]:
 
 
 def _entries(text: str, plan: PreparePlan, *, several: bool) -> list[Entry]:
-    """The entries of one input; what of it is no entry is noted in `plan`."""
+    """Lists the entries of one input; records ignored and unreadable files in `plan`."""
     text = input_path(text)
     if has_scheme(text):
         return _remote_entries(text, plan)
@@ -131,9 +131,11 @@ def _remote_entries(url: str, plan: PreparePlan) -> list[Entry]:
             found = system.glob(path, detail=True)
         else:
             found = system.find(path, detail=True)
-    except Exception as error:  # each file system has its own
+    except Exception as error:  # each file system has its own errors
         raise UsageError(f"input {url} cannot be listed: {error}") from error
-    suffixes = media.IMAGE_SUFFIXES | media.VIDEO_SUFFIXES  # what a file holds is known too late
+    suffixes = (
+        media.IMAGE_SUFFIXES | media.VIDEO_SUFFIXES
+    )  # contents are not known before a download
     shown = {
         name: info
         for name, info in found.items()

@@ -1,17 +1,17 @@
-"""Scene cuts: where one frame differs from the one before far more than frames just did."""
+"""Detects scene cuts: frames that differ from the one before far more than the last ones did."""
 
 import numpy as np
 from PIL import Image
 
 THUMBNAIL = (32, 18)
 LEAST_CHANGE = 18.0  # mean absolute difference of pixels, of 255
-LEAST_RATIO = 4.0  # over the mean of the last changes
-MEMORY = 8  # changes that the mean is over
+LEAST_RATIO = 4.0  # to the mean of the last changes
+MEMORY = 8  # changes in that mean
 SHORTEST = 8  # frames of a stretch
 
 
 class SceneCuts:
-    """Fed frames in order, says where a new stretch begins."""
+    """Detects scene cuts in frames given in order."""
 
     def __init__(self) -> None:
         self._before: np.ndarray | None = None
@@ -19,7 +19,7 @@ class SceneCuts:
         self._length = 0
 
     def is_cut(self, frame_HWC: np.ndarray) -> bool:
-        """Whether uint8 [H, W, 3] begins another scene than the frame given before it."""
+        """Returns whether uint8 [H, W, 3] starts a new scene after the frame given before it."""
         small = Image.fromarray(frame_HWC).resize(THUMBNAIL, Image.Resampling.BOX)
         pixels = np.asarray(small, np.float32)
         before, self._before = self._before, pixels

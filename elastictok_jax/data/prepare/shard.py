@@ -1,4 +1,4 @@
-"""One shard of a prepared data set, made in a process of its own. See `prepare`."""
+"""Makes one shard of a prepared data set, in its own process; see `supervisor`."""
 
 import errno
 import hashlib
@@ -12,19 +12,21 @@ from typing import Any
 from elastictok_jax.data.media import MediaError
 from elastictok_jax.data.prepare.plan import Entry
 from elastictok_jax.data.prepare.transcode import Settings, fetch, file_records, item_records
-from elastictok_jax.data.sources.splits import name_place
+from elastictok_jax.data.sources.base import name_place
 from elastictok_jax.data.sources.tfds_records import WORK, RecordSource, RecordWriter, shard_name
 
-NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS})  # of our own disk
+NO_ROOM = frozenset(
+    {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
+)  # errors of the output disk
 
 
 def sidecar_path(directory: Path, shard: int) -> Path:
-    """Where the index columns and skipped files of a shard are kept until the end."""
+    """Returns the path of a shard's index columns and skipped files, kept until the end."""
     return directory / WORK / f"shard-{shard:05}.json"
 
 
 def is_done(directory: Path, shard: int, shards: int) -> bool:
-    """Whether a shard is there, whole."""
+    """Returns whether a shard is complete."""
     return (directory / shard_name(shard, shards)).exists() and sidecar_path(
         directory, shard
     ).exists()
@@ -40,23 +42,23 @@ def work_on_shard(
     hopeless: dict[str, str],
     pipe,
 ) -> None:
-    """The process: makes the shard, and says into `pipe` which original it reads.
+    """Makes a shard, as the main function of a process, and reports progress to `pipe`.
 
-    Sends ("original", name) before each, ("writing", None) after the last, ("done", None) at the
-    end and ("error", reason) where it cannot write. Originals in `hopeless` are skipped for the
-    reason given there.
+    Sends ("original", name) before each original, ("writing", None) after the last, ("done", None)
+    at the end and ("error", reason) if it cannot write. Originals in `hopeless` are skipped with
+    the reason given there.
     """
     parent = os.getppid()
 
     def tell(kind: str, value: str | None) -> None:
         if os.getppid() != parent:
-            os._exit(1)  # what had started this was killed; another run may be at work
+            os._exit(1)  # the parent was killed; another run may be active
         pipe.send((kind, value))
 
     try:
         make_shard(Path(directory), shard, shards, entries, settings, hopeless=hopeless, tell=tell)
         tell("done", None)
-    except OSError as error:  # a full disk, most likely: what is wrong with originals is MediaError
+    except OSError as error:  # most likely a full disk; bad originals raise MediaError
         tell("error", error.strerror or str(error))
 
 
@@ -70,7 +72,7 @@ def make_shard(
     hopeless: dict[str, str],
     tell: Callable[[str, str | None], None],
 ) -> None:
-    """Writes a shard and its sidecar, each whole or not at all, the shard last.
+    """Writes a shard and its sidecar, each atomically, the shard last.
 
     Raises:
       OSError: if they cannot be written.
@@ -86,7 +88,7 @@ def make_shard(
         for entry in entries:
             for name, make in _originals(entry, settings, Path(temporary)):
                 tell("original", name)
-                # Read to its end before any of it is written: damage may be in the last frame.
+                # Read to its end before anything is written: the last frame may be damaged.
                 try:
                     if name in hopeless:
                         raise MediaError(hopeless[name])
@@ -117,7 +119,7 @@ def make_shard(
 
 
 def _originals(entry: Entry, settings: Settings, temporary: Path):
-    """(name, function that makes the records) of all that an entry holds."""
+    """Yields (name, function that makes the records) of each original in an entry."""
     if entry.kind == "file":
         yield (
             entry.name,
@@ -155,7 +157,7 @@ def _remote_records(
 
 
 def _without_path(error: MediaError, entry: Entry, name: str) -> str:
-    """The reason alone: the same wherever the input lies."""
+    """Returns the reason without the path: the same wherever the input is."""
     reason = str(error)
     for path in (entry.path, name):
         reason = reason.removeprefix(f"{path}: ")

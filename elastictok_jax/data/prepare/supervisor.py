@@ -1,8 +1,8 @@
-"""`elastictok prepare`: originals of any kind to a data set of records; see `records`.
+"""Makes a data set of records from originals of any kind; see `tfds_records`.
 
-Originals are dealt to shards; each shard is made by one process under a temporary name and renamed
-when whole. So a run killed at any moment goes on where it was, several machines can share one
-folder, and the result depends on the inputs and options alone.
+Originals are assigned to shards; each shard is made by one process under a temporary name and
+renamed when complete. So a run killed at any moment resumes, several machines can share one folder,
+and the result depends on the inputs and options alone.
 """
 
 import json
@@ -27,10 +27,11 @@ from elastictok_jax.data.prepare.transcode import Settings
 from elastictok_jax.data.sources.listing import ignored_text
 from elastictok_jax.data.sources.tfds_records import INDEX_COLUMNS, WORK, write_metadata
 from elastictok_jax.errors import RunError, UsageError
+from elastictok_jax.storage.atomic import write_json
 
 REPORT = "report.json"
 DONE = ".prepared"  # the working folder, while it is removed
-LOOK_SECONDS = 0.5  # between looks at how the processes do
+LOOK_SECONDS = 0.5  # between checks of the processes
 
 
 def prepare(
@@ -43,17 +44,19 @@ def prepare(
     shard_mib: float = 256,
     timeout: float = 3600.0,
 ) -> dict[str, Any]:
-    """Makes what is missing of the data set in `output`; returns the content of its report.json,
-    or, while other machines have shards to make, {"shards_done", "shards"}.
+    """Makes the missing shards of the data set in `output`.
+
+    Returns the content of its report.json, or {"shards_done", "shards"} while other machines have
+    shards to make.
 
     Args:
-      jobs: processes at once.
+      jobs: number of processes.
       machine: (i, n): makes only the shards k with k % n == i.
-      timeout: seconds that one original may take; then it is skipped.
+      timeout: seconds after which an original is skipped.
 
     Raises:
       UsageError: if an input is wrong, or `output` holds something else.
-      RunError: if `output` cannot be written any more; what is done is kept.
+      RunError: if `output` cannot be written; complete shards are kept.
     """
     plan = plan_prepare(inputs, settings=settings, shard_mib=shard_mib)
     report = _report_if_complete(output, plan)
@@ -69,13 +72,15 @@ def prepare(
         done = sum(is_done(output, k, shards) for k in range(shards))
         if done == shards:
             return _finish(output, plan)
-    except OSError as error:
-        report = _report_if_complete(output, plan)  # another machine was as fast
+    except (OSError, RunError) as error:
+        report = _report_if_complete(output, plan)  # another machine completed it first
         if report:
             return report
+        if isinstance(error, RunError):
+            raise
         raise RunError(
-            f"{output} cannot be written ({_reason(error)}): whole shards are kept; mend that and "
-            "run the same command again"
+            f"{output} cannot be written ({_reason(error)}): complete shards are kept; fix that "
+            "and run the same command again"
         ) from error
     report = _report_if_complete(output, plan)
     if report:
@@ -93,7 +98,7 @@ def _reason(error: OSError) -> str:
 
 
 def _report_if_complete(output: Path, plan: PreparePlan) -> dict[str, Any] | None:
-    """The report of a complete data set in `output`.
+    """Returns the report of a complete data set in `output`, else None.
 
     Raises:
       UsageError: if it is of another plan.
@@ -107,7 +112,7 @@ def _report_if_complete(output: Path, plan: PreparePlan) -> dict[str, Any] | Non
 
 
 def _begin(output: Path, plan: PreparePlan) -> None:
-    """Makes the working folder, or sees that the one in `output` is of the same plan."""
+    """Makes the working folder, or checks that the one in `output` is of the same plan."""
     path = output / WORK / "plan.json"
     if path.exists():
         _compare(output, _read_json(path), plan)
@@ -116,11 +121,11 @@ def _begin(output: Path, plan: PreparePlan) -> None:
         raise UsageError(f"{output} holds other files: give a new folder as -o")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _write_json(path, plan.identity())
     except OSError as error:
         raise UsageError(
             f"{output} cannot be written ({_reason(error)}): choose another -o"
         ) from None
+    write_json(path, plan.identity())
 
 
 def _compare(output: Path, before: dict[str, Any], plan: PreparePlan) -> None:
@@ -138,8 +143,10 @@ def _compare(output: Path, before: dict[str, Any], plan: PreparePlan) -> None:
 
 
 class _Supervisor:
-    """Runs up to `jobs` processes, one a shard. One that hangs, or dies twice at the same original,
-    costs that original: its shard is made again without it."""
+    """Runs up to `jobs` processes, one per shard.
+
+    If one hangs, or dies twice at the same original, its shard is made again without it.
+    """
 
     def __init__(
         self, output: Path, plan: PreparePlan, waiting: list[int], *, jobs: int, timeout: float
@@ -148,7 +155,7 @@ class _Supervisor:
         self._jobs, self._timeout = jobs, timeout
         self._context = multiprocessing.get_context("spawn")
         self._running: dict[int, _Job] = {}
-        self._crashed: set[str] = set()  # originals at which a process died once, maybe by chance
+        self._crashed: set[str] = set()  # originals at which a process died once
         originals = sum(entry.originals for shard in waiting for entry in plan.shards[shard])
         self._bar = tqdm(
             total=originals, unit="file", disable=not sys.stderr.isatty(), dynamic_ncols=True
@@ -158,7 +165,8 @@ class _Supervisor:
         """Makes the shards.
 
         Raises:
-          OSError: if something cannot be written; RunError: if a process dies that reads nothing.
+          OSError, RunError: if a process or this one cannot write.
+          RunError: if a process dies between originals.
         """
         try:
             while self._waiting or self._running:
@@ -227,12 +235,12 @@ class _Supervisor:
     def _give_up(self, shard: int, job: "_Job", reason: str) -> None:
         del self._running[shard]
         hopeless = self._hopeless(shard)
-        if job.original is None or job.original in hopeless:  # not for what it read
+        if job.original is None or job.original in hopeless:  # not because of what it read
             raise RunError(
                 f"shard {shard} {reason} while it read no original: see the "
-                "messages above; whole shards are kept"
+                "messages above; complete shards are kept"
             )
-        _write_json(self._hopeless_path(shard), hopeless | {job.original: reason})
+        write_json(self._hopeless_path(shard), hopeless | {job.original: reason})
         self._say(f"{job.original}: {reason}; making its shard again without it")
         self._waiting.append(shard)
 
@@ -253,16 +261,17 @@ class _Supervisor:
 class _Job:
     def __init__(self, process, pipe) -> None:
         self.process, self.pipe = process, pipe
-        self.original: str | None = None  # that it reads
+        self.original: str | None = None  # being read
         self.since, self.finished, self.ended = 0.0, False, False
 
 
 def _finish(output: Path, plan: PreparePlan) -> dict[str, Any]:
-    """Writes metadata, index and report, and removes the working folder. Safe to do twice, or on
-    two machines at once.
+    """Writes metadata, index and report, and removes the working folder.
+
+    Safe to call twice, or on two machines at once.
 
     Raises:
-      OSError: if something cannot be written.
+      OSError: if a file cannot be written.
     """
     sidecars = [_read_json(sidecar_path(output, shard)) for shard in range(len(plan.shards))]
     columns = {
@@ -278,7 +287,7 @@ def _finish(output: Path, plan: PreparePlan) -> dict[str, Any]:
     skipped += [{"file": name, "reason": why} for name, why in sorted(plan.unreadable.items())]
     if not sum(lengths):
         reasons = "; ".join(f"{s['file']}: {s['reason']}" for s in skipped[:3])
-        raise UsageError(f"nothing of the inputs can be used: {reasons}")
+        raise UsageError(f"no input can be used: {reasons}")
     by_hash = defaultdict(list)
     for sidecar in sidecars:
         for name, digest in sidecar["hashes"]:
@@ -302,18 +311,18 @@ def _finish(output: Path, plan: PreparePlan) -> dict[str, Any]:
     }
     with tempfile.TemporaryDirectory(prefix="tmp-end-", dir=output / WORK) as temporary:
         made = Path(temporary)
-        _write_json(made / REPORT, report)
+        (made / REPORT).write_text(json.dumps(report, indent=2) + "\n")
         write_metadata(made, shard_lengths=lengths, num_bytes=num_bytes, columns=columns)
         for path in sorted(made.iterdir()):
             os.replace(path, output / path.name)
-    # Complete when the folder has gone; it goes at once, however long removing its files takes.
+    # Complete once the folder is gone: one rename, however long removing its files takes.
     os.replace(output / WORK, output / DONE)
     shutil.rmtree(output / DONE, ignore_errors=True)
     return report
 
 
 def summary(report: dict[str, Any]) -> str:
-    """The report as a few lines."""
+    """Formats the report as a few lines."""
     ignored = report["ignored"]
     lines = [
         f"{report['images']} images and {report['video_clips']} video clips "
@@ -334,9 +343,3 @@ def _read_json(path: Path) -> dict[str, Any]:
         return json.loads(path.read_text())
     except ValueError as error:
         raise UsageError(f"{path} is damaged ({error}): prepare into another folder") from None
-
-
-def _write_json(path: Path, value: Any) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(value, indent=1) + "\n")
-    os.replace(temporary, path)

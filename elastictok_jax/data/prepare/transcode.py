@@ -1,4 +1,4 @@
-"""One original to the records of a prepared data set: images resized, video re-encoded in parts."""
+"""Converts one original to records: resizes images and re-encodes video in parts."""
 
 import dataclasses
 import hashlib
@@ -26,11 +26,11 @@ ORIENTATION = 0x0112  # EXIF tag
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What the content of a prepared data set hangs on, beside its inputs.
+    """Options that the content of a prepared data set depends on, beside its inputs.
 
     Attributes:
-      resolution: pixels that the shortest side has at most, 0 for no bound; crf: x264's quality,
-        lower is better; scene_cuts: whether videos are cut there; limits: of originals.
+      resolution: most pixels of the shortest side, 0 for no bound; crf: x264's quality, lower is
+        better; scene_cuts: whether videos are split at scene cuts; limits: of originals.
     """
 
     resolution: int
@@ -40,8 +40,9 @@ class Settings:
 
 
 def file_records(path: Path, *, name: str, settings: Settings) -> tuple[list[dict[str, Any]], str]:
-    """The records of an image or video file, as `records.features` has them, and what is lost of
-    it beside its size, "" for nothing.
+    """Converts an image or video file to records with the fields of `tfds_records.features`.
+
+    Returns the records, and what is lost beside the size, "" for nothing.
 
     Raises:
       MediaError: saying what is wrong with the file.
@@ -57,7 +58,7 @@ def file_records(path: Path, *, name: str, settings: Settings) -> tuple[list[dic
         record = origin | image_record(path.read_bytes(), pixels, settings=settings)
         return [record], media.loss_on_reading(path)
     with media.VideoReader(path, limits=settings.limits) as reader:
-        if reader.frame_count == 1:  # a GIF that does not move
+        if reader.frame_count == 1:  # a still GIF
             made = [image_record(None, reader.read(0, 1)[0], settings=settings)]
         else:
             fps = reader.fps or FRAME_RATE
@@ -67,7 +68,7 @@ def file_records(path: Path, *, name: str, settings: Settings) -> tuple[list[dic
 
 
 def item_records(source: RecordSource, item: int, *, name: str, settings: Settings):
-    """The records of an item of another data set, and ""; see `file_records`."""
+    """Converts an item of another data set to its records, and ""; see `file_records`."""
     origin = {"source": name, "content_hash": ""}
     if not source.is_video[item]:
         data = source.encoded_image(item)
@@ -90,7 +91,7 @@ def item_records(source: RecordSource, item: int, *, name: str, settings: Settin
 
 
 def image_record(data: bytes | None, pixels: np.ndarray, *, settings: Settings) -> dict[str, Any]:
-    """The record of a picture uint8 [H, W, 3]; its own bytes `data`, where they will do."""
+    """Makes the record of an image uint8 [H, W, 3]; keeps its own bytes `data` if possible."""
     side = min(pixels.shape[:2])
     wanted = min(side, settings.resolution or side)
     plain, form = _plain_form(data)
@@ -108,7 +109,7 @@ def image_record(data: bytes | None, pixels: np.ndarray, *, settings: Settings) 
 
 
 def _plain_form(data: bytes | None) -> tuple[bool, str]:
-    """Whether a file is stored as it is (RGB JPEG or PNG, not turned), and its format."""
+    """Returns whether a file can be stored as it is (upright RGB JPEG or PNG), and its format."""
     if data is None:
         return False, "GIF"
     with media.opened_image(io.BytesIO(data), name="an original") as image:
@@ -120,11 +121,11 @@ def _plain_form(data: bytes | None) -> tuple[bool, str]:
 def video_records(
     frames: Iterable[np.ndarray], *, fps: float, settings: Settings
 ) -> Iterator[dict[str, Any]]:
-    """Frames uint8 [H, W, 3] in order as records of at most PART_FRAMES, one pass, few held."""
+    """Yields records of at most PART_FRAMES frames, in one pass over frames uint8 [H, W, 3]."""
     cuts = SceneCuts() if settings.scene_cuts else None
 
     def by_record() -> Iterator[tuple[tuple[int, int], int, np.ndarray]]:
-        """Frames with the stretch and part that they belong to, and their number."""
+        """Yields each frame's (stretch, part), its number and its pixels."""
         stretch, first = 0, 0
         for number, frame in enumerate(frames):
             if cuts and cuts.is_cut(frame):
@@ -140,7 +141,7 @@ def video_records(
 def _video_record(
     numbered: Iterator[tuple[int, np.ndarray]], *, part: int, fps: float, settings: Settings
 ) -> dict[str, Any]:
-    seen: list[tuple[int, ...]] = []  # number, height and width of the frames
+    seen: list[tuple[int, ...]] = []  # number, height and width of each frame
 
     def pixels() -> Iterator[np.ndarray]:
         for number, frame in numbered:
@@ -174,7 +175,7 @@ def fetch(url: str, target: Path) -> None:
 
 
 def open_file_system(url: str):
-    """The fsspec file system of `url`, and the path in it.
+    """Returns the fsspec file system of `url`, and the path in it.
 
     Raises:
       UsageError: if the package for its protocol is not installed.
@@ -186,7 +187,7 @@ def open_file_system(url: str):
         return fsspec.core.url_to_fs(url)
     except ImportError as error:
         extra = EXTRAS.get(protocol)
-        mend = f"pip install 'elastictok_jax[{extra}]'" if extra else str(error)
-        raise UsageError(f"{url}: reading {protocol}:// needs another package: {mend}") from None
+        fix = f"pip install 'elastictok_jax[{extra}]'" if extra else str(error)
+        raise UsageError(f"{url}: reading {protocol}:// needs another package: {fix}") from None
     except ValueError as error:
         raise UsageError(f"{url}: {error}; use a local path, gs:// or s3://") from None

@@ -1,1 +1,1 @@
-"""Data sources: folders, TFDS data sets and synthetic footage, in train and held-out splits."""
+"""Reads folders, TFDS data sets and synthetic clips, in train and held-out splits."""

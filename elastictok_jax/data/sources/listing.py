@@ -1,4 +1,4 @@
-"""The images and videos in a folder, in what matches a glob, or in one file."""
+"""Lists the images and videos of a folder, a glob or a path."""
 
 import glob
 import os
@@ -12,7 +12,7 @@ from elastictok_jax.data import media
 from elastictok_jax.errors import UsageError
 from elastictok_jax.paths import path_text
 
-# Of files that are still being written, whatever they hold so far.
+# Files that are still being written, whatever they hold so far.
 UNFINISHED_SUFFIXES = frozenset({".part", ".partial", ".crdownload", ".download", ".tmp"})
 
 
@@ -21,9 +21,9 @@ class Listing:
     """Files to read below one folder.
 
     Attributes:
-      root: the folder; files: sorted by their names' bytes.
+      root: the folder; files: sorted by the bytes of their names.
       unreadable: why a folder, link or file cannot be opened, by its path.
-      ignored: how many files of each suffix are neither images nor videos.
+      ignored: the number of files of each suffix that are neither images nor videos.
     """
 
     root: Path
@@ -32,16 +32,16 @@ class Listing:
     ignored: Counter[str] = field(default_factory=Counter)
 
     def name(self, file: Path) -> str:
-        """What a file is called: its path below `root`, the same under every locale."""
+        """Returns a file's path below `root`, the same under every locale."""
         return path_text(file.relative_to(self.root).as_posix())
 
 
 def list_media(path: str | Path) -> Listing:
-    """Lists the images and videos of a folder with all below it, of a glob, or of one file.
+    """Lists the images and videos of a folder (recursively), a glob or one file.
 
-    What exists is taken as it is named; only what does not is a glob. Links are followed, and each
-    folder is looked through once, by its real path if it has one below the same root. Hidden files
-    and folders are left out. A suffix that is not known does not matter if the content is.
+    A path that exists is never read as a glob. Links are followed, and each folder is visited
+    once, by its real path if that is below the same root. Hidden files and folders are skipped.
+    An unknown suffix does not matter if the content is known.
 
     Raises:
       UsageError: if nothing is there, or nothing that can be read.
@@ -74,7 +74,7 @@ def list_media(path: str | Path) -> Listing:
 
 
 def ignored_text(ignored: Counter[str] | dict[str, int]) -> str:
-    """The counts of ignored files by suffix, most first, e.g. "3 .txt, 1 without suffix"."""
+    """Formats counts of ignored files by suffix, most first: "3 .txt, 1 without suffix"."""
     counts = sorted(ignored.items(), key=lambda entry: (-entry[1], entry[0]))
     return ", ".join(f"{count} {suffix or 'without suffix'}" for suffix, count in counts)
 
@@ -86,7 +86,7 @@ def _sort_in(file: Path, listing: Listing) -> None:
     known = suffix in media.IMAGE_SUFFIXES | media.VIDEO_SUFFIXES
     try:
         mode = os.stat(file).st_mode
-    except OSError as error:  # most likely a link to nothing
+    except OSError as error:  # most likely a broken link
         if known:
             listing.unreadable[path_text(file)] = f"cannot be read ({error.strerror})"
         else:
@@ -111,10 +111,10 @@ def _walk_files(roots: list[Path], listing: Listing) -> Iterator[Path]:
 
 
 def _walk(roots: list[Path], listing: Listing) -> Iterator[tuple[Path, list[str]]]:
-    """Each folder below `roots` once, with the names of what in it is no folder.
+    """Yields each folder below `roots` once, with the names in it that are no folders.
 
-    Links to folders wait until all real folders are seen, so that a folder keeps its own name
-    where it also has another.
+    Links to folders come after all real folders, so that a folder that also has another name
+    keeps its own.
     """
     seen: set[tuple[int, int]] = set()
     folders = list(reversed(roots))
@@ -146,7 +146,7 @@ def _is_folder(entry: os.DirEntry) -> bool:
 
 
 def _split_glob(path: Path) -> tuple[Path, list[str]]:
-    """The folder that all matches of a glob lie below, and the parts of the pattern below it."""
+    """Splits a glob into the folder above all matches and the parts of the pattern below it."""
     parts = list(path.parts)
     head = Path(parts.pop(0)) if path.is_absolute() else Path(".")
     while len(parts) > 1 and (os.path.lexists(head / parts[0]) or not glob.has_magic(parts[0])):
@@ -155,7 +155,7 @@ def _split_glob(path: Path) -> tuple[Path, list[str]]:
 
 
 def _matches(head: Path, pattern: list[str], listing: Listing) -> Iterator[Path]:
-    """The files that match a pattern below `head`, and those in the folders that do."""
+    """Yields the files that match a pattern below `head`, and those in matching folders."""
     if "**" in pattern:
         at = pattern.index("**")
         before, after = pattern[:at], pattern[at + 1 :]

@@ -1,4 +1,4 @@
-"""Generated clips of drifting waves and a moving square: data without files, for trials."""
+"""Generates clips of drifting waves and a moving square: data without files, for trials."""
 
 import hashlib
 
@@ -13,8 +13,10 @@ WAVES = 3
 
 
 class SyntheticSource:
-    """256 items, each a function of its number: a quarter images, the rest videos of 8 to 1024
-    frames (log-uniform) that differ in how fast they move. See `sources.Source`."""
+    """Generates 256 items, each a function of its number; see `base.Source`.
+
+    A quarter are images, the rest videos of 8 to 1024 frames (log-uniform) of various speeds.
+    """
 
     def __init__(self) -> None:
         rng = np.random.default_rng(0)

@@ -1,9 +1,9 @@
-"""Data sets of records: those that `elastictok prepare` writes, and any that TFDS has on disk.
+"""Writes and reads record data sets: those of `elastictok prepare`, and any TFDS data set on disk.
 
 A prepared data set is a plain TFDS data set in array_record files. Each record is an image (JPEG or
 PNG) or up to PART_FRAMES frames of video (MP4); an item is an image, or the consecutive records of
-a stretch of video. `index.safetensors` beside it holds what planning needs of each record.
-No TensorFlow is needed to write or read any of it.
+a stretch of video. `index.safetensors` beside it holds the columns that planning needs.
+TensorFlow is not needed for any of it.
 """
 
 import contextlib
@@ -40,17 +40,17 @@ INDEX_VERSION = 1
 INDEX_COLUMNS = {
     "is_video": np.uint8,
     "frames": np.uint32,  # in the record
-    "part": np.uint32,  # the record's place among those of its item
+    "part": np.uint32,  # the record's index within its item
     "fps": np.float64,
     "height": np.uint32,
     "width": np.uint32,
     "place": np.uint64,  # hash of the original's name
 }
-FRAME_RATE = 24.0  # assumed of videos that say none
+FRAME_RATE = 24.0  # assumed for videos that state none
 
 
 def features() -> tfds.features.FeaturesDict:
-    """The features of a prepared data set."""
+    """Returns the features of a prepared data set."""
     return tfds.features.FeaturesDict(
         {
             "kind": tfds.features.Text(doc="image or video"),
@@ -69,7 +69,7 @@ def features() -> tfds.features.FeaturesDict:
 
 
 def shard_name(shard: int, shards: int) -> str:
-    """The TFDS file name of a shard."""
+    """Returns the TFDS file name of a shard."""
     return f"{DATASET}-{SPLIT}.array_record-{shard:05}-of-{shards:05}"
 
 
@@ -91,9 +91,9 @@ class RecordWriter:
         self.bytes = 0
 
     def write(self, record: dict[str, Any], *, place: int) -> None:
-        """One record with the fields of `features`; `place` is that of its original."""
+        """Writes one record with the fields of `features`; `place` is that of its original."""
         example = self._serializer.get_tf_example(self._features.encode_example(record))
-        encoded = example.SerializeToString(deterministic=True)  # a map's order is chance
+        encoded = example.SerializeToString(deterministic=True)  # a map's order is arbitrary
         with _write_errors():
             self._writer.write(encoded)
         self.bytes += len(encoded)
@@ -103,14 +103,14 @@ class RecordWriter:
             self.columns[name].append(value)
 
     def close(self) -> None:
-        """Writes what is left."""
+        """Flushes and closes the file."""
         with _write_errors():
             self._writer.close()
 
 
 @contextlib.contextmanager
 def _write_errors() -> Iterator[None]:
-    """array_record's as OSError."""
+    """Raises array_record's write errors as OSError."""
     try:
         yield
     except RuntimeError as error:
@@ -120,7 +120,7 @@ def _write_errors() -> Iterator[None]:
 def write_metadata(
     directory: Path, *, shard_lengths: list[int], num_bytes: int, columns: dict[str, list]
 ) -> None:
-    """dataset_info.json, features.json and the index of all records, in the order of the shards.
+    """Writes dataset_info.json, features.json and the index of all records in shard order.
 
     Raises:
       OSError: if they cannot be written.
@@ -144,17 +144,17 @@ def write_metadata(
     )
     info.set_splits(tfds.core.splits.SplitDict([split]))
     arrays = {name: np.array(columns[name], kind) for name, kind in INDEX_COLUMNS.items()}
-    # One entry, as safetensors writes several in an order of chance.
+    # One entry, as safetensors writes several in arbitrary order.
     metadata = {"layout": json.dumps({"version": INDEX_VERSION, "part_frames": PART_FRAMES})}
     (directory / INDEX).write_bytes(save(arrays, metadata))
     info.write_to_directory(directory)
 
 
 def is_record_dataset(directory: str | Path) -> bool:
-    """Whether a TFDS data set lies in `directory`.
+    """Returns whether `directory` holds a TFDS data set.
 
     Raises:
-      UsageError: if it is one that is still being prepared.
+      UsageError: if the data set is still being prepared.
     """
     if (Path(directory) / WORK).is_dir():
         raise UsageError(
@@ -164,10 +164,10 @@ def is_record_dataset(directory: str | Path) -> bool:
 
 
 class RecordSource:
-    """Items of a split of a TFDS data set on disk; see `sources.Source`.
+    """Reads the items of a split of a TFDS data set on disk; see `base.Source`.
 
-    A prepared data set is planned from its index. Of another, the first image feature is taken as
-    images, or the first sequence of images as videos, whose lengths are read from all records.
+    A prepared data set is planned from its index. In any other, the first image feature gives
+    images, or the first sequence of images gives videos, whose lengths are read from all records.
 
     Raises:
       UsageError: if the data set, its index or its split cannot be read, or holds neither.
@@ -180,7 +180,7 @@ class RecordSource:
         try:
             builder = tfds.builder_from_directory(self._directory)
             count = builder.info.splits[split].num_examples
-        except Exception as error:  # tfds raises all kinds
+        except Exception as error:  # tfds raises many types
             known = _split_names(self._directory)
             raise UsageError(
                 f"data set {directory}: split {split} cannot be read ({_one_line(error)}); "
@@ -208,7 +208,7 @@ class RecordSource:
             ) from error
         if layout.get("version") != INDEX_VERSION:
             raise UsageError(
-                f"{path} is of version {layout.get('version')}, this program reads version "
+                f"{path} has version {layout.get('version')}, this program reads version "
                 f"{INDEX_VERSION}: prepare the data set again"
             )
         self._part_frames = int(layout["part_frames"])
@@ -219,7 +219,7 @@ class RecordSource:
         self._first = np.flatnonzero(columns["part"] == 0)
         starts = self._first
         self.is_video = columns["is_video"][starts].astype(bool)
-        # A slice of the split may begin or end within an item: those records are left out or cut.
+        # A slice of the split may begin or end within an item: such items are dropped or cut.
         inside = slice(int(starts[0]), None) if len(starts) else slice(0, 0)
         counts = columns["frames"][inside].astype(np.int64)
         self.frames = np.add.reduceat(counts, starts - starts[:1]) if len(starts) else counts
@@ -228,7 +228,7 @@ class RecordSource:
         self._sizes = np.stack([columns["height"], columns["width"]], axis=1)[starts]
 
     def _look_through(self, feature_dict, count: int) -> None:
-        """Takes the first images, or sequence of images, of a data set that has no index."""
+        """Finds the first image or image sequence feature of a data set without an index."""
         self._part_frames = 0
         image_kind, sequence_kinds = tfds.features.Image, (tfds.features.Sequence,)
         for name, feature in feature_dict.items():
@@ -263,7 +263,7 @@ class RecordSource:
         return f"{self._feature}/{item}"
 
     def encoded_image(self, item: int) -> bytes:
-        """The file of an item that is an image."""
+        """Returns the encoded file of an image item."""
         return self._stored_file(int(self._first[item]))
 
     def read(self, item: int, indices: np.ndarray, *, side: int) -> np.ndarray:
@@ -271,7 +271,7 @@ class RecordSource:
         return resize_shortest(frames, side=side, name=self._where(int(self._first[item])))
 
     def read_at_most(self, item: int, indices: np.ndarray, *, side: int) -> np.ndarray:
-        """`read`, but never enlarged; 0 for the stored size."""
+        """Reads like `read`, but never enlarges; side 0 keeps the stored size."""
         frames = self._read_stored(item, indices)
         stored = min(frames.shape[1:3])
         return resize_shortest(frames, side=min(side or stored, stored))
@@ -280,7 +280,7 @@ class RecordSource:
         first = int(self._first[item])
         if not 0 <= indices[0] <= indices[-1] < self.frames[item]:
             raise MediaError(
-                f"{self._where(first)}: frames {indices[0]} to {indices[-1]} asked for, of "
+                f"{self._where(first)}: frames {indices[0]} to {indices[-1]} requested, of "
                 f"{self.frames[item]}"
             )
         if self._feature:
@@ -298,7 +298,9 @@ class RecordSource:
             ]
             frames = pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
         if frames.shape[1] < height or frames.shape[2] < width:
-            raise MediaError(f"{self._where(first)}: its size is not as the index says")
+            raise MediaError(
+                f"{self._where(first)}: its size differs from the index; prepare it again"
+            )
         return frames[:, :height, :width]
 
     def _video(self, number: int) -> StoredVideo:
@@ -319,7 +321,7 @@ class RecordSource:
         return f"{self._directory} {self._split} record {number}"
 
     def _record(self, number: int) -> dict[str, Any]:
-        """A record, pictures still encoded.
+        """Reads a record with its images still encoded.
 
         Raises:
           MediaError: if it cannot be read or parsed.
@@ -328,11 +330,11 @@ class RecordSource:
             if not hasattr(self._local, "records"):
                 self._local.records = self._open()
             return self._local.records[number]
-        except Exception as error:  # array_record and protobuf raise all kinds
+        except Exception as error:  # array_record and protobuf raise many types
             raise self._damaged(number, error) from error
 
     def _stored_file(self, number: int) -> bytes:
-        """The image or video in a record, in half the time that parsing all of it takes."""
+        """Reads the file in a record, in half the time that parsing the full record takes."""
         if self._feature:
             return self._record(number)[self._feature]
         try:
@@ -364,14 +366,14 @@ class RecordSource:
 
 
 class _Encoded(tfds.decode.SkipDecoding):
-    """Leaves pictures as they are stored, also in sequences, which tfds forgot."""
+    """Leaves images encoded, also in sequences, which tfds' own class does not."""
 
     def decode_batch_example_np(self, serialized_example):
         return serialized_example
 
 
 def _records_of(split_info, *, shard_lengths: list[int]) -> np.ndarray:
-    """int64: the places, among all records of SPLIT, of those in a split or slice of it."""
+    """Returns the indices, among all records of SPLIT, of a split or slice of it: int64."""
     base = np.cumsum([0, *shard_lengths])
     pieces = [np.arange(0)]
     for instruction in split_info.file_instructions:
@@ -384,12 +386,12 @@ def _records_of(split_info, *, shard_lengths: list[int]) -> np.ndarray:
 def _split_names(directory: str) -> str:
     try:
         return ", ".join(tfds.builder_from_directory(directory).info.splits)
-    except Exception:  # it was that which failed
+    except Exception:  # may be what failed before
         return "unknown"
 
 
 def _spread(numbers: np.ndarray) -> np.ndarray:
-    """uint64 hashes of uint64 numbers (SplitMix64)."""
+    """Hashes uint64 numbers to uint64 (SplitMix64)."""
     with np.errstate(over="ignore"):
         x = numbers + np.uint64(0x9E3779B97F4A7C15)
         x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

@@ -1,4 +1,4 @@
-"""Block-causal attention over packed clips (paper, section 3.1): one function.
+"""The block-causal attention function over packed clips (paper, section 3.1).
 
 Dimension key: B batch, C candidates, S tokens, T cached tokens, H heads, K head width.
 """
@@ -19,14 +19,14 @@ BACKENDS = ("auto", "dense", "blockwise", "splash", "fused")
 
 @struct.dataclass
 class SequenceLayout:
-    """Where each token of a packed sequence stands.
+    """Positions, segments and blocks of the tokens of a packed sequence.
 
     Attributes:
-      positions_S: int32 [S], what rotary embedding turns by. Only differences matter.
+      positions_S: int32 [S], positions for rotary embedding. Only differences matter.
       segments_BS: int32 [B, S], the clip each token belongs to; 0 is padding.
       tokens_per_block: L; token i of the sequence is in block i // L.
-      past_ids_T: int32 [T], where keys and values of earlier blocks are given (`attend_to_past`):
-        1 for those that there are, 0 for room that is still empty. None where nothing is given.
+      past_ids_T: int32 [T], 1 for filled and 0 for empty slots of the KV cache of earlier blocks
+        (`attend_to_past`), or None without a cache.
     """
 
     positions_S: Array
@@ -38,18 +38,17 @@ class SequenceLayout:
 def attention(
     query_BSHK: Array, key_BSHK: Array, value_BSHK: Array, *, places: SequenceLayout, backend: str
 ) -> Array:
-    """Query i sees key j iff both are in one clip and block(j) <= block(i).
+    """Computes attention in which query i sees key j iff clips are equal and block(j) <= block(i).
 
     Padding (segment 0) sees only padding, so no row is ever empty. Scores are scaled by
-    K ** -0.5 and normalised in float32 whatever the dtype of the inputs. Called where a mesh is
-    set, the devices share batch and heads, and a sequence that lies over several goes round them
-    in a ring.
+    K ** -0.5 and normalised in float32 whatever the dtype of the inputs. If a mesh is set, batch
+    and heads are sharded over its devices, and a sharded sequence uses ring attention.
 
     Args:
-      backend: what a device runs. "dense" (every score at once), "blockwise" (tiles, plain XLA),
-        "splash" (Pallas kernel for TPUs; interpreted elsewhere), "fused" (Pallas kernels for GPUs;
-        interpreted elsewhere), or "auto": splash on a TPU, else blockwise. "fused" has been
-        checked in the interpreter and compiled, but not timed on a GPU, so "auto" leaves it alone.
+      backend: the kernel of each device. "dense" (all scores at once), "blockwise" (tiles, plain
+        XLA), "splash" (Pallas kernel for TPUs; interpreted elsewhere), "fused" (Pallas kernels for
+        GPUs; interpreted elsewhere), or "auto": splash on a TPU, else blockwise. "fused" has been
+        checked in the interpreter and compiled, but not timed on a GPU, so "auto" does not use it.
 
     Returns:
       [B, S, H, K] in the dtype of `value_BSHK`.
@@ -82,10 +81,10 @@ def attend_to_past(
     past_ids_T: Array,
     backend: str,
 ) -> Array:
-    """Attention of one block to itself and to the cached keys and values of the blocks before it.
+    """Computes attention of one block to itself and to the KV cache of the earlier blocks.
 
-    C is a number of candidates for the block. They share the past, which is read once for all of
-    them. Scores are those of `attention` over the whole sequence.
+    The C candidates for the block share the cache, which is read once for all of them. Scores equal
+    those of `attention` over the full sequence.
 
     Returns:
       [C, S, H, K] in the dtype of `value_CHSK`.
@@ -95,26 +94,26 @@ def attend_to_past(
     query_CHSK, ids_CS = query_CSHK.swapaxes(1, 2), jnp.ones((count, tokens), jnp.int32)
     out = kernel.forward(query_CHSK, key_CHSK, value_CHSK, Visibility(ids_CS, ids_CS))
     if past_ids_T.size:
-        # Candidates one after the other, as if they were one long row of queries.
+        # Candidates are concatenated into one long row of queries.
         query_HSK = jnp.concatenate(list(query_CHSK), axis=1)
         seen = Visibility(ids_CS.reshape(1, -1), past_ids_T[None])
         past = kernel.forward(query_HSK[None], past_key_HTK[None], past_value_HTK[None], seen)
-        apart = [x[0].reshape(heads, count, tokens, *x.shape[3:]).swapaxes(0, 1) for x in past]
-        out = merge(*out, *apart)
+        split = [x[0].reshape(heads, count, tokens, *x.shape[3:]).swapaxes(0, 1) for x in past]
+        out = merge(*out, *split)
     return out[0].swapaxes(1, 2).astype(value_CHSK.dtype)
 
 
 def platform_of(mesh: jax.sharding.AbstractMesh) -> str:
-    """What the program at hand is for: the platform of the mesh, or of this process."""
+    """Returns the platform of the mesh, or of this process if the mesh is empty."""
     return jax.default_backend() if mesh.empty else mesh.abstract_device.platform
 
 
 def make_kernel(backend: str, platform: str) -> Kernel:
-    """The kernel that a device runs.
+    """Returns the kernel that each device runs.
 
     Raises:
       ValueError: if there is no such backend.
-      UsageError: if this jax lacks what the backend is made of.
+      UsageError: if this jax does not support the backend.
     """
     if backend == "auto":
         backend = "splash" if platform == "tpu" else "blockwise"
@@ -138,6 +137,6 @@ def _make_fused(platform: str) -> Kernel:
         raise UsageError(
             f"attention backend 'fused' needs jax.experimental.pallas.triton, which jax "
             f"{jax.__version__} lacks ({error}): install a jax of 0.10 to 0.12, or set "
-            f"model.attention = 'blockwise'"
+            f"compute.attention = 'blockwise'"
         ) from error
     return Fused(interpret=platform != "gpu")

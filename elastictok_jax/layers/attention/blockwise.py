@@ -1,4 +1,4 @@
-"""Attention tile by tile, in plain XLA: memory grows with the sequence, not with its square.
+"""Tiled attention in plain XLA, with memory linear in the sequence length.
 
 Dimension key: B batch, S queries, T keys, H heads, K head width.
 """
@@ -21,17 +21,17 @@ from elastictok_jax.layers.attention.tile import (
     tile_mask,
 )
 
-# Most queries and keys of a tile: its scores should stay in a core's cache (measured on CPU).
+# Maximum queries and keys per tile: its scores should fit a core's cache (measured on CPU).
 QUERIES, KEYS = 512, 1024
-# Fewer queries than this a tile cost more than the scores they spare.
+# Tiles with fewer queries cost more than the hidden scores they avoid.
 MIN_QUERIES = 64
 
 
 @dataclasses.dataclass(frozen=True)
 class Blockwise:
-    """Online softmax over tiles of at most `queries` x `keys` scores a head.
+    """Online softmax over tiles of at most `queries` x `keys` scores per head.
 
-    Tiles that blocks hide are not computed. The backward pass computes the scores of a tile again.
+    Tiles hidden by the block mask are skipped. The backward pass recomputes the scores of a tile.
     """
 
     queries: int = QUERIES
@@ -88,7 +88,7 @@ class Blockwise:
 def visible_tiles(
     kernel: Blockwise, queries: int, keys: int, visibility: Visibility
 ) -> list[tuple[range, range]]:
-    """Tiles that cover what blocks leave visible, each within the size that `kernel` allows."""
+    """Returns tiles that cover all that the block mask leaves visible, sized as `kernel` allows."""
     length = visibility.tokens_per_block
     if length is None or visibility.first_B is not None:
         size = kernel.queries
@@ -104,14 +104,14 @@ def visible_tiles(
         def hidden(key: int, rows: range = rows) -> bool:
             return visibility.blocks_hide_all(rows, range(key, key + 1))
 
-        end = bisect.bisect_left(range(keys), True, key=hidden)  # blocks hide the last, if any
+        end = bisect.bisect_left(range(keys), True, key=hidden)  # keys from `end` are hidden
         columns = range(0, end, kernel.keys)
         tiles += [(rows, range(k, min(k + kernel.keys, end))) for k in columns]
     return tiles
 
 
 def for_each_tile(add_tile: Callable, sums, tiles: list[tuple[range, range]], visibility):
-    """`sums = add_tile(sums, queries, keys, visibility)` for every tile, in loops of like tiles."""
+    """Folds `sums = add_tile(sums, queries, keys, visibility)` over tiles, one loop per shape."""
     groups = collections.defaultdict(list)
     for queries, keys in tiles:
         masked = visibility.blocks_hide(queries, keys)
@@ -128,7 +128,7 @@ def for_each_tile(add_tile: Callable, sums, tiles: list[tuple[range, range]], vi
             return add_tile(sums, *stretches, seen), None
 
         if len(starts) == 1:
-            sums, _ = step(sums, starts[0])  # with a start that the compiler knows
+            sums, _ = step(sums, starts[0])  # with a static start
         else:
             sums, _ = jax.lax.scan(step, sums, jnp.asarray(starts, jnp.int32))
     return sums

@@ -1,4 +1,4 @@
-"""Attention with every score held at once: the reference that other backends are tested against.
+"""Attention that materialises all scores, the reference that other backends are tested against.
 
 Dimension key: B batch, S queries, T keys, H heads, K head width.
 """
@@ -21,7 +21,7 @@ Array = jax.Array
 
 @dataclasses.dataclass(frozen=True)
 class Dense:
-    """One tile for all: the reference as a `Kernel`, for rings."""
+    """The reference as a `Kernel` with a single tile, for rings."""
 
     def forward(self, query_BHSK, key_BHTK, value_BHTK, visibility):
         """As `Kernel.forward`."""
@@ -53,7 +53,7 @@ def dense_attention(
     key_segments_BT: Array,
     block_mask_ST: Array | None,
 ) -> Array:
-    """Softmax attention among equal segments, further limited by `block_mask_ST` if given.
+    """Computes softmax attention within segments, further limited by `block_mask_ST` if given.
 
     Scores and softmax are float32. Every query must see at least one key.
 

@@ -1,19 +1,18 @@
 """Flash attention for GPUs as Pallas kernels, lowered to Triton.
 
-Dimension key: B batch, S queries, T keys, H heads, K head width, G tiles of the side that programs
-hold, P tiles of the side that passes. Places [B, N, tokens] are the id of each token and, where
-blocks hide a part of a tile (N = 2), its block.
+Dimension key: B batch, S queries, T keys, H heads, K head width, G tiles of the held side, P tiles
+of the passing side. Places [B, N, tokens] are the id of each token and, if the block mask may cut a
+tile (N = 2), its block.
 
-A program holds a tile of queries (or of keys, for their gradients) and goes over the tiles of the
-other side from the first to the last that it may see. So scores never leave the chip, and tiles
-that blocks or clips hide are not computed. Scores are in base 2 inside the kernels, as the
-hardware's exponential is.
+A program holds a tile of queries (or of keys, for their gradients) and iterates over the tiles of
+the other side, from the first to the last that may be visible. Scores never leave the chip, and
+leading and trailing tiles hidden by blocks or clips are skipped. Scores are in base 2 inside the
+kernels, as is the hardware's exponential.
 
-What is known of them: they equal the dense reference in the interpreter, and XLA compiles them for
-an H200: to Hopper's matrix instructions, with copies under way meanwhile, and in bfloat16 without
-spilling registers. They have not run on a GPU, so no speed is known: benchmarks/gpu.sh measures it.
-jax 0.12 warns that Pallas for Triton will be dropped one day; where it is missing, `make_kernel`
-says so.
+Status: the kernels match the dense reference in the interpreter, and XLA compiles them for an H200
+to Hopper's matrix instructions, with overlapped copies and, in bfloat16, without register spills.
+They have not run on a GPU, so their speed is unknown: benchmarks/gpu.sh measures it. jax 0.12
+deprecates Pallas for Triton; `make_kernel` raises an error if it is missing.
 """
 
 import dataclasses
@@ -31,16 +30,16 @@ from elastictok_jax.layers.attention.kernel import FILLING, HIDDEN_SCORE, Array,
 from elastictok_jax.layers.attention.tile import output_dot_gradient
 
 DTYPES = ("bfloat16", "float16", "float32")
-# Tensor cores take at least the one; beyond the other, tiles do not fit on the chip.
+# Tensor cores need at least MIN_WIDTH; beyond MAX_WIDTH, tiles do not fit on the chip.
 MIN_WIDTH, MAX_WIDTH = 16, 128
-# Triton counts places in an array in 32 bits.
+# Triton uses 32-bit offsets into arrays.
 MAX_ELEMENTS = 2**31 - 1
 LOG2_E = math.log2(math.e)
 
 
 @dataclasses.dataclass(frozen=True)
 class Tiles:
-    """Tokens that a program holds, and tokens that pass by it at a time: powers of two from 16."""
+    """Tokens that a program holds, and tokens that pass by at a time: powers of two from 16."""
 
     held: int
     passing: int
@@ -48,7 +47,7 @@ class Tiles:
 
     @property
     def multiple(self) -> int:
-        """What both divide."""
+        """The padding multiple, which both sizes divide."""
         return max(self.held, self.passing)
 
 
@@ -56,13 +55,13 @@ class Tiles:
 class Fused:
     """Flash attention in three kernels: output; gradient of queries; gradients of keys and values.
 
-    Sizes that are not whole tiles are filled up. float32 is multiplied as float32, without tensor
-    cores. The tiles take less than 99 KiB of an SM's shared memory, what chips from Ampere on have;
-    they have not been tuned.
+    Sizes are padded to multiples of the tiles. float32 is multiplied in float32, without tensor
+    cores. The tiles use less than the 99 KiB of shared memory per SM available from Ampere on; they
+    have not been tuned.
 
     Attributes:
-      interpret: run by the interpreter, on any platform, which is slow.
-      forward_tiles, backward_tiles: for inputs of 2 bytes; those of 4 bytes get half of them.
+      interpret: run in the interpreter, which is slow but works on any platform.
+      forward_tiles, backward_tiles: for 2-byte inputs; 4-byte inputs get tiles of half the size.
     """
 
     interpret: bool
@@ -73,7 +72,7 @@ class Fused:
         """As `Kernel.forward`.
 
         Raises:
-          UsageError: if the kernels cannot take the head width, dtype or size.
+          UsageError: if the kernels do not support the head width, dtype or size.
         """
         check(query_BHSK, key_BHTK)
         tiles = _fitting(self.forward_tiles, query_BHSK.dtype)
@@ -149,10 +148,10 @@ class Fused:
         passing: list[Array],
         results: list[tuple[int, ...]],
     ) -> list[Array]:
-        """float32 arrays of shapes `results`, by a program of `kernel` a tile that is held.
+        """Runs a program of `kernel` per held tile and returns float32 arrays of shapes `results`.
 
-        The kernel gets refs of its stretch's ends, of its tile of each of `held`, of its row and
-        head of each of `passing`, and of its tile of each of `results`.
+        The kernel gets refs to the ends of its range, its tile of each of `held`, its row and head
+        of each of `passing`, and its tile of each of `results`.
         """
         batch, heads, tokens = results[0][:3]
 
@@ -189,16 +188,16 @@ class Fused:
 
 
 def check(query_BHSK: Array, key_BHTK: Array) -> None:
-    """Whether the kernels can take these arrays.
+    """Checks that the kernels support these arrays.
 
     Raises:
-      UsageError: if not.
+      UsageError: if they do not.
     """
     width, dtype = query_BHSK.shape[3], query_BHSK.dtype
-    elsewhere = "or choose model.attention = 'blockwise'"
+    elsewhere = "or choose compute.attention = 'blockwise'"
     if dtype not in DTYPES:
         raise UsageError(
-            f"fused attention in {dtype}: set model.dtype to one of {', '.join(DTYPES)}, "
+            f"fused attention in {dtype}: set compute.dtype to one of {', '.join(DTYPES)}, "
             f"{elsewhere}"
         )
     if width > MAX_WIDTH:
@@ -210,7 +209,7 @@ def check(query_BHSK: Array, key_BHTK: Array) -> None:
         size = math.prod(x.shape[:3]) * _padded_width(width)
         if size > MAX_ELEMENTS:
             raise UsageError(
-                f"fused attention over {size} values a device, {MAX_ELEMENTS} at most: lay the "
+                f"fused attention over {size} values a device, {MAX_ELEMENTS} at most: shard the "
                 f"sequence or the batch over more devices (mesh.*), {elsewhere}"
             )
 
@@ -229,9 +228,9 @@ def _forward_kernel(*refs, size: int, scale: float) -> None:
         scores = jnp.where(_visible(queries, keys), scores, HIDDEN_SCORE)
         new_top = jnp.maximum(top, jnp.max(scores, axis=1))
         weights = jnp.exp2(scores - new_top[:, None])
-        share = jnp.exp2(top - new_top)
+        decay = jnp.exp2(top - new_top)
         more = _dot(weights.astype(value_ref.dtype), value_ref[tile, :])
-        return out * share[:, None] + more, new_top, total * share + jnp.sum(weights, axis=1)
+        return out * decay[:, None] + more, new_top, total * decay + jnp.sum(weights, axis=1)
 
     held = query.shape[0]
     sums = (
@@ -267,7 +266,7 @@ def _query_grad_kernel(*refs, size: int, scale: float) -> None:
 
 
 def _key_grad_kernel(*refs, size: int, scale: float) -> None:
-    """Scores are held with keys first, so that no product wants them transposed."""
+    """Computes the gradients of keys and values, with scores keys-first to avoid transposes."""
     first_ref, end_ref, key_places_ref, key_ref, value_ref, *rest = refs
     query_places_ref, query_ref, grad_ref, lse2_ref, delta_ref, key_grad_ref, value_grad_ref = rest
     key, value = key_ref[...], value_ref[...]
@@ -292,7 +291,7 @@ def _key_grad_kernel(*refs, size: int, scale: float) -> None:
 
 
 def _dot(left: Array, right: Array, *, transposed: int = 0) -> Array:
-    """left @ right, or left @ right.T where `transposed` is 1, in float32."""
+    """Computes left @ right, or left @ right.T if `transposed` is 1, in float32."""
     return jax.lax.dot_general(
         left,
         right,
@@ -303,7 +302,7 @@ def _dot(left: Array, right: Array, *, transposed: int = 0) -> Array:
 
 
 def _rows(places_ref, tile) -> list[Array]:
-    """Ids of a tile's tokens, and their blocks where they count."""
+    """Returns the ids of a tile's tokens, and their blocks if present."""
     return [places_ref[row, tile] for row in range(places_ref.shape[0])]
 
 
@@ -315,15 +314,15 @@ def _visible(queries: list[Array], keys: list[Array]) -> Array:
 
 
 def _spec(shape: tuple[int, ...], tokens: int, index_of: Callable) -> pl.BlockSpec:
-    """Of arrays [B, H, tokens] and [B, H, tokens, K]."""
-    whole = shape[3:]
+    """Returns the block spec of an array [B, H, tokens] or [B, H, tokens, K]."""
+    width = shape[3:]
     return pl.BlockSpec(
-        (None, None, tokens, *whole), lambda *program: (*index_of(*program), *(0 for _ in whole))
+        (None, None, tokens, *width), lambda *program: (*index_of(*program), *(0 for _ in width))
     )
 
 
 def _places(visibility: Visibility, multiple: int) -> tuple[Array, Array]:
-    """int32 [B, 2, S] and [B, 2, T]: ids and blocks of queries and keys, filled up."""
+    """Returns padded ids and blocks of queries and keys, int32 [B, 2, S] and [B, 2, T]."""
 
     def one(ids: Array) -> Array:
         ids = fill(ids, axis=1, multiple=multiple, value=FILLING)
@@ -337,14 +336,14 @@ def _places(visibility: Visibility, multiple: int) -> tuple[Array, Array]:
 
 
 def _needed(places: Array, visibility: Visibility, tiles: Tiles) -> Array:
-    """Without the blocks, where every tile lies in one."""
+    """Drops the blocks if no tile spans several."""
     length = visibility.tokens_per_block
-    whole = visibility.first_B is None and length is not None and length % tiles.multiple == 0
-    return places[:, :1] if whole or length is None else places
+    aligned = visibility.first_B is None and length is not None and length % tiles.multiple == 0
+    return places[:, :1] if aligned or length is None else places
 
 
 def _may_see(query_places: Array, key_places: Array, query_tile: int, key_tile: int) -> Array:
-    """bool [B, query tiles, key tiles]: false only where nothing is visible."""
+    """Returns which tiles may be visible (a superset), bool [B, query tiles, key tiles]."""
 
     def ends(places: Array, tile: int):
         tiles = places.reshape(*places.shape[:2], -1, tile)
@@ -357,7 +356,7 @@ def _may_see(query_places: Array, key_places: Array, query_tile: int, key_tile: 
 
 
 def _stretches(visible_BGP: Array) -> tuple[Array, Array]:
-    """int32 [B, G]: the first visible tile and the one after the last; an empty range if none."""
+    """Returns the first visible tile and one past the last, int32 [B, G] each; empty if none."""
     index, count = jnp.arange(visible_BGP.shape[2]), visible_BGP.shape[2]
     first = jnp.min(jnp.where(visible_BGP, index, count), axis=2)
     return first, jnp.max(jnp.where(visible_BGP, index + 1, 0), axis=2)
@@ -370,11 +369,11 @@ def _fitting(tiles: Tiles, dtype: jnp.dtype) -> Tiles:
 
 
 def _padded_width(width: int) -> int:
-    """Sizes in Triton are powers of two."""
+    """Rounds up to a power of two, as Triton requires."""
     return max(MIN_WIDTH, 1 << (width - 1).bit_length())
 
 
 def _filled(x_BHSK: Array, multiple: int) -> Array:
-    """Filled up with zeros, which changes no score."""
+    """Pads with zeros, which changes no score."""
     x_BHSK = fill(x_BHSK, axis=3, multiple=_padded_width(x_BHSK.shape[3]))
     return fill(x_BHSK, axis=2, multiple=multiple)

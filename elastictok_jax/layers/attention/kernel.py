@@ -1,10 +1,10 @@
-"""What an attention kernel is: forward and backward over a rectangle of queries and keys.
+"""The attention kernel protocol: forward and backward over a rectangle of queries and keys.
 
 Dimension key: B batch, S queries, T keys, H heads, K head width.
 
-A kernel returns the log-sum-exp of its scores beside its output, and its backward pass takes the
-log-sum-exp of *all* scores of a query. So the results over several rectangles of keys add up to
-those over all keys: that is how tiles of a sequence and devices of a ring are put together.
+A kernel returns the log-sum-exp of its scores along with its output, and its backward pass takes
+the log-sum-exp of *all* scores of a query. The results over several rectangles of keys therefore
+combine to those over all keys, which is how tiles of a sequence and devices of a ring are merged.
 """
 
 from functools import partial
@@ -17,24 +17,24 @@ from jax.ad_checkpoint import checkpoint_name
 
 Array = jax.Array
 
-# Score of what is not visible: finite, so that a query that sees nothing in a rectangle has a
-# log-sum-exp which weighs nothing beside any real one, and no step of the arithmetic is a NaN.
+# Score of hidden keys. It is finite, so that a query that sees nothing in a rectangle gets a
+# log-sum-exp of negligible weight in `merge`, and no intermediate is NaN.
 HIDDEN_SCORE = -1e30
-# No clip has this id: what fills a rectangle up to a kernel's size.
+# Id of padding up to a kernel's size, which no clip has.
 FILLING = -1
-# Names of what the backward pass needs of the forward pass, for remat policies.
+# Names of the residuals of the backward pass, for remat policies.
 SAVED_NAMES = ("attention_out", "attention_lse")
 
 
 @struct.dataclass
 class Visibility:
-    """Query i sees key j iff their ids are equal and block(j) <= block(i).
+    """A mask in which query i sees key j iff their ids are equal and block(j) <= block(i).
 
     Attributes:
       query_ids_BS, key_ids_BT: int32. Only equality counts.
-      tokens_per_block: L, where queries and keys are the same tokens: token i is then in block
-        (first_B + i) // L. None: blocks hide nothing.
-      first_B: int32 [B], place in its block of token 0; None where that is 0 in every row.
+      tokens_per_block: L, if queries and keys are the same tokens: token i is then in block
+        (first_B + i) // L. None disables the block mask.
+      first_B: int32 [B], offset of token 0 within its block; None if it is 0 in every row.
     """
 
     query_ids_BS: Array
@@ -43,7 +43,7 @@ class Visibility:
     first_B: Array | None = None
 
     def blocks_hide(self, queries: range, keys: range) -> bool:
-        """Whether blocks may hide some of `keys` from some of `queries`."""
+        """Returns whether blocks may hide any of `keys` from any of `queries`."""
         length = self.tokens_per_block
         if length is None:
             return False
@@ -52,7 +52,7 @@ class Visibility:
         return keys[-1] // length > queries[0] // length
 
     def blocks_hide_all(self, queries: range, keys: range) -> bool:
-        """Whether blocks hide all of `keys` from all of `queries`, in every row."""
+        """Returns whether blocks hide all of `keys` from all of `queries`, in every row."""
         length = self.tokens_per_block
         if length is None:
             return False
@@ -62,14 +62,15 @@ class Visibility:
 
 
 class Kernel(Protocol):
-    """Attention over a rectangle. Instances are hashable; arrays are as the method says."""
+    """Attention over a rectangle of queries and keys. Instances are hashable."""
 
     def forward(
         self, query_BHSK: Array, key_BHTK: Array, value_BHTK: Array, visibility: Visibility
     ) -> tuple[Array, Array]:
-        """float32 output [B, H, S, K] and log-sum-exp [B, H, S] of scores scaled by K ** -0.5.
+        """Computes the output [B, H, S, K] and the log-sum-exp [B, H, S] of scores, in float32.
 
-        A query that sees no key gets any finite output, and a log-sum-exp below -1e29.
+        Scores are scaled by K ** -0.5. A query that sees no key gets an arbitrary finite output and
+        a log-sum-exp below -1e29.
         """
         ...
 
@@ -84,10 +85,10 @@ class Kernel(Protocol):
         lse_BHS: Array,
         grad_BHSK: Array,
     ) -> tuple[Array, Array, Array]:
-        """float32 gradients of query, key and value.
+        """Computes the float32 gradients of query, key and value.
 
-        `out_BHSK` and `lse_BHS` are those over all keys that the queries see, here or elsewhere;
-        `grad_BHSK` is the gradient of that output.
+        `out_BHSK` and `lse_BHS` are over all keys that the queries see, in this rectangle and
+        others; `grad_BHSK` is the gradient of that output.
         """
         ...
 
@@ -95,19 +96,19 @@ class Kernel(Protocol):
 def merge(
     out_BHSK: Array, lse_BHS: Array, more_out_BHSK: Array, more_lse_BHS: Array
 ) -> tuple[Array, Array]:
-    """Output and log-sum-exp over two disjoint sets of keys, from those over each."""
+    """Merges outputs and log-sum-exps over two disjoint sets of keys."""
     lse = jnp.logaddexp(lse_BHS, more_lse_BHS)
-    share, more_share = jnp.exp(lse_BHS - lse), jnp.exp(more_lse_BHS - lse)
-    return out_BHSK * share[..., None] + more_out_BHSK * more_share[..., None], lse
+    weight, more_weight = jnp.exp(lse_BHS - lse), jnp.exp(more_lse_BHS - lse)
+    return out_BHSK * weight[..., None] + more_out_BHSK * more_weight[..., None], lse
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def flash_attention(
     kernel: Kernel, query_BHSK: Array, key_BHTK: Array, value_BHTK: Array, visibility: Visibility
 ) -> Array:
-    """Attention by `kernel`, [B, H, S, K] in the dtype of `value_BHTK`, differentiable.
+    """Computes differentiable attention by `kernel`, [B, H, S, K] in the dtype of `value_BHTK`.
 
-    The backward pass computes the scores again from what SAVED_NAMES names.
+    The backward pass recomputes the scores from the residuals in SAVED_NAMES.
     """
     return _forward(kernel, query_BHSK, key_BHTK, value_BHTK, visibility)[0]
 
@@ -132,7 +133,7 @@ flash_attention.defvjp(_forward, _backward)
 
 
 def fill(x: Array, *, axis: int, multiple: int, value: int = 0) -> Array:
-    """`x` with `value` appended until its size along `axis` is a multiple of `multiple`."""
+    """Pads `x` at the end of `axis` with `value` to a multiple of `multiple`."""
     widths = [(0, 0)] * x.ndim
     widths[axis] = (0, -x.shape[axis] % multiple)
     return jnp.pad(x, widths, constant_values=value)

@@ -1,18 +1,18 @@
-"""Ring attention over a mesh axis that holds one sequence in shards, with equal work for all.
+"""Load-balanced ring attention over a mesh axis that shards the sequence.
 
 Dimension key: B batch, S tokens of a shard, C tokens of half a shard, H heads, K head width. A
-leading 2 stands for the two halves of shards that a device works on.
+leading 2 stands for the two half shards that a device works on.
 
-The method is ring attention (Liu et al., arXiv 2310.01889): keys and values go round, and outputs
-over parts of the keys are merged by log-sum-exp. With a causal mask the first devices of a plain
-ring would idle, so the 2n halves of shards are dealt like a folded strip: device d works on half d
+The method is ring attention (Liu et al., arXiv 2310.01889): keys and values travel around the ring,
+and outputs over parts of the keys are merged by log-sum-exp. With a causal mask the first devices
+of a plain ring would idle, so the 2n half shards are dealt in a zigzag: device d works on half d
 ("low") and half 2n - 1 - d ("high"). While it holds the keys of device s,
   - its high queries see all of the low keys; and
   - its low queries see all of the low keys if s < d, its high queries all of the high if s > d.
-So every device computes two products of halves a step, of which nothing is hidden, and three at
-the step of its own keys: 2n + 1 of the 4n of the whole square. Only where a block lies over
-several halves do queries see later ones, at most `reach` halves on, which is known beforehand.
-Half of the heads go round one way and half the other, so that links carry both ways at once.
+Every device thus computes two fully visible products of halves per step, and three at the step of
+its own keys: 2n + 1 of the 4n products of the full square. Only if a block spans several halves do
+queries see later halves, at most `reach` halves ahead, which is static. Half of the heads travel in
+each direction, so that links are used both ways at once.
 """
 
 import dataclasses
@@ -38,10 +38,10 @@ LOW, HIGH = 0, 1
 
 @dataclasses.dataclass(frozen=True)
 class Ring:
-    """`kernel` on the parts of a sequence that lies over `axis`; to be called in a shard_map.
+    """`kernel` on the shards of a sequence along `axis`; to be called in a shard_map.
 
-    The `visibility` of its methods gives the ids of a shard and tokens_per_block: the sequence
-    begins with a block, and shards may end anywhere.
+    The `visibility` of its methods has the ids of a shard and tokens_per_block: the sequence
+    starts at a block boundary, and shards may end anywhere.
 
     Attributes:
       shards: size of the mesh axis.
@@ -79,7 +79,7 @@ class Ring:
     def backward(
         self, query_BHSK, key_BHSK, value_BHSK, visibility, *, out_BHSK, lse_BHS, grad_BHSK
     ):
-        """As `Kernel.backward`; the gradients of keys and values go round with them."""
+        """As `Kernel.backward`; the gradients of keys and values travel with them."""
         dealt = Dealt(self, query_BHSK.shape, visibility.tokens_per_block)
         query, key, value, ids, out, lse, grad = dealt.deal(
             *(query_BHSK, key_BHSK, value_BHSK, visibility.query_ids_BS),
@@ -111,12 +111,12 @@ class Ring:
 
 @dataclasses.dataclass(frozen=True)
 class Product:
-    """Some halves of queries with as many halves of keys, computed as one batch.
+    """Halves of queries paired with equally many halves of keys, computed as one batch.
 
     Attributes:
-      queries, keys: which halves, LOW or HIGH, each an int or a traced int32.
-      visibility: of (ids of queries [2, B, C], ids of keys [2, B, C]).
-      needed: bool, traced: whether anything is visible on this device; None where always.
+      queries, keys: the halves, LOW or HIGH, each an int or a traced int32.
+      visibility: function of (ids of queries [2, B, C], ids of keys [2, B, C]).
+      needed: traced bool, whether anything is visible on this device; None if always.
     """
 
     queries: tuple
@@ -125,24 +125,24 @@ class Product:
     needed: Array | None = None
 
     def queries_of(self, x: Array) -> Array:
-        """Its halves of queries from [2, B, ...], one after the other: [halves x B, ...]."""
+        """Concatenates its halves of queries from [2, B, ...] to [halves x B, ...]."""
         return _halves(x, self.queries)
 
     def keys_of(self, x: Array) -> Array:
-        """Its halves of keys from [2, B, ...], one after the other: [halves x B, ...]."""
+        """Concatenates its halves of keys from [2, B, ...] to [halves x B, ...]."""
         return _halves(x, self.keys)
 
     def query_parts(self, *results: Array) -> Iterable[tuple]:
-        """(half, its part of each result) for every half of queries."""
+        """Returns (half, its part of each result) for every half of queries."""
         return zip(self.queries, *(jnp.split(x, len(self.queries)) for x in results), strict=True)
 
     def key_parts(self, *results: Array) -> Iterable[tuple]:
-        """(half, its part of each result) for every half of keys."""
+        """Returns (half, its part of each result) for every half of keys."""
         return zip(self.keys, *(jnp.split(x, len(self.keys)) for x in results), strict=True)
 
 
 class Dealt:
-    """How the halves of shards lie on this device, what it computes, and what goes round."""
+    """The zigzag layout of half shards on this device, and its computation and communication."""
 
     def __init__(self, ring: Ring, shape_BHSK: tuple[int, ...], tokens_per_block: int):
         _, heads, tokens, _ = shape_BHSK
@@ -154,7 +154,7 @@ class Dealt:
         self.device = jax.lax.axis_index(ring.axis)
 
     def deal(self, *shards: Array) -> tuple[Array, ...]:
-        """Shards of a sequence in order -> this device's low and high half, stacked."""
+        """Exchanges contiguous shards for this device's low and high half, stacked."""
 
         def one(x: Array) -> Array:
             axis = min(2, x.ndim - 1)
@@ -168,7 +168,7 @@ class Dealt:
         return tuple(one(x) for x in shards)
 
     def gather(self, *halves: Array) -> tuple[Array, ...]:
-        """The inverse of `deal`."""
+        """Inverts `deal`."""
 
         def one(x: Array) -> Array:
             back = [
@@ -181,20 +181,20 @@ class Dealt:
         return tuple(one(x) for x in halves)
 
     def _places(self, parity: int) -> list[tuple[int, int]]:
-        """(device that holds half 2 device + parity, device that works on it)."""
+        """Returns pairs (device that holds half 2 device + parity, device that works on it)."""
         halves = range(parity, 2 * self.shards, 2)
         return [(half // 2, min(half, 2 * self.shards - 1 - half)) for half in halves]
 
     def _swapped_on_odd(self, first: Array, second: Array) -> tuple[Array, Array]:
-        """A device's low half is even, and its high half odd, iff its index is even."""
+        """Swaps the two on odd devices: a device's low half is even iff its index is even."""
         odd = self.device % 2 == 1
         return jnp.where(odd, second, first), jnp.where(odd, first, second)
 
     def go_round(self, add: Callable, home, sums, guests, keys):
-        """`sums, guests = add(home, sums, guests, keys, product)` for every visible product.
+        """Folds `sums, guests = add(home, sums, guests, keys, product)` over visible products.
 
-        All are tuples of arrays. `keys` go round the ring; `guests` go with the keys that they
-        belong to and come home. `add` is called for the heads of each way on their own.
+        All are tuples of arrays. `keys` travel around the ring; `guests` accompany the keys that
+        they belong to and return home. `add` is called separately for the heads of each direction.
 
         Returns:
           (sums, guests) of all heads.
@@ -229,7 +229,7 @@ class Dealt:
 
         def step(carry, turn, near: bool, last: bool):
             keys, sums, guests = carry
-            # What travels is sent first, to be on its way while this device computes.
+            # Communication is issued first, so that it overlaps with the computation.
             next_keys, guests = keys if last else pass_on(keys), pass_on(guests)
             sources = [(self.device - way * turn) % self.shards for way in self.ways]
             products = [self.products(source, near) for source in sources]
@@ -243,7 +243,7 @@ class Dealt:
         return self._all_heads(carry[1]), self._all_heads(pass_on(carry[2]))
 
     def _by_way(self, arrays: tuple[Array, ...]) -> list[tuple[Array, ...]]:
-        """For each way round: its heads of [2, B, H, ...], and all of ids [2, B, C]."""
+        """Returns, for each direction, its heads of [2, B, H, ...] and all ids [2, B, C]."""
         count = len(self.ways)
         parts = [jnp.split(x, count, 2) if x.ndim > 3 else [x] * count for x in arrays]
         return [tuple(part[way] for part in parts) for way in range(count)]
@@ -252,7 +252,7 @@ class Dealt:
         return tuple(jnp.concatenate(parts, 2) for parts in zip(*ways, strict=True))
 
     def turns(self) -> list[tuple[tuple[bool, bool], list[int]]]:
-        """Turns 1, ..., n - 1 in stretches of equal (any later halves visible, last)."""
+        """Groups turns 1, ..., n - 1 into runs of equal (any later halves visible, last)."""
 
         def kind(turn: int) -> tuple[bool, bool]:
             return min(turn, self.shards - turn) <= self.reach, turn == self.shards - 1
@@ -260,14 +260,17 @@ class Dealt:
         return [(key, list(turns)) for key, turns in groupby(range(1, self.shards), kind)]
 
     def own_products(self) -> Iterable[Product]:
-        """What is visible of this device's own keys."""
+        """Yields the visible products with this device's own keys."""
         yield Product((LOW, HIGH), (LOW, HIGH), self._diagonal)
         yield Product((HIGH,), (LOW,), partial(self._equal_ids, (HIGH,), (LOW,)))
         if self.reach:
             yield self._later_half(LOW, HIGH, self.device)
 
     def products(self, source: Array, near: bool) -> Iterable[Product]:
-        """What is visible of the keys of device `source`; `near` ones may have later halves."""
+        """Yields the visible products with keys of device `source`.
+
+        If `near`, some later halves may be visible.
+        """
         half = jnp.where(source < self.device, LOW, HIGH)
         queries, keys = (HIGH, half), (LOW, half)
         yield Product(queries, keys, partial(self._equal_ids, queries, keys))
@@ -276,7 +279,7 @@ class Dealt:
             yield self._later_half(LOW, HIGH, source)
 
     def _later_half(self, query, key, source: Array) -> Product:
-        """Queries that see keys of a later half, because they are in one block."""
+        """Returns the product of queries with keys of a later half that is in the same block."""
         query_half, key_half = self._index(query, self.device), self._index(key, source)
 
         def visibility(query_ids: Array, key_ids: Array) -> Visibility:
@@ -291,33 +294,33 @@ class Dealt:
         return Visibility(_halves(query_ids, queries), _halves(key_ids, keys))
 
     def _diagonal(self, query_ids: Array, key_ids: Array) -> Visibility:
-        """Both halves with themselves."""
+        """Returns the visibility of both halves with themselves."""
         ids = query_ids.reshape(-1, self.half_tokens)
-        length, whole_halves = self.tokens_per_block, 2 * self.half_tokens == self.tokens
-        if whole_halves and length % self.half_tokens == 0:  # a half lies within a block
+        length, equal_halves = self.tokens_per_block, 2 * self.half_tokens == self.tokens
+        if equal_halves and length % self.half_tokens == 0:  # a half is within one block
             return Visibility(ids, ids)
-        if whole_halves and self.half_tokens % length == 0:
+        if equal_halves and self.half_tokens % length == 0:
             return Visibility(ids, ids, length)
         first = [self._start(self._index(half, self.device)) % length for half in (LOW, HIGH)]
         return Visibility(ids, ids, length, jnp.repeat(jnp.stack(first), query_ids.shape[1]))
 
     def _index(self, half, device: Array) -> Array:
-        """Which of the 2n halves of the sequence a device's low or high half is."""
+        """Returns the index among the 2n halves of a device's low or high half."""
         return jnp.where(half == LOW, device, 2 * self.shards - 1 - device)
 
     def _start(self, half: Array) -> Array:
-        """Place in the sequence of the first token of one of its 2n halves."""
+        """Returns the position in the sequence of the first token of one of the 2n halves."""
         return half // 2 * self.tokens + half % 2 * self.half_tokens
 
     def _ids_and_blocks(self, ids_BC: Array, half: Array) -> Array:
-        """Ids that are equal iff clip and block are; what is filling stays apart."""
+        """Returns ids that are equal iff clip and block are; padding stays distinct."""
         blocks = -(-self.tokens * self.shards // self.tokens_per_block)
         block_C = (self._start(half) + jnp.arange(self.half_tokens)) // self.tokens_per_block
         return ids_BC * (blocks + 1) + block_C
 
 
 def reach(tokens: int, *, shards: int, tokens_per_block: int) -> int:
-    """How many halves later than its own the last key lies that a query sees.
+    """Returns by how many halves a visible key can be later than its query.
 
     Args:
       tokens: tokens of a shard.

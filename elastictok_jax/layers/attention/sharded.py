@@ -1,4 +1,4 @@
-"""Attention on a mesh: each device runs a kernel on its part of batch, heads and sequence.
+"""Attention on a mesh: each device runs a kernel on its shard of batch, heads and sequence.
 
 Dimension key: B batch, S tokens, H heads, K head width.
 """
@@ -17,11 +17,11 @@ from elastictok_jax.parallel.sharding import logical_axis_shards
 
 @dataclasses.dataclass(frozen=True)
 class Sharded:
-    """`kernel` on every device of the mesh at hand, to be called outside a shard_map.
+    """`kernel` on every device of the current mesh, to be called outside a shard_map.
 
     Attributes:
-      spec: how [B, H, S, K] lies on the mesh.
-      sequence_shards: devices that share a sequence; what they do not divide is filled up.
+      spec: sharding of [B, H, S, K] on the mesh.
+      sequence_shards: shards of a sequence, which is padded to a multiple of it.
     """
 
     kernel: Kernel
@@ -29,7 +29,7 @@ class Sharded:
     sequence_shards: int
 
     def forward(self, query_BHSK, key_BHSK, value_BHSK, visibility):
-        """As `Kernel.forward`, of one sequence with itself."""
+        """As `Kernel.forward`, for self-attention of one sequence."""
         inputs = (query_BHSK, key_BHSK, value_BHSK)
         outputs = (self.spec, PartitionSpec(*self.spec[:3]))
         return self._call(self.kernel.forward, inputs, visibility, {}, outputs)
@@ -37,7 +37,7 @@ class Sharded:
     def backward(
         self, query_BHSK, key_BHSK, value_BHSK, visibility, *, out_BHSK, lse_BHS, grad_BHSK
     ):
-        """As `Kernel.backward`, of one sequence with itself."""
+        """As `Kernel.backward`, for self-attention of one sequence."""
         inputs = (query_BHSK, key_BHSK, value_BHSK)
         more = dict(out_BHSK=out_BHSK, lse_BHS=lse_BHS, grad_BHSK=grad_BHSK)
         return self._call(self.kernel.backward, inputs, visibility, more, (self.spec,) * 3)
@@ -60,15 +60,15 @@ class Sharded:
             on_device,
             in_specs=(ids_spec, *specs),
             out_specs=outputs,
-            check_vma=False,  # conds differ from device to device, which it cannot follow
+            check_vma=False,  # it does not support conds that differ between devices
         )(ids_BS, *arrays)
         return tuple(x[:, :, :tokens] for x in results)
 
 
 def on_mesh(kernel: Kernel, shape_BHSK: tuple[int, ...]) -> Sharded:
-    """`kernel` for arrays of this shape, laid on the mesh at hand as the logical axis rules say.
+    """Wraps `kernel` for arrays of this shape on the current mesh, by the logical axis rules.
 
-    What the mesh does not divide of batch or heads is whole on every device.
+    Batch and heads are replicated if the mesh does not divide them.
     """
     axes: list[Any] = list(nn.logical_to_mesh_axes(("batch", "heads", "sequence", None)) or ())
 

@@ -16,19 +16,19 @@ from elastictok_jax.layers.attention.blockwise import Blockwise
 from elastictok_jax.layers.attention.kernel import FILLING, Array, Visibility, fill
 
 LANES = 128
-# Most queries and keys of a tile that leave room for all buffers in a core's VMEM.
+# Maximum queries and keys per tile such that all buffers fit a core's VMEM.
 TILE = 512
 
 
 @dataclasses.dataclass(frozen=True)
 class Splash:
-    """Splash attention with block-causal masks; tiles that blocks hide are not visited.
+    """Splash attention with block-causal masks; tiles hidden by the block mask are skipped.
 
-    Sizes that are not multiples of 128 are filled up. Where blocks begin at a place that differs
-    between rows or devices, which no static mask can say, `Blockwise` does the work.
+    Sizes are padded to multiples of 128. If block offsets differ between rows or devices, which a
+    static mask cannot express, `Blockwise` is used instead.
 
     Attributes:
-      interpret: run by the interpreter, on any platform, which is slow.
+      interpret: run in the interpreter, which is slow but works on any platform.
     """
 
     interpret: bool
@@ -62,7 +62,7 @@ class Splash:
         def one_row(inputs, ids, out, lse, grad):
             tiles = (kernel.dq_mask_info, kernel.dkv_mask_info)
             saved = (*inputs, ids, None, out, lse, *tiles)
-            # Only the kernel's own rule for the gradient takes a log-sum-exp from elsewhere.
+            # Only the kernel's own gradient rule accepts a log-sum-exp over other keys.
             return splash._splash_attention_bwd(**kernel.kwargs, res=saved, do=grad)[3:6]
 
         grads = jax.vmap(one_row)(inputs, ids, out, lse, grad)
@@ -73,7 +73,7 @@ class Splash:
         return query_grad * query_BHSK.shape[-1] ** -0.5, key_grad, value_grad
 
     def _inputs(self, query_BHSK, key_BHTK, value_BHTK, visibility: Visibility):
-        """Queries scaled, everything filled up to what the kernel takes, and its ids."""
+        """Scales queries, and pads all inputs and ids to sizes that the kernel accepts."""
         scaled = query_BHSK.astype(jnp.float32) * query_BHSK.shape[-1] ** -0.5
         inputs = (scaled.astype(query_BHSK.dtype), key_BHTK, value_BHTK)
         ids = (
@@ -89,7 +89,7 @@ class Splash:
 
 @dataclasses.dataclass(frozen=True)
 class BlockCausal:
-    """Whether query i sees key j, as the kernel asks it."""
+    """The mask function of the kernel: whether query i sees key j."""
 
     tokens_per_block: int
 
@@ -98,7 +98,7 @@ class BlockCausal:
 
 
 class BlockCausalMask(masks._ComputableMask):
-    """A mask that the kernel computes where a tile is seen in part."""
+    """A mask that the kernel evaluates in partially visible tiles."""
 
     def __init__(self, tokens: int, tokens_per_block: int):
         super().__init__((tokens, tokens), BlockCausal(tokens_per_block))
@@ -122,8 +122,8 @@ def _make_kernel(heads: int, queries: int, keys: int, tokens_per_block: int | No
         mask = BlockCausalMask(queries, tokens_per_block)
     q, k = _tile(queries), _tile(keys)
     all_heads = masks.MultiHeadMask([mask] * heads)
-    # Made by hand because `make_splash_mha` puts these on the devices of the mesh at hand, which
-    # may be a description of devices.
+    # Built by hand, since `make_splash_mha` puts these on the devices of the current mesh, which
+    # may be an abstract topology.
     by_queries, mask_function = mask_info.process_mask(all_heads, (q, k))
     by_keys, _ = mask_info.process_mask_dkv(all_heads, (q, k))
     return splash.SplashAttentionKernel(
@@ -155,5 +155,5 @@ def _tile(tokens: int) -> int:
 
 
 def _filled(x_BHSK: Array) -> Array:
-    """Filled up with zeros to whole lanes, which changes no score."""
+    """Pads with zeros to multiples of LANES, which changes no score."""
     return fill(fill(x_BHSK, axis=2, multiple=LANES), axis=3, multiple=LANES)

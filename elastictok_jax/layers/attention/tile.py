@@ -1,4 +1,4 @@
-"""The arithmetic of one tile of scores: what every kernel in plain XLA is made of.
+"""Forward and backward arithmetic of one tile of scores, shared by the kernels in plain XLA.
 
 Dimension key: B batch, S queries, T keys, H heads, K head width.
 """
@@ -13,7 +13,7 @@ from elastictok_jax.layers.attention.kernel import HIDDEN_SCORE, Array, Visibili
 
 @dataclasses.dataclass(frozen=True)
 class Stretch:
-    """Part of a sequence axis: a range known to the compiler, or one that starts anywhere."""
+    """A range of a sequence axis with a static size and a static or traced start."""
 
     start: int | Array
     size: int
@@ -26,7 +26,7 @@ class Stretch:
 
 
 def tile_mask(visibility: Visibility, queries: Stretch, keys: Stretch) -> Array:
-    """bool [B, S, T]: what is visible in a tile."""
+    """Returns the visibility mask of a tile, bool [B, S, T]."""
     query_ids_BS = queries.of(visibility.query_ids_BS, axis=1)
     key_ids_BT = keys.of(visibility.key_ids_BT, axis=1)
     mask_BST = query_ids_BS[:, :, None] == key_ids_BT[:, None, :]
@@ -40,12 +40,12 @@ def tile_mask(visibility: Visibility, queries: Stretch, keys: Stretch) -> Array:
 
 
 def output_dot_gradient(out_BHSK: Array, grad_BHSK: Array) -> Array:
-    """float32 [B, H, S]: what the gradient of a softmax takes from every score's gradient."""
+    """Computes the term that the softmax gradient subtracts from every score, float32 [B, H, S]."""
     return jnp.sum(out_BHSK.astype(jnp.float32) * grad_BHSK.astype(jnp.float32), axis=-1)
 
 
 def tile_scores(query_BHSK: Array, key_BHTK: Array, mask_BST: Array) -> Array:
-    """float32 [B, H, S, T]."""
+    """Computes scaled and masked scores, float32 [B, H, S, T]."""
     scores_BHST = jnp.einsum(
         "bhsk,bhtk->bhst", query_BHSK, key_BHTK, preferred_element_type=jnp.float32
     )
@@ -56,7 +56,7 @@ def tile_scores(query_BHSK: Array, key_BHTK: Array, mask_BST: Array) -> Array:
 def tile_forward(
     query_BHSK: Array, key_BHTK: Array, value_BHTK: Array, mask_BST: Array
 ) -> tuple[Array, Array]:
-    """Output and log-sum-exp of one tile."""
+    """Computes the output and log-sum-exp of one tile."""
     scores_BHST = tile_scores(query_BHSK, key_BHTK, mask_BST)
     top_BHS = jnp.max(scores_BHST, axis=-1)
     weights_BHST = jnp.exp(scores_BHST - top_BHS[..., None])
@@ -80,7 +80,7 @@ def tile_backward(
     grad_BHSK: Array,
     delta_BHS: Array,
 ) -> tuple[Array, Array, Array]:
-    """What one tile adds to the gradients; `delta_BHS` is `output_dot_gradient`."""
+    """Computes one tile's contribution to the gradients; `delta_BHS` is `output_dot_gradient`."""
 
     def product(spec: str, left: Array, right: Array) -> Array:
         return jnp.einsum(spec, left, right, preferred_element_type=jnp.float32)

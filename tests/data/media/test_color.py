@@ -13,7 +13,7 @@ from elastictok_jax.data.media import color, raw_video
 PERIOD = 24  # pixels
 SIZE = 96
 BOUND = 0.06  # pixels; a wrong siting is off by 0.5
-# Where the first chroma sample lies, right of and below the first luma sample, in luma pixels.
+# Offset of the first chroma sample, right of and below the first luma sample, in luma pixels.
 PLACES = {"left": (0, 0.5), "center": (0.5, 0.5), "topleft": (0, 0)}
 AXES = pytest.mark.parametrize("axis", [0, 1], ids=["down", "across"])
 
@@ -23,7 +23,7 @@ def strength(at):
 
 
 def picture(axis, *, height=SIZE, width=SIZE):
-    """Constant luma; red against blue goes up and down along `axis`."""
+    """Returns constant luma with a wave of red against blue along `axis`."""
     at = np.arange(height)[:, None] if axis == 0 else np.arange(width)[None]
     wave = np.broadcast_to(strength(at), (height, width))
     green = 128 - (0.299 - 0.114) / 0.587 * wave
@@ -31,7 +31,7 @@ def picture(axis, *, height=SIZE, width=SIZE):
 
 
 def planes(axis, siting, *, across=2, down=2, height=SIZE, width=SIZE):
-    """The same wave in luma and chroma samples that lie where `siting` says, without swscale."""
+    """Returns the same wave as luma and chroma samples of `siting`, without swscale."""
     right, below = PLACES[siting]
     rows = np.arange(-(-height // down)) * down + (below if down == 2 else 0)
     columns = np.arange(-(-width // across)) * across + (right if across == 2 else 0)
@@ -42,7 +42,7 @@ def planes(axis, siting, *, across=2, down=2, height=SIZE, width=SIZE):
 
 
 def moved(pixels_HWC, axis):
-    """How far right or down the wave lies of where it belongs, in pixels."""
+    """Returns the offset of the wave to the right or down, in pixels."""
     red, _, blue = np.moveaxis(pixels_HWC.astype(float), -1, 0)
     line = (red - blue).mean(axis=1 - axis)[PERIOD : PERIOD * (len(pixels_HWC) // PERIOD - 1)]
     at = np.arange(PERIOD, PERIOD + len(line))

@@ -1,4 +1,4 @@
-"""Reading and writing media on real files: exactness, damage, and what a picture may be."""
+"""Media on real files: exactness, damage, and unusual images."""
 
 import io
 import subprocess
@@ -16,7 +16,8 @@ from PIL import Image, ImageOps, PngImagePlugin
 
 import elastictok_jax
 from elastictok_jax.data import media
-from elastictok_jax.data.media import color
+from elastictok_jax.data.media import color, decoding
+from elastictok_jax.data.media.frame_pixels import ToRgb
 from elastictok_jax.errors import UsageError
 
 EMBEDDED = Path(elastictok_jax.__file__).parent / "data" / "embedded"
@@ -30,7 +31,7 @@ READS = settings(max_examples=25, suppress_health_check=[HealthCheck.function_sc
 
 
 def decode_in_order(path):
-    """Every frame by plain sequential decoding, apart from the code under test."""
+    """Decodes every frame sequentially, independently of the code under test."""
     flags = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.BITEXACT
     flags |= Interpolation.FULL_CHR_H_INT | Interpolation.FULL_CHR_H_INP
     with av.open(str(path)) as container:
@@ -44,7 +45,7 @@ def real_frames(count=48, side=64):
 
 
 def remux(source, target, **options):
-    """The packets of `source` in another container, or in another layout of the same one."""
+    """Copies the packets of `source` into another container or layout."""
     with av.open(str(source)) as old, av.open(str(target), "w", options=options) as new:
         stream = new.add_stream_from_template(old.streams.video[0])
         for packet in old.demux(video=0):
@@ -55,7 +56,7 @@ def remux(source, target, **options):
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """One short real clip in the layouts that random access goes wrong on."""
+    """Writes one short real clip in the layouts in which random access goes wrong."""
     folder = tmp_path_factory.mktemp("media")
     frames = real_frames()
     media.write_video(folder / "short_gop.mp4", frames, fps=24)
@@ -151,7 +152,7 @@ def test_planes_give_the_pixels_of_swscales_exact_rgb(pixel_format):
     options = dict(src_colorspace=Colorspace.ITU601, interpolation=color.EXACT_COLORS)
     expected = frame.to_ndarray(format="rgb24", **options)
     pixels = np.empty_like(expected)
-    media._ToRgb()(frame, pixels, path="")
+    ToRgb()(frame, pixels, path="")
     np.testing.assert_array_equal(pixels, expected)
 
 
@@ -168,7 +169,7 @@ def test_an_odd_size_moves_no_pixel(pixel_format, height, width):
         graph.link_nodes(source, crop, graph.add("buffersink")).configure()
         graph.push(frame)
         pixels = np.empty((height, width, 3), np.uint8)
-        media._ToRgb()(graph.pull(), pixels, path="")
+        ToRgb()(graph.pull(), pixels, path="")
         return pixels
 
     across = 4 if pixel_format == "yuv411p" else 2
@@ -215,8 +216,8 @@ def test_truncation_is_an_error_and_never_wrong_frames(files, tmp_path, name, ke
         frames = media.read_frames(path)
     except media.MediaError as error:
         assert str(error).startswith(str(path)), "the message names the file"
-        assert "delete it" in str(error), "and the mend"
-    else:  # only what lies after the last frame is gone
+        assert "delete it" in str(error), "and the fix"
+    else:  # only bytes after the last frame are gone
         np.testing.assert_array_equal(frames, decode_in_order(files[name]))
 
 
@@ -426,7 +427,7 @@ def test_a_video_above_the_usual_limit_is_read_with_another(tmp_path, monkeypatc
     frames = real_frames(count=2)
     media.write_video(tmp_path / "a.mp4", frames, fps=24)
     usual = media.MediaLimits(pixels=100)
-    monkeypatch.setattr(media, "LIMITS", usual)
+    monkeypatch.setattr(decoding, "LIMITS", usual)
     with media.VideoReader(tmp_path / "a.mp4", limits=media.MediaLimits(pixels=10**6)) as reader:
         assert reader.read(0, 2).shape == frames.shape
     with pytest.raises(media.MediaError, match="more than 100 pixels"):
@@ -447,7 +448,7 @@ def test_a_frame_beyond_the_limit_is_not_decoded_though_the_first_is_small(tmp_p
             container.mux(packet)
     with pytest.raises(media.MediaError, match="frame size changes from 32x32 to 4000x4000"):
         media.read_frames(path)
-    monkeypatch.setattr(media, "LIMITS", media.MediaLimits(pixels=10**6))
+    monkeypatch.setattr(decoding, "LIMITS", media.MediaLimits(pixels=10**6))
     with pytest.raises(media.MediaError, match="damaged after 1 frames"):
         media.read_frames(path)
 
@@ -481,7 +482,7 @@ def test_pillow_prints_no_warning_of_its_own(tmp_path):
 
 @pytest.fixture(scope="module")
 def contents(files, tmp_path_factory):
-    """A file of each kind of content, and what is read of it under its own suffix."""
+    """Writes a file of each kind of content; returns them with their pixels."""
     folder, photo = tmp_path_factory.mktemp("contents"), Image.open(STILLS[0]).crop((0, 0, 60, 40))
     for suffix in (".jpg", ".png", ".webp", ".bmp"):
         photo.save(folder / f"a{suffix}")
@@ -501,7 +502,9 @@ def test_what_is_in_a_file_decides_how_it_is_read(contents, tmp_path, suffix):
 
 def test_what_cannot_be_read_is_called_what_it_is(files, tmp_path):
     (tmp_path / "a.jpg").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(200))
-    with pytest.raises(media.MediaError, match=r"a\.jpg: HEIC is not read here; make it PNG or"):
+    with pytest.raises(
+        media.MediaError, match=r"a\.jpg: HEIC is not supported; convert it to PNG or"
+    ):
         media.read_image(tmp_path / "a.jpg")
     with pytest.raises(media.MediaError, match=r"short_gop\.mp4: a video; an image is needed"):
         media.read_image(files["short_gop.mp4"])
@@ -511,7 +514,7 @@ def test_what_cannot_be_read_is_called_what_it_is(files, tmp_path):
     with pytest.raises(media.MediaError, match="an image; a video is needed"):
         media.VideoReader(tmp_path / "b.gif")
     Image.new("F", (8, 8), 0.5).save(tmp_path / "c.jpg", "TIFF")
-    with pytest.raises(media.MediaError, match=r"c\.jpg: of real numbers .* 8 bits"):
+    with pytest.raises(media.MediaError, match=r"c\.jpg: its pixels are floats .* 8 bits"):
         media.read_image(tmp_path / "c.jpg")
 
 

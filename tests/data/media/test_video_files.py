@@ -1,4 +1,4 @@
-"""Video files as they come: out of order, untimed, mirrored, damaged, or with no film at all."""
+"""Video files as found in the wild: out of order, untimed, mirrored, damaged, without video."""
 
 import functools
 import io
@@ -114,7 +114,7 @@ def test_what_a_decoder_would_conceal_is_damage(name, tmp_path):
 
 
 def write_song(path, *, film):
-    """A sound file with a cover picture and, maybe, a film."""
+    """Writes a sound file with a cover picture and, maybe, a video."""
     cover = io.BytesIO()
     Image.new("RGB", (64, 64), "teal").save(cover, "JPEG")
     with av.open(str(path), "w") as container:

@@ -23,7 +23,7 @@ from PIL import Image
 from elastictok_jax import cli
 from elastictok_jax.data import media
 from elastictok_jax.data.prepare.scenes import SceneCuts
-from elastictok_jax.data.sources.splits import EMBEDDED
+from elastictok_jax.data.sources.file_source import EMBEDDED
 from elastictok_jax.data.sources.tfds_records import RecordSource
 
 KITE = EMBEDDED / "heldout" / "bbb_kite.mp4"
@@ -35,7 +35,7 @@ def run_prepare(*words) -> int:
 
 
 def start_prepare(*words, file_kib: int | str = "unlimited") -> subprocess.Popen:
-    """`file_kib` bounds the files that it may write."""
+    """Starts the command; `file_kib` bounds the size of its files."""
     python = [sys.executable, "-m", "elastictok_jax", "prepare", *map(str, words)]
     blocks = file_kib if isinstance(file_kib, str) else file_kib * 2  # of 512 bytes
     return subprocess.Popen(
@@ -52,7 +52,7 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 def assert_same(folder: Path, expected: dict[str, bytes]) -> None:
-    """Says which file differs, and where, in few words."""
+    """Asserts that folders are equal; names the file and place that differ."""
     found = content(folder)
     assert sorted(found) == sorted(expected)
     for name, data in expected.items():
@@ -73,7 +73,7 @@ def small_clip(path: Path, *, start: int, count: int = 24, side: int = 48, **opt
 
 @pytest.fixture(scope="module")
 def mixed(tmp_path_factory) -> Path:
-    """A nested folder of every kind of file, letters in any case."""
+    """Makes a nested folder of every kind of file, suffixes in any case."""
     folder = tmp_path_factory.mktemp("mixed")
     (folder / "deep" / "Er").mkdir(parents=True)
     photo = Image.open(PHOTO)
@@ -151,7 +151,7 @@ def test_odd_sizes_come_back_without_their_padding(tmp_path):
 
 @pytest.fixture(scope="module")
 def many(tmp_path_factory) -> tuple[Path, list[str], dict[str, bytes]]:
-    """A folder, options that make several shards of it, and the undisturbed result."""
+    """Returns a folder, options that give several shards, and the undisturbed result."""
     folder = tmp_path_factory.mktemp("many")
     for number in range(10):
         small_clip(folder / f"{number}.mp4", start=number * 5, count=40, side=200)
@@ -159,7 +159,7 @@ def many(tmp_path_factory) -> tuple[Path, list[str], dict[str, bytes]]:
             folder / f"{number}.png", media.read_frames(KITE, start=number, count=1)[0]
         )
     options = ["--shard-mib", "0.1", "--resolution", "96"]
-    target = tmp_path_factory.mktemp("whole") / "set"
+    target = tmp_path_factory.mktemp("complete") / "set"
     assert run_prepare(folder, "-o", target, "--jobs", 1, *options) == 0
     result = content(target)
     assert len(shard_names(result)) >= 5
@@ -190,7 +190,7 @@ def shard_names(names) -> list[str]:
 
 @pytest.mark.parametrize("last", ["index.safetensors", "report.json", "gone"])
 def test_killed_while_it_ends(many, tmp_path, last, monkeypatch):
-    """Stopped in turn after each rename of the end, as a kill would."""
+    """Stops after each of the last renames in turn, as a kill would."""
     folder, options, expected = many
     target = tmp_path / "set"
     words = (folder, "-o", target, "--jobs", 2, *options)
@@ -308,7 +308,7 @@ def gif_bomb() -> bytes:
 
 
 def damage(folder: Path, *, clip: bytes, photo: bytes) -> dict[str, str]:
-    """Ten kinds of damage, with what the report must say of each."""
+    """Makes ten kinds of damage; returns what the report must say of each."""
     rng = np.random.default_rng(0)
     files = {
         "empty.mp4": (b"", "empty"),
@@ -328,7 +328,7 @@ def damage(folder: Path, *, clip: bytes, photo: bytes) -> dict[str, str]:
 
 
 def real_folder(folder: Path, *, count: int) -> None:
-    """`count` real pictures and clips, cut out of the footage in the package."""
+    """Makes a folder of `count` real images and clips, cut from the embedded footage."""
     originals = sorted(EMBEDDED.glob("*/*.mp4"))
     for number in range(count):
         path = originals[number % len(originals)]
@@ -374,7 +374,7 @@ def test_limits_on_frames_seconds_and_pixels(tmp_path, capsys):
         assert entry["file"] == "long.mp4" and said in entry["reason"]
     capsys.readouterr()
     assert run_prepare(folder, "-o", tmp_path / "none", "--max-pixels", 100) == 2
-    assert "nothing of the inputs can be used: long.mp4: " in capsys.readouterr().err
+    assert "no input can be used: long.mp4: " in capsys.readouterr().err
 
 
 def test_what_is_lost_of_a_file_is_reported(tmp_path, capsys):
@@ -412,7 +412,7 @@ def test_a_strip_stays_as_it_is_and_is_read_at_little_cost(tmp_path):
 
 
 def busy_worker(running, target: Path, *, killed: int) -> psutil.Process:
-    """The only one, at work; those `killed` before have left their folders."""
+    """Waits for the only worker to be busy; the `killed` ones before left their folders."""
     wait_for(lambda: len(list((target / ".prepare").glob("tmp-*/shard"))) == killed + 1)
     time.sleep(0.2)
     found = psutil.Process(running.pid).children()
@@ -421,7 +421,7 @@ def busy_worker(running, target: Path, *, killed: int) -> psutil.Process:
 
 @pytest.fixture
 def slow_folder(tmp_path) -> Path:
-    """One clip that takes seconds to transcode, and one that does not."""
+    """Makes a folder of one clip that takes seconds to transcode, and one that does not."""
     folder = tmp_path / "slow"
     folder.mkdir()
     frames = np.tile(media.read_frames(KITE, count=40, side=360), (12, 1, 1, 1))
@@ -447,7 +447,7 @@ def test_a_worker_that_is_killed_twice_at_one_file_costs_that(slow_folder, tmp_p
 
 
 def test_a_file_that_takes_too_long_is_skipped(slow_folder, tmp_path):
-    """Its worker is stopped while it is read, so that no machine is too quick for this."""
+    """Suspends the worker while it reads, so that no machine is too fast for this test."""
     target = tmp_path / "set"
     words = (slow_folder, "-o", target, "--jobs", 1, "--resolution", 0, "--timeout", 10)
     running = start_prepare(*words)
@@ -461,7 +461,7 @@ def test_a_file_that_takes_too_long_is_skipped(slow_folder, tmp_path):
 
 @pytest.mark.parametrize("kib", [4, 60, 300])
 def test_a_full_disk_ends_it_and_keeps_what_is_whole(many, tmp_path, kib):
-    """A limit on the size of files stands in for the disk; more room, and it goes on."""
+    """Simulates a full disk by a limit on file sizes; with more room, the run resumes."""
     folder, options, expected = many
     target = tmp_path / "set"
     words = (folder, "-o", target, "--jobs", 2, *options)
@@ -564,6 +564,6 @@ def test_two_hundred_real_files_a_tenth_damaged_prepare_and_train(tmp_path):
     ]
     words = [f"--config.{option}" for option in options]
     assert cli.main(["train", "quickstart", "--workdir", str(tmp_path / "run"), *words]) == 0
-    # Straight from the folder too, with what is damaged left out.
+    # Straight from the folder too, with damaged files skipped.
     words[-1] = f"--config.data.sources.main.path={folder}"
     assert cli.main(["train", "quickstart", "--workdir", str(tmp_path / "raw"), *words]) == 0

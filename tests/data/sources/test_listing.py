@@ -1,4 +1,4 @@
-"""Which files a folder, a glob or a path stands for: each once, and none lost in silence."""
+"""Which files a folder, a glob or a path gives: each once, and none lost silently."""
 
 import os
 import shutil
@@ -10,8 +10,8 @@ import pytest
 from elastictok_jax.data.media import MediaLimits
 from elastictok_jax.data.prepare.plan import plan_prepare
 from elastictok_jax.data.prepare.transcode import Settings
+from elastictok_jax.data.sources.file_source import EMBEDDED, FileSource
 from elastictok_jax.data.sources.listing import ignored_text, list_media
-from elastictok_jax.data.sources.splits import EMBEDDED, FileSource
 from elastictok_jax.errors import UsageError
 
 PHOTO = EMBEDDED / "heldout" / "photo_peaks.jpg"
@@ -105,7 +105,7 @@ def test_a_name_that_is_not_utf8_is_the_same_under_every_locale(tmp_path):
     for name in (b"caf\xe9.jpg", "カフェ.jpg".encode(), b"\xff.jpg"):
         put(tmp_path / "in" / os.fsdecode(name))
     program = (
-        "import sys; from elastictok_jax.data.sources.splits import FileSource\n"
+        "import sys; from elastictok_jax.data.sources.file_source import FileSource\n"
         "s = FileSource(sys.argv[1])\n"
         "print(ascii([s.name(i) for i in range(3)]), s.place.tolist(), s.fingerprint)"
     )

@@ -10,14 +10,10 @@ from PIL import Image
 
 from elastictok_jax.config import override, resolve
 from elastictok_jax.data import media
+from elastictok_jax.data.sources.base import held_out, name_place
+from elastictok_jax.data.sources.file_source import EMBEDDED, FileSource
 from elastictok_jax.data.sources.listing import list_media
-from elastictok_jax.data.sources.splits import (
-    EMBEDDED,
-    FileSource,
-    held_out,
-    name_place,
-    open_splits,
-)
+from elastictok_jax.data.sources.splits import open_splits
 from elastictok_jax.data.sources.synthetic import SyntheticSource
 from elastictok_jax.errors import UsageError
 from elastictok_jax.experiment_registry import get_experiment
@@ -47,23 +43,23 @@ def names_of(feeds) -> list[str]:
 
 @given(NAMES, FRACTIONS)
 def test_something_is_left_to_train_on_and_something_to_hold_out(names, fraction):
-    apart = held_out(places(names), fraction=fraction)
-    assert apart.sum() < len(names)
+    held = held_out(places(names), fraction=fraction)
+    assert held.sum() < len(names)
     if fraction > 0 and len(names) > 1:
-        assert apart.any()
+        assert held.any()
     backwards = held_out(places(reversed(names)), fraction=fraction)
-    assert (apart == backwards[::-1]).all()
+    assert (held == backwards[::-1]).all()
 
 
 @given(NAMES, NAMES, st.floats(0.05, 0.95))
 def test_split_of_a_file_does_not_change_when_files_are_added(names, more, fraction):
-    def share(name):  # documented: a hash of the name, nothing else
+    def position(name):  # documented: a hash of the name, nothing else
         return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
 
     everything = [*names, *(name for name in more if name not in names)]
     before = held_out(places(names), fraction=fraction)
     after = held_out(places(everything), fraction=fraction)
-    low = np.array([share(name) < fraction for name in names])
+    low = np.array([position(name) < fraction for name in names])
     if low.any() and not low.all():
         assert (before == low).all()
         assert (after[: len(names)] == before).all()
@@ -72,9 +68,9 @@ def test_split_of_a_file_does_not_change_when_files_are_added(names, more, fract
 def test_clips_of_one_original_stay_together():
     rng = np.random.default_rng(0)
     originals = rng.integers(0, 40, 500)
-    apart = held_out(places([f"{n}.mp4" for n in originals]), fraction=0.3)
+    held = held_out(places([f"{n}.mp4" for n in originals]), fraction=0.3)
     for original in range(40):
-        assert len(set(apart[originals == original])) == 1
+        assert len(set(held[originals == original])) == 1
     assert held_out(places(["a", "a"]), fraction=0.5).sum() == 0  # one original cannot be split
 
 

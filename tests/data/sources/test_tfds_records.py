@@ -1,4 +1,4 @@
-"""Data sets of records: read by plain TFDS without TensorFlow, and frames exact in any order."""
+"""Record data sets: plain TFDS reads them without TensorFlow, and frames are exact in any order."""
 
 import io
 import os
@@ -17,21 +17,22 @@ from hypothesis import strategies as st
 from elastictok_jax.config import override, resolve
 from elastictok_jax.data import media
 from elastictok_jax.data.media import MediaError, color
-from elastictok_jax.data.pipeline import BatchReader
 from elastictok_jax.data.prepare.supervisor import prepare
 from elastictok_jax.data.prepare.transcode import Settings
 from elastictok_jax.data.sources import tfds_records
-from elastictok_jax.data.sources.splits import EMBEDDED, open_splits
+from elastictok_jax.data.sources.file_source import EMBEDDED
+from elastictok_jax.data.sources.splits import open_splits
 from elastictok_jax.data.sources.tfds_records import RecordSource
 from elastictok_jax.errors import UsageError
 from elastictok_jax.experiment_registry import get_experiment
+from tests.tiny import reader_of
 
 SETTINGS = Settings(resolution=64, crf=20, scene_cuts=False, limits=media.LIMITS)
 REAL = os.environ.get("ELASTICTOK_MEDIA")  # a folder with further real clips
 
 
 def decode_in_order(data: bytes) -> np.ndarray:
-    """Every frame by plain sequential decoding, apart from the code under test."""
+    """Decodes every frame sequentially, independently of the code under test."""
     with av.open(io.BytesIO(data)) as container:
         return np.stack(
             [
@@ -43,14 +44,14 @@ def decode_in_order(data: bytes) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
-    """All the footage in the package as a data set, in several shards."""
+    """Prepares the embedded footage as a data set of several shards."""
     folder = tmp_path_factory.mktemp("prepared") / "set"
     prepare([str(EMBEDDED)], output=folder, settings=SETTINGS, jobs=2, shard_mib=1)
     return folder
 
 
 def stored(folder) -> dict[str, list[dict]]:
-    """Records by their source, as plain TFDS reads them."""
+    """Returns records by their source, as plain TFDS reads them."""
     found: dict[str, list[dict]] = {}
     for record in tfds.builder_from_directory(folder).as_data_source("train"):
         found.setdefault(record["source"].decode(), []).append(record)
@@ -123,7 +124,7 @@ def test_frames_in_random_order_equal_sequential_decoding(prepared):
 
 
 def test_frames_are_exact_across_parts(tmp_path, monkeypatch):
-    """Long videos lie in several records; here every 20 frames."""
+    """A long video is split over several records; here every 20 frames."""
     monkeypatch.setattr("elastictok_jax.data.prepare.transcode.PART_FRAMES", 20)
     monkeypatch.setattr("elastictok_jax.data.sources.tfds_records.PART_FRAMES", 20)
     writer = tfds_records.RecordWriter(tmp_path / tfds_records.shard_name(0, 1))
@@ -182,7 +183,7 @@ def stored_clip() -> bytes:
 def test_damaged_records_are_said(prepared):
     source = RecordSource(prepared, split="train")
     item = int(np.flatnonzero(source.is_video)[0])
-    with pytest.raises(MediaError, match=r"record \d+: frames 5 to 9999 asked for, of \d+"):
+    with pytest.raises(MediaError, match=r"record \d+: frames 5 to 9999 requested, of \d+"):
         source.read(item, np.array([5, 9999]), side=64)
     for cut in (0, 10, 2000):
         with pytest.raises(MediaError, match="clip: damaged"):
@@ -195,16 +196,16 @@ def test_a_truncated_shard_gives_an_error_and_no_wrong_frames(prepared, tmp_path
     shutil.copytree(prepared, tmp_path / "set")
     shard = sorted((tmp_path / "set").glob("*.array_record*"))[0]
     shard.write_bytes(shard.read_bytes()[: shard.stat().st_size // 3])
-    whole, cut = (RecordSource(f, split="train") for f in (prepared, tmp_path / "set"))
+    sound, cut = (RecordSource(f, split="train") for f in (prepared, tmp_path / "set"))
     failed = 0
-    for item in range(len(whole.frames)):
-        expected = whole.read(item, np.zeros(1, int), side=64)
+    for item in range(len(sound.frames)):
+        expected = sound.read(item, np.zeros(1, int), side=64)
         try:
             np.testing.assert_array_equal(cut.read(item, np.zeros(1, int), side=64), expected)
         except MediaError as error:
             failed += 1
             assert "prepare it again" in str(error)
-    assert 0 < failed < len(whole.frames)
+    assert 0 < failed < len(sound.frames)
 
 
 def test_bad_data_sets_are_said(prepared, tmp_path):
@@ -223,7 +224,7 @@ def test_sources_pickle_and_train_like_before(prepared):
     values = {"data.sources.main.path": str(prepared), "video.resolution": 32}
     override(config, values | {"data.batch_size": 2, "masking.min_tokens": 1})
     config = resolve(config)
-    reader = BatchReader(config, open_splits(config), split="train")
+    reader = reader_of(config, open_splits(config), split="train")
     first = [reader(k) for k in (0, 3)]
     again = pickle.loads(pickle.dumps(reader))
     for k, batch in zip((0, 3), first, strict=True):
@@ -232,7 +233,7 @@ def test_sources_pickle_and_train_like_before(prepared):
 
 
 class Pictures(tfds.core.GeneratorBasedBuilder):
-    """A TFDS data set of somebody else's: PNG pictures, and short sequences of them."""
+    """A foreign TFDS data set: PNG images, and short sequences of them."""
 
     VERSION = tfds.core.Version("1.0.0")
     sequences = False

@@ -1,0 +1,84 @@
+"""Resizes and crops frames uint8 [T, H, W, 3]."""
+
+import numpy as np
+from PIL import Image
+
+from elastictok_jax.data.media.files import LIMITS, MediaError, require_rgb
+from elastictok_jax.errors import UsageError
+
+LONGEST = 16  # times the short side: of a longer strip, only the middle is scaled up
+
+
+def resize_shortest(frames_THWC, *, side: int, name="frames") -> np.ndarray:
+    """Resizes frames uint8 [T, H, W, 3] so that the shorter of H and W is `side` pixels.
+
+    Resampling is antialiased (Lanczos) and keeps the aspect to the nearest pixel; frames of that
+    size are returned as they are. Raises UsageError for another shape or type, for side < 1 and,
+    naming them `name`, if they would exceed LIMITS.
+    """
+    frames_THWC = require_rgb(frames_THWC, dims=4)
+    if side < 1:
+        raise UsageError(f"side is {side}; it must be at least 1 pixel")
+    count, height, width, _ = frames_THWC.shape
+    new_height, new_width = scaled_size(height, width, side=side, name=name)
+    if (new_height, new_width) == (height, width):
+        return frames_THWC
+    resized = np.empty((count, new_height, new_width, 3), np.uint8)
+    for frame, out in zip(frames_THWC, resized, strict=True):
+        out[:] = resize(frame, height=new_height, width=new_width)
+    return resized
+
+
+def scaled_size(height: int, width: int, *, side: int, name="frames") -> tuple[int, int]:
+    """Returns height and width in pixels after `resize_shortest`.
+
+    Raises MediaError, naming it `name`, if that exceeds LIMITS.
+    """
+    short = min(height, width)
+    if short == side:
+        return height, width
+    high, wide = max(side, round(height * side / short)), max(side, round(width * side / short))
+    if side > short and high * wide > LIMITS.pixels:
+        raise MediaError(
+            f"{name}: {width}x{height} scaled to {side} pixels on its shortest side is "
+            f"{wide}x{high}, more than {LIMITS.pixels} pixels; choose a smaller resolution or crop "
+            "it"
+        )
+    return high, wide
+
+
+def middle(frames_THWC, *, longest: int = LONGEST) -> np.ndarray:
+    """Crops frames uint8 [T, H, W, 3] so that no side is more than `longest` times the other.
+
+    Returns a view. Scaling it up has a bounded cost.
+    """
+    height, width = middle_size(*frames_THWC.shape[1:3], longest=longest)
+    return center_crop(frames_THWC, height=height, width=width)
+
+
+def middle_size(height: int, width: int, *, longest: int) -> tuple[int, int]:
+    """Returns height and width after `middle`."""
+    return min(height, longest * width), min(width, longest * height)
+
+
+def resize(frame_HWC: np.ndarray, *, height: int, width: int) -> np.ndarray:
+    """Resizes one frame uint8 [H, W, 3] with antialiasing (Lanczos)."""
+    if frame_HWC.shape[:2] == (height, width):
+        return frame_HWC
+    resized = Image.fromarray(np.ascontiguousarray(frame_HWC))
+    return np.asarray(resized.resize((width, height), Image.Resampling.LANCZOS))
+
+
+def center_crop(frames_THWC, *, height: int, width: int) -> np.ndarray:
+    """Crops frames uint8 [T, H, W, 3] to their center [T, height, width, 3], a view.
+
+    Raises UsageError if the frames are smaller than that.
+    """
+    frames_THWC = require_rgb(frames_THWC, dims=4)
+    _, old_height, old_width, _ = frames_THWC.shape
+    if not (0 < height <= old_height and 0 < width <= old_width):
+        raise UsageError(
+            f"cannot crop {height}x{width} out of {old_height}x{old_width}; resize first"
+        )
+    top, left = (old_height - height) // 2, (old_width - width) // 2
+    return frames_THWC[:, top : top + height, left : left + width]

@@ -23,6 +23,7 @@ from elastictok_jax.cli import split_overrides
 from elastictok_jax.config import override, resolve
 from elastictok_jax.errors import UsageError
 from elastictok_jax.experiment_registry import get_experiment
+from elastictok_jax.models.registry import open_family
 from elastictok_jax.parallel.mesh import AXES, DCN, check_fits, mesh_sizes
 
 # What the compiler asks of a chip, in XLA's own text format.
@@ -78,7 +79,7 @@ def plan(config, *, devices: list[jax.Device]) -> dict[str, Any]:
     if any(config.mesh[DCN + axis] not in (1, -1) for axis in AXES):
         raise UsageError("these H200s are one machine: leave mesh.dcn_* at 1")
     sizes = mesh_sizes(config, devices=len(devices))
-    check_fits(config, sizes)
+    check_fits(config, sizes, open_family(config).task.check_mesh)
     mesh = Mesh(
         np.array(devices).reshape([sizes[axis] for axis in AXES]),
         AXES,
@@ -91,8 +92,8 @@ def plan(config, *, devices: list[jax.Device]) -> dict[str, Any]:
     memory: Any = compiled.memory_analysis()
     return {
         "devices": f"{len(devices)} x {devices[0].device_kind}",
-        "attention": config.model.attention,
-        "remat": config.model.remat,
+        "attention": config.compute.attention,
+        "remat": config.compute.remat,
         "batch": f"{config.data.batch_size} x {config.data.sequence_blocks} blocks",
         "state_and_batch_gib": memory.argument_size_in_bytes / 2**30,
         "temporaries_gib": memory.temp_size_in_bytes / 2**30,

@@ -26,15 +26,18 @@ from PIL import Image
 
 from benchmarks.machine import describe_machine
 from benchmarks.table import table
-from elastictok_jax.config import block_tokens, override, resolve, source_config
+from elastictok_jax.config import override, resolve, source_config
 from elastictok_jax.data import media
 from elastictok_jax.data.media import color
 from elastictok_jax.data.mixture import Mixture
-from elastictok_jax.data.pipeline import BatchReader, read_ahead
+from elastictok_jax.data.pipeline import read_ahead
 from elastictok_jax.data.prepare.supervisor import prepare
 from elastictok_jax.data.prepare.transcode import Settings
-from elastictok_jax.data.sources.splits import EMBEDDED, SourceSplit, name_place, open_splits
+from elastictok_jax.data.sources.base import name_place
+from elastictok_jax.data.sources.file_source import EMBEDDED
+from elastictok_jax.data.sources.splits import SourceSplit, open_splits
 from elastictok_jax.experiment_registry import get_experiment
+from elastictok_jax.models.registry import open_family
 from elastictok_jax.training.state import init_state
 from elastictok_jax.training.step import make_train_step
 
@@ -73,7 +76,7 @@ def compare_with_raw(
     if kind == "image":
         options |= {"video__frames_per_block": 1, "model__patch": (1, 8, 8)}
     config = config_for(folder, side=side, blocks=blocks, **options)
-    reader = BatchReader(config, open_splits(config), split="train")
+    reader = open_family(config).task.reader(open_splits(config), split="train")
     (stream,) = reader.mixture.streams
     # Whole epochs of small data sets, so that plans of rows are a fair part of it.
     epochs = max(1, 4 * config.data.packing_rows * blocks // stream.blocks) if repeats > 1 else 1
@@ -128,7 +131,7 @@ def throughput(path, *, side: int, workers: int, threads: int, batches: int) -> 
     """Frames and tokens a second through `read_ahead`, once warm."""
     options = dict(data__workers=workers, data__decode_threads=threads, data__batch_size=4)
     config = config_for(path, side=side, blocks=4, **options)
-    reader = BatchReader(config, open_splits(config), split="train")
+    reader = open_family(config).task.reader(open_splits(config), split="train")
     read = read_ahead(reader, start=0, stop=3 * batches)  # not to its end: processes stop there
 
     def run() -> None:
@@ -143,17 +146,18 @@ def throughput(path, *, side: int, workers: int, threads: int, batches: int) -> 
         "threads": threads,
         "resolution": side,
         "frames_per_second": row_blocks * config.video.frames_per_block / spent,
-        "tokens_per_second": row_blocks * block_tokens(config) / spent,
+        "tokens_per_second": row_blocks * reader.geometry.tokens / spent,
     }
 
 
 def step_consumption(*, steps: int) -> dict[str, float]:
     """Tokens and frames a second that the quick start's training step takes, fed one batch."""
     config = resolve(get_experiment("quickstart"))
-    reader = BatchReader(config, open_splits(config), split="train")
+    task = open_family(config).task
+    reader = task.reader(open_splits(config), split="train")
     batch = {key: jnp.asarray(value) for key, value in reader(0).items() if key != "faults"}
-    step = jax.jit(make_train_step(config), donate_argnums=0)
-    state, metrics = step(init_state(config), batch, {})
+    step = jax.jit(make_train_step(task, config), donate_argnums=0)
+    state, metrics = step(init_state(task, config), batch, {})
     jax.block_until_ready(metrics)
 
     def run() -> int:
@@ -165,7 +169,7 @@ def step_consumption(*, steps: int) -> dict[str, float]:
 
     blocks, spent = seconds(run)
     return {
-        "tokens_per_second": blocks * block_tokens(config) / spent,
+        "tokens_per_second": blocks * reader.geometry.tokens / spent,
         "frames_per_second": blocks * config.video.frames_per_block / spent,
     }
 

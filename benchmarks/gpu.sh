@@ -115,7 +115,7 @@ if [[ -n $dry ]]; then
     timed=3
     small=(--config.model.width=16 --config.model.mlp_width=24 --config.model.encoder_layers=1
         --config.model.decoder_layers=1 --config.video.resolution=32 --config.masking.min_tokens=1
-        --config.model.dtype=float32)
+        --config.compute.dtype=float32)
     quick=(--config.train.steps=4 --config.train.eval_every=4 --config.train.checkpoint_every=4
         --config.evaluation.report=False)
     check=(--backends blockwise)
@@ -142,24 +142,24 @@ train_step() {
 step check 70 "$python" -m benchmarks.check_attention --json "$out/check.json" \
     ${check[@]+"${check[@]}"}
 step attention 110 "$python" -m benchmarks.attention --json "$out/attention.json" "${sizes[@]}"
-train_step fused-dots-1 60 --config.model.attention=fused --config.model.remat=dots
-train_step blockwise-dots-1 60 --config.model.attention=blockwise --config.model.remat=dots
-train_step fused-attention-4 60 --config.model.attention=fused --config.model.remat=attention \
+train_step fused-dots-1 60 --config.compute.attention=fused --config.compute.remat=dots
+train_step blockwise-dots-1 60 --config.compute.attention=blockwise --config.compute.remat=dots
+train_step fused-attention-4 60 --config.compute.attention=fused --config.compute.remat=attention \
     --config.data.batch_size=4
-train_step fused-none-1 60 --config.model.attention=fused --config.model.remat=none
-train_step fused-lpips-1 60 --config.model.attention=fused --config.model.remat=dots \
+train_step fused-none-1 60 --config.compute.attention=fused --config.compute.remat=none
+train_step fused-lpips-1 60 --config.compute.attention=fused --config.compute.remat=dots \
     --config.loss.lpips_weight=0.1
 tiles=blockwise:256x512,blockwise:512x1024,blockwise:1024x1024,blockwise:2048x2048
 # Those that XLA compiles for an H200 without spilling registers, forward at least.
 tiles+=,blockwise:4096x4096,fused:128x64x8,fused:128x128x8,fused:64x64x4,fused:64x32x4
 step tiles 60 "$python" -m benchmarks.attention --backends "$tiles" --json "$out/tiles.json" \
     "${tune[@]}"
-train_step fused-dots-4 60 --config.model.attention=fused --config.model.remat=dots \
+train_step fused-dots-4 60 --config.compute.attention=fused --config.compute.remat=dots \
     --config.data.batch_size=4
-train_step fused-none-4 60 --config.model.attention=fused --config.model.remat=none \
+train_step fused-none-4 60 --config.compute.attention=fused --config.compute.remat=none \
     --config.data.batch_size=4
-train_step fused-attention-$many 60 --config.model.attention=fused \
-    --config.model.remat=attention --config.data.batch_size=$many
+train_step fused-attention-$many 60 --config.compute.attention=fused \
+    --config.compute.remat=attention --config.data.batch_size=$many
 workdir=$(mktemp -d)
 step quickstart 60 "$python" -m elastictok_jax train quickstart --workdir "$workdir" "${quick[@]}"
 rm -rf "$workdir"

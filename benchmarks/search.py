@@ -30,10 +30,11 @@ import matplotlib.pyplot as plt
 from benchmarks.machine import describe_machine
 from benchmarks.table import table
 from elastictok_jax.data import media
-from elastictok_jax.data.sources.splits import EMBEDDED
+from elastictok_jax.data.sources.file_source import EMBEDDED
 from elastictok_jax.layers.attention.api import SequenceLayout
-from elastictok_jax.layers.patching import to_float
 from elastictok_jax.masking import keep_mask
+from elastictok_jax.models.elastictok.model import build_model
+from elastictok_jax.pixels import to_float
 from elastictok_jax.tokenizer.api import ElasticTokenizer
 from elastictok_jax.tokenizer.block_codec import CodedBlock
 from elastictok_jax.tokenizer.goal import Goal
@@ -65,9 +66,9 @@ def code_all(
     """Blocks of every clip, and the seconds that they took."""
     start, coded = time.perf_counter(), []
     for clip in clips.values():
-        grid = Grid(clip.shape[:3], tokenizer.config)
-        choosers = [tokenizer.threshold(goal) for _ in range(grid.tiles)]
-        coded.append((clip, grid, tokenizer.code(clip, grid, choosers, metric="mse")))
+        grid = Grid(clip.shape[:3], tokenizer.geometry)
+        policies = [tokenizer.threshold(goal) for _ in range(grid.tiles)]
+        coded.append((clip, grid, tokenizer.code(clip, grid, policies, metric="mse")))
     return coded, time.perf_counter() - start
 
 
@@ -119,12 +120,12 @@ def all_tokens_meet(
     """bool [N]: whether all tokens meet the target, after earlier blocks as `lengths` has them."""
     meets, start = [], 0
     for clip in clips.values():
-        grid = Grid(clip.shape[:3], tokenizer.config)
+        grid = Grid(clip.shape[:3], tokenizer.geometry)
         some = lengths[start : start + grid.blocks * grid.tiles]
         start += len(some)
-        choosers = [Probe(some[tile :: grid.tiles], target) for tile in range(grid.tiles)]
-        tokenizer.code(clip, grid, choosers, metric="mse")
-        meets.append(np.stack([chooser.meets for chooser in choosers], axis=1).reshape(-1))
+        policies = [Probe(some[tile :: grid.tiles], target) for tile in range(grid.tiles)]
+        tokenizer.code(clip, grid, policies, metric="mse")
+        meets.append(np.stack([policy.meets for policy in policies], axis=1).reshape(-1))
     return np.concatenate(meets)
 
 
@@ -148,7 +149,7 @@ def published_way(
     The context is `tokenizer.window_blocks`, as in ours. The last probe is kept whether it met the
     target or not.
     """
-    model, params = tokenizer.model, tokenizer.params
+    model, params = build_model(tokenizer.config), tokenizer.params
     per_block, window = tokenizer.tokens_per_block, tokenizer.window_blocks
     places = SequenceLayout(
         jnp.arange(window * per_block, dtype=jnp.int32),
@@ -164,9 +165,10 @@ def published_way(
         error_S = jnp.mean((jnp.clip(output.reconstruction, -1, 1) - target_1SD) ** 2, axis=(0, 2))
         return jax.lax.dynamic_slice_in_dim(error_S, newest * per_block, per_block).mean()
 
-    grid = Grid(clip.shape[:3], tokenizer.config)
-    blocks_met = probes = blocks = 0
-    patches, _ = grid.cut(clip)
+    grid = Grid(clip.shape[:3], tokenizer.geometry)
+    blocks_met = probes = count = 0
+    blocks, _ = grid.cut(clip)
+    patches = tokenizer.codec.pack(blocks).reshape(grid.tiles, -1, tokenizer.geometry.input_values)
     error_of(patches[0, : window * per_block], np.ones(window, np.int32), 0)  # compiles
     start = time.perf_counter()
     for tile in patches:
@@ -185,9 +187,9 @@ def published_way(
                 low, high = (low, middle) if error <= target else (middle + 1, high)
             chosen.append(middle)
             blocks_met += error <= target
-            blocks += 1
+            count += 1
     seconds = time.perf_counter() - start
-    return {"seconds": seconds, "evaluations": probes / blocks, "met": blocks_met / blocks}
+    return {"seconds": seconds, "evaluations": probes / count, "met": blocks_met / count}
 
 
 def compare(

@@ -25,24 +25,25 @@ from benchmarks.machine import describe_machine
 from benchmarks.profile import costs_by_part
 from benchmarks.table import table
 from elastictok_jax.cli import split_overrides
-from elastictok_jax.config import block_tokens, override, patch_values, resolve, sequence_tokens
+from elastictok_jax.config import override, resolve
 from elastictok_jax.experiment_registry import get_experiment
+from elastictok_jax.models.base import Task
+from elastictok_jax.models.registry import open_family
 from elastictok_jax.parallel.mesh import make_mesh
 from elastictok_jax.parallel.sharding import batch_sharding, in_mesh, replicate
-from elastictok_jax.perceptual.lpips_weights import load_lpips
 from elastictok_jax.training.host_consensus import Votes
 from elastictok_jax.training.state import abstract_state, sharded_init
 from elastictok_jax.training.step import jit_train_step
-from elastictok_jax.training.throughput import measured_matmul_flops, train_flops_per_token
+from elastictok_jax.training.throughput import measured_matmul_flops
 
 
-def generated_batch(config: ml_collections.ConfigDict, sharding) -> dict[str, jax.Array]:
-    """Random pixels in one clip a sequence, on the devices."""
+def generated_batch(task: Task, config: ml_collections.ConfigDict, sharding) -> dict[str, Any]:
+    """Puts random pixels in one clip a sequence on the devices."""
     rng = np.random.default_rng(0)
-    shape = (config.data.batch_size, sequence_tokens(config))
+    spec = task.batch_spec(config.data.batch_size)
     batch = {
-        "patches": rng.integers(0, 256, (*shape, patch_values(config)), dtype=np.uint8),
-        "segment_ids": np.ones(shape, np.int32),
+        "patches": rng.integers(0, 256, spec["patches"].shape, dtype=np.uint8),
+        "segment_ids": np.ones(spec["segment_ids"].shape, np.int32),
     }
     return jax.device_put(batch, sharding)
 
@@ -57,29 +58,28 @@ def peak_bytes() -> int:
 
 def measure(config: ml_collections.ConfigDict, *, steps: int) -> dict[str, Any]:
     """Figures of the training step; `steps` are timed, each to its end."""
-    mesh = make_mesh(config)
-    abstract = abstract_state(config, mesh)
-    step = jit_train_step(config, abstract)
-    state = sharded_init(config, abstract)
-    batch = generated_batch(config, batch_sharding(mesh))
-    lpips_params = {}
-    if config.loss.lpips_weight:
-        lpips_params = replicate(load_lpips(config.loss.lpips_net), mesh)
-    inputs = (batch, lpips_params, Votes(mesh).cast(stop=False, replaced_blocks=0))
+    task, codec = open_family(config)
+    mesh = make_mesh(config, check_model=task.check_mesh)
+    abstract = abstract_state(task, config, mesh)
+    step = jit_train_step(task, config, abstract)
+    state = sharded_init(task, config, abstract)
+    batch = generated_batch(task, config, batch_sharding(mesh))
+    frozen = replicate(task.frozen(), mesh)
+    inputs = (batch, frozen, Votes(mesh).cast(stop=False, replaced_blocks=0))
 
     start = time.perf_counter()
     compiled = in_mesh(step.lower, mesh)(state, *inputs).compile()
     compile_seconds = time.perf_counter() - start
     memory = compiled.memory_analysis()
 
-    times, peaks = [], [measured_matmul_flops(config.model.dtype)]
+    times, peaks = [], [measured_matmul_flops(config.compute.dtype)]
     for index in range(steps + 2):
         start = time.perf_counter()
         state, metrics = compiled(state, *inputs)
         jax.block_until_ready((state, metrics))
         times.append(time.perf_counter() - start)
         if index % max(1, steps // 4) == 0:
-            peaks.append(measured_matmul_flops(config.model.dtype))
+            peaks.append(measured_matmul_flops(config.compute.dtype))
     times, peak = times[2:], max(peaks) * jax.device_count()
     seconds = statistics.median(times)
 
@@ -89,17 +89,17 @@ def measure(config: ml_collections.ConfigDict, *, steps: int) -> dict[str, Any]:
         jax.block_until_ready(metrics)
 
     parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract.params))
-    tokens = config.data.batch_size * sequence_tokens(config)
+    tokens = math.prod(batch["segment_ids"].shape)
     matmul_flops = 6.0 * parameters * tokens
-    model_flops = train_flops_per_token(config) * tokens
+    model_flops = task.flops_per_row() * config.data.batch_size
     return {
         "machine": describe_machine(),
         "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "experiment": config.name,
         "million_parameters": parameters / 1e6,
         "batch": f"{config.data.batch_size} x {config.data.sequence_blocks} blocks of "
-        f"{block_tokens(config)} tokens",
-        "dtype": config.model.dtype,
+        f"{codec.geometry.tokens} tokens",
+        "dtype": config.compute.dtype,
         "compile_seconds": compile_seconds,
         "step_seconds": seconds,
         "quickest_step_seconds": min(times),

@@ -1,4 +1,4 @@
-"""TPU chips: what one chip can do a second, and what it holds.
+"""Peak operations of accelerators, and the memory and bandwidth of TPU chips.
 
 Sources, one page a chip: https://cloud.google.com/tpu/docs/v4, /v5e, /v5p, /v6e and /tpu7x; they
 give the chip's "bidirectional" interconnect bandwidth, half of which leaves it. The v4 page gives
@@ -7,9 +7,23 @@ none: six links of 50 GB/s each way are from arXiv 2304.01433, table 4.
 
 import dataclasses
 
-from elastictok_jax.training.throughput import PEAK_FLOPS
-
 GIB = 2**30
+
+# Dense bf16 peak of one device in FLOP/s, from the vendors' data sheets. Keys start device_kind;
+# of two that do, the first counts.
+PEAK_FLOPS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU7x": 2307e12 / 2,  # two devices a chip
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H100 NVL": 835e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200 NVL": 835e12,
+    "NVIDIA H200": 989e12,
+}
 
 
 @dataclasses.dataclass(frozen=True)

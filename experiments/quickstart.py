@@ -25,8 +25,8 @@ def get_config():
     config.model.heads = 2
     config.model.patch = (2, 8, 8)
     config.model.rope_theta = 1e4
-    config.model.dtype = "float32"
-    config.model.remat = "none"
+    config.compute.dtype = "float32"
+    config.compute.remat = "none"
     config.video.resolution = 64
     config.masking.min_tokens = 8
     config.loss.lpips_weight = 0.0  # LPIPS would take a good part of the time

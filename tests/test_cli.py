@@ -14,7 +14,7 @@ import pytest
 from elastictok_jax import cli
 from elastictok_jax.config import override, resolve, to_json
 from elastictok_jax.data import media
-from elastictok_jax.data.sources.splits import EMBEDDED
+from elastictok_jax.data.sources.file_source import EMBEDDED
 from elastictok_jax.experiment_registry import get_experiment
 
 HEAVY = ("jax", "jaxlib", "numpy", "flax", "optax", "orbax", "av", "PIL", "grain", "matplotlib")

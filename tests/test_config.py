@@ -7,7 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from elastictok_jax import config as config_lib
+from elastictok_jax.config.defaults import SOURCE, TOP, sections
+from elastictok_jax.config.schema import POSITIVE, OneOf, check
 from elastictok_jax.errors import UsageError
+from elastictok_jax.models.registry import DEFAULT_FAMILY
+from tests.tiny import block_tokens, sequence_tokens
 
 
 def changed(**overrides):
@@ -95,23 +99,65 @@ def test_a_fraction_does_not_become_an_int_in_silence():
     assert changed(train__steps=3.0).train.steps == 3
 
 
-@pytest.mark.parametrize("key", [key for key in config_lib.CHOICES])
-def test_choices(key):
+def keys_with(constraint):
+    """Returns (key, its constraint) of every declared key whose constraint `constraint` takes."""
+    declared = {
+        f"{section}.{name}": key.constraint
+        for section, keys in sections(DEFAULT_FAMILY).items()
+        for name, key in keys.items()
+    }
+    return [(key, declared[key]) for key in declared if constraint(declared[key])]
+
+
+@pytest.mark.parametrize(
+    ("key", "choice"), keys_with(lambda constraint: isinstance(constraint, OneOf))
+)
+def test_choices(key, choice):
     with pytest.raises(UsageError) as caught:
         config_lib.resolve(changed(**{key: "nonsense"}))
-    assert f"{key} = 'nonsense': choose one of " in str(caught.value)
-    for choice in config_lib.CHOICES[key]:
-        assert choice in str(caught.value)
-        config_lib.resolve(changed(**{key: choice}))
+    assert str(caught.value) == f"{key} = 'nonsense': choose one of {choice.words}"
+    for value in choice.words.split(", "):
+        config_lib.resolve(changed(**{key: value}))
 
 
 @pytest.mark.parametrize("value", [0, -1])
-@pytest.mark.parametrize("key", config_lib.POSITIVE)
+@pytest.mark.parametrize("key", [key for key, _ in keys_with(lambda c: c is POSITIVE)])
 def test_what_must_be_positive(key, value):
     with pytest.raises(UsageError) as caught:
         config_lib.resolve(changed(**{key: value}))
     assert str(caught.value).startswith(f"{key} = ")
     assert str(caught.value).endswith("must be greater than 0")
+
+
+def test_every_key_says_what_it_means():
+    for section, keys in (sections(DEFAULT_FAMILY) | {"source": SOURCE, "": TOP}).items():
+        for name, key in keys.items():
+            assert key.doc and len(key.doc) <= 80, (section, name)
+            if key.constraint and (section, name) != ("source", "path"):
+                check(name, key.default, key.constraint)
+
+
+def test_keys_that_nobody_declared_are_refused():
+    config = config_lib.default_config()
+    config.model.widht = 3
+    with pytest.raises(
+        UsageError, match=r"unknown config key model\.widht: did you mean model\.width"
+    ):
+        config_lib.resolve(config)
+    config = config_lib.default_config()
+    config.model.attention = "dense"  # as before config.compute existed
+    with pytest.raises(UsageError, match=r"model\.attention: it is compute\.attention now"):
+        config_lib.resolve(config)
+    del config.model["attention"], config.model["width"]
+    with pytest.raises(UsageError, match=r"config key model\.width is missing"):
+        config_lib.resolve(config)
+
+
+def test_another_family_is_refused_by_name():
+    config = config_lib.default_config()
+    config.model.family = "nonesuch"
+    with pytest.raises(UsageError, match=r"model\.family = 'nonesuch': choose one of elastictok"):
+        config_lib.resolve(config)
 
 
 @pytest.mark.parametrize(
@@ -138,8 +184,11 @@ def test_what_must_be_positive(key, value):
         ({"data.sources.web.weight": 2}, "data.sources.web.path is empty: give a prepared data"),
         ({"data.sources.main.kind": "gif"}, "main.kind = 'gif': choose one of any, image, video"),
         ({"data.sources.main.crop": "top"}, "main.crop = 'top': choose one of random, center"),
-        ({"data.sources.main.weight": -1}, "data.sources.main: weight and fps must be 0 or more"),
-        ({"data.sources.main.sequences": 0}, "sequences at least 1"),
+        ({"data.sources.main.weight": -1}, "data.sources.main.weight = -1.0: must be 0 or more"),
+        (
+            {"data.sources.main.sequences": 0},
+            "data.sources.main.sequences = 0: must be greater than 0",
+        ),
         ({"data.sources.main.weight": 0}, "no source has a weight above 0"),
         (
             {"data.sources.main.resolution": 128},
@@ -170,10 +219,10 @@ def test_resolve_copies_and_locks():
 
 def test_derived_sizes_are_those_of_the_paper():
     config = config_lib.resolve(config_lib.default_config())
-    assert config_lib.block_tokens(config) == 4096
-    assert config_lib.sequence_tokens(config) == 4 * 4096
+    assert block_tokens(config) == 4096
+    assert sequence_tokens(config) == 4 * 4096
     vae = config_lib.resolve(changed(model__bottleneck="vae", model__patch="2,8,8"))
-    assert config_lib.block_tokens(vae) == 2048
+    assert block_tokens(vae) == 2048
 
 
 @given(

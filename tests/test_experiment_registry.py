@@ -14,6 +14,7 @@ from elastictok_jax.errors import UsageError
 from elastictok_jax.models.elastictok.model import build_model, init_params
 from elastictok_jax.parallel.mesh import AXES, mesh_sizes
 from elastictok_jax.parallel.sharding import param_specs
+from tests.tiny import sequence_tokens
 
 GOLDEN = Path(__file__).parent / "golden"
 NAMES = registry.experiment_names()
@@ -126,7 +127,7 @@ def test_experiment_file_with_and_without_argument(tmp_path):
 )
 def test_stages_of_the_paper_have_its_contexts_and_fit_its_pod(name, tokens):
     config = config_lib.resolve(registry.get_experiment(name))
-    assert config_lib.sequence_tokens(config) == tokens
+    assert sequence_tokens(config) == tokens
     assert config.data.batch_size * tokens == 2**20  # 4096 tokens on each chip of a v4-512
     sizes = mesh_sizes(config, devices=256)
     assert config.data.batch_size % (sizes["data"] * sizes["fsdp"]) == 0

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from elastictok_jax import ctrl_c
-from elastictok_jax.data.sources.splits import EMBEDDED
+from elastictok_jax.data.sources.file_source import EMBEDDED
 
 INTERRUPT = "import os, signal; os.kill(os.getpid(), signal.SIGINT)"
 PROGRAM = [sys.executable, "-m", "elastictok_jax"]

@@ -1,1 +1,1 @@
-"""Ahead-of-time compilation for TPUs and GPUs that are not attached, and what it costs."""
+"""Compiles programs ahead of time for TPUs and GPUs that are not attached, and estimates costs."""

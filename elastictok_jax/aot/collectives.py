@@ -1,4 +1,4 @@
-"""Who exchanges how much with whom: collectives in HLO text, their groups, their mesh axes."""
+"""Parses collectives in HLO text: their bytes, device groups and mesh axes."""
 
 import collections
 import dataclasses
@@ -10,7 +10,7 @@ import numpy as np
 
 from elastictok_jax.aot.hlo import Computation, Instruction
 
-Groups = tuple[tuple[int, ...], ...]  # of partition numbers: places in mesh.devices.flat
+Groups = tuple[tuple[int, ...], ...]  # of partition numbers: indices into mesh.devices.flat
 
 COLLECTIVES = (
     *("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all"),
@@ -20,12 +20,12 @@ COLLECTIVES = (
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """One exchange.
+    """A collective operation.
 
     Attributes:
-      kind: one of KINDS.
-      bytes: what each device holds of the larger side: gathered, to be reduced, or passed on.
-      groups: devices that exchange among themselves; empty means all. For a permute, the rings.
+      kind: one of COLLECTIVES.
+      bytes: per device, of the larger of input and output.
+      groups: groups of devices that communicate; empty means all. For a permute, its rings.
     """
 
     kind: str
@@ -36,15 +36,18 @@ class Collective:
         return max(map(len, self.groups), default=devices)
 
     def sent_bytes(self, devices: int) -> float:
-        """Bytes that leave each device when a group of n passes shards around a ring: a gather or
-        a scatter sends (n - 1) / n of the whole, a reduction twice that, a permute all of it."""
+        """Returns the bytes sent by each device when a group of n uses a ring algorithm.
+
+        A gather or scatter sends (n - 1) / n of the full array, an all-reduce twice that, and a
+        permute all of it.
+        """
         if self.kind in ("collective-permute", "collective-broadcast"):
             return self.bytes
         size = self.group_size(devices)
         return (2 if self.kind == "all-reduce" else 1) * self.bytes * (size - 1) / size
 
     def axes(self, mesh: dict[str, int]) -> tuple[str, ...]:
-        """Mesh axes along which the members of a group differ."""
+        """Returns the mesh axes along which the members of a group differ."""
         if not self.groups:
             return tuple(axis for axis, size in mesh.items() if size > 1)
         places = np.unravel_index(np.arange(math.prod(mesh.values())), tuple(mesh.values()))
@@ -55,23 +58,23 @@ class Collective:
         )
 
     def crosses(self, slice_of: Sequence[int]) -> bool:
-        """Whether a group has members in several slices. `slice_of` is by partition number."""
+        """Returns whether a group spans several slices. `slice_of` is by partition number."""
         groups = self.groups or (tuple(range(len(slice_of))),)
         return any(len({slice_of[member] for member in group}) > 1 for group in groups)
 
     def together(self, slice_of: Sequence[int]) -> int:
-        """The fewest members that a group has in a slice where it has any."""
+        """Returns the smallest number of members of a group in any slice that it spans."""
         groups = self.groups or (tuple(range(len(slice_of))),)
         counts = (collections.Counter(slice_of[member] for member in group) for group in groups)
         return min(min(count.values()) for count in counts)
 
 
 def collective_of(instruction: Instruction, computation: Computation) -> Collective | None:
-    """The collective that an instruction is or starts; None for any other, and where it ends."""
+    """Returns the collective that an instruction is or starts, or None (also for its -done)."""
     kind = instruction.opcode.removesuffix("-start")
     if kind not in COLLECTIVES:
         return None
-    # The TPU compiler writes reduce-scatter as a fusion: all-reduce, then this device's slice.
+    # The TPU compiler emits reduce-scatter as a fusion: all-reduce, then this device's slice.
     root = computation.instructions[computation.root]
     if root.opcode == "dynamic-slice" and root.operands[0] == instruction.name:
         kind = "reduce-scatter"
@@ -80,7 +83,7 @@ def collective_of(instruction: Instruction, computation: Computation) -> Collect
         size, groups = sum(shape.bytes for shape in read), _rings(instruction)
     else:
         if kind == "all-gather":
-            # A start gives its operands, then its results.
+            # The result of a -start lists its operands, then its outputs.
             skipped = len(read) if instruction.opcode.endswith("-start") else 0
             size = sum(shape.bytes for shape in instruction.shapes[skipped:])
         else:
@@ -90,12 +93,12 @@ def collective_of(instruction: Instruction, computation: Computation) -> Collect
 
 
 def _rings(instruction: Instruction) -> Groups:
-    """Devices that a permute joins into chains or rings."""
+    """Returns the chains and rings into which a permute links devices."""
     found = re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}", instruction.attributes)
     pairs = re.findall(r"\{(\d+),(\d+)\}", found[1]) if found else []
     target = {int(a): int(b) for a, b in pairs}
     rings, left, reached = [], dict(target), set(target.values())
-    # Chains start where nothing arrives; what remains are rings.
+    # Chains start at devices that receive nothing; the rest are rings.
     for start in sorted(target, key=lambda device: device in reached):
         if start in left:
             ring = [start]
@@ -106,13 +109,13 @@ def _rings(instruction: Instruction) -> Groups:
 
 
 def replica_groups(attributes: str) -> Groups:
-    """Groups in any of the ways in which XLA writes them; empty means all devices.
+    """Parses replica groups in any of XLA's notations; empty means all devices.
 
-    {{0,1},{2,3}} lists them; [2,2]<=[4] and [2,2]<=[2,2]T(1,0) cut a reordered count of devices
-    into rows; mesh['a'=2,'b'=2], device_ids=([2,2]T(1,0)) {'b'} names axes of a mesh of them.
+    {{0,1},{2,3}} is a list; [2,2]<=[4] and [2,2]<=[2,2]T(1,0) cut a permuted iota of devices into
+    rows; mesh['a'=2,'b'=2], device_ids=([2,2]T(1,0)) {'b'} names axes of a device mesh.
 
     Raises:
-      ValueError: if it is none of these.
+      ValueError: if the notation is unknown.
     """
     found = re.search(r"\breplica_groups=(.*)", attributes)
     if not found:
@@ -140,7 +143,7 @@ def _sizes(text: str) -> tuple[int, ...]:
 
 
 def _count(text: str) -> np.ndarray:
-    """[2,4]T(1,0): the numbers 0.. in that shape, transposed."""
+    """Evaluates [2,4]T(1,0): an iota in that shape, transposed."""
     shape, _, order = text.partition("T")
     count = np.arange(math.prod(_sizes(shape))).reshape(_sizes(shape))
     return count.transpose(_sizes(order)) if order else count
@@ -151,8 +154,10 @@ def _rows(groups: np.ndarray) -> Groups:
 
 
 def _mesh_groups(order: np.ndarray, axes: dict[str, int], chosen: str) -> Groups:
-    """Groups along `chosen` axes, each whole ('a') or a part of one ('a':(2)4: after a factor of
-    2, the next 4)."""
+    """Returns groups along `chosen` axes.
+
+    Each is a complete axis ('a') or a factor of one ('a':(2)4: the factor 4 after a factor 2).
+    """
     sizes: list[int] = []
     grouped: list[int] = []
     parts = {

@@ -1,7 +1,7 @@
-"""Counts what a program does on one device: operations, bytes, exchanges and kernels.
+"""Counts the operations, bytes, collectives and kernels of a program on one device.
 
 Unlike XLA's `cost_analysis()`, which counts the body of a loop once, everything is multiplied by
-the trips of the loops around it.
+the trip counts of the enclosing loops.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ from elastictok_jax.aot.collectives import Collective, collective_of
 from elastictok_jax.aot.hlo import Computation, Instruction, Module, Shape, trip_count
 from elastictok_jax.aot.kernels import MARKS, KernelCall, call_target, kernel_of
 
-# Instructions that move nothing by themselves.
+# Instructions that move no data themselves.
 _STILL = {
     *("parameter", "constant", "get-tuple-element", "tuple", "bitcast", "after-all", "while"),
     *("conditional", "call", "async-done", "partition-id", "replica-id", "optimization-barrier"),
@@ -23,15 +23,15 @@ _SLICES = {"dynamic-slice", "slice", "gather"}
 
 @dataclasses.dataclass
 class Costs:
-    """What one device does in one run of a program.
+    """Costs of one run of a program on one device.
 
     Attributes:
-      flops: operations of matrix products and convolutions, and of kernels where known. Of a
-        conditional, its most expensive branch counts: the busiest device.
+      flops: operations of matrix products and convolutions, and of kernels where known. For a
+        conditional the most expensive branch counts, as on the busiest device.
       mean_flops: the same with the mean over the branches of each conditional.
-      bytes: read from and written to main memory; what stays in faster memory does not count.
+      bytes: read from and written to main memory, excluding faster memories.
       collectives, kernels: how often each runs.
-      unknown_loops: loops whose trips cannot be told, counted as one.
+      unknown_loops: loops with unknown trip counts, counted once.
     """
 
     flops: float = 0.0
@@ -55,20 +55,22 @@ class Costs:
 
 
 def program_costs(module: Module) -> Costs:
-    """Costs of a whole program on one device."""
+    """Returns the costs of a complete program on one device."""
     return _Counter(module).costs(module.entry)
 
 
 class _Counter:
-    """Counts each computation once, however often it is called."""
+    """Caches the costs of each computation, which may be called many times."""
 
     def __init__(self, module: Module) -> None:
         self.module = module
         self.known: dict[tuple[str, bool], Costs] = {}
 
     def costs(self, name: str, *, inside: bool = False) -> Costs:
-        """Costs of a computation. `inside` a fusion, values between instructions never reach
-        memory, so that no bytes are counted."""
+        """Returns the costs of a computation.
+
+        Values `inside` a fusion never reach memory, so their bytes are not counted.
+        """
         if (name, inside) not in self.known:
             total = Costs()
             computation = self.module.computations[name]
@@ -107,7 +109,7 @@ class _Counter:
         return costs
 
     def _branches(self, found: Instruction) -> Costs:
-        """The most expensive branch, with the mean over all of them beside it."""
+        """Returns the costs of the most expensive branch, with the mean flops of all branches."""
         listed = re.search(r"\bbranch_computations=\{(.*?)\}", found.attributes)
         names = (
             re.findall(r"%?([\w.\-]+)", listed[1])
@@ -124,7 +126,7 @@ class _Counter:
             return 0.0
         if call_target(found) in MARKS:
             return 0.0
-        if found.opcode.endswith("-done"):  # of a copy or an exchange: as if it were at once
+        if found.opcode.endswith("-done"):  # a copy or collective, counted as if synchronous
             started = computation.instructions[found.operands[0]]
             read = any(_in_memory(computation.shapes(name)) for name in started.operands)
             return read * found.bytes + _in_memory(found.shapes)
@@ -144,7 +146,7 @@ class _Counter:
         return sum(sizes) + _in_memory(found.shapes)
 
     def _read(self, inner: Computation, name: str, size: float) -> float:
-        """Bytes that a fusion reads of the operand called `name` inside it, of `size` at most."""
+        """Returns the bytes (at most `size`) that a fusion reads of its parameter `name`."""
         read = 0.0
         for user in inner.users[name]:
             if user.opcode in _SLICES and user.operands[0] == name:
@@ -161,7 +163,7 @@ class _Counter:
         return min(read, size)
 
     def _written(self, inner: Computation, name: str, shapes: tuple[Shape, ...]) -> float:
-        """Bytes that a fusion writes: of an update in place, the update alone."""
+        """Returns the bytes that a fusion writes; an in-place update counts only the update."""
         found = inner.instructions[name]
         if found.opcode == "tuple" and len(found.operands) == len(shapes):
             parts = zip(found.operands, shapes, strict=True)
@@ -179,15 +181,16 @@ def _in_memory(shapes: tuple[Shape, ...]) -> float:
 
 
 def dot_flops(dot: Instruction, left: Shape, right: Shape) -> float:
-    """2 x elements of the result x sizes that are summed over."""
+    """Returns 2 x elements of the result x contracted sizes."""
     summed = math.prod(left.dims[axis] for axis in dot.numbers("lhs_contracting_dims"))
     return 2.0 * math.prod(dot.shapes[0].dims) * summed
 
 
 def convolution_flops(convolution: Instruction, left: Shape, right: Shape) -> float:
-    """2 x products that are made; those with padding and with the holes of a dilation are not.
+    """Returns 2 x multiplications, excluding those with padding and the holes of a dilation.
 
-    The TPU compiler writes batched matrix products so, a batch axis as a dilated window.
+    The TPU compiler emits batched matrix products as convolutions, with a batch axis as a dilated
+    window.
     """
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", convolution.attributes)
     assert labels is not None
@@ -222,7 +225,7 @@ def _factor(window: dict[str, str], name: str, axis: int) -> int:
 def _window_products(
     *, inputs: int, kernel: int, outputs: int, pad: int, stride: int, spread: int, dilation: int
 ) -> int:
-    """Pairs of an output and a kernel place on one axis for which there is an input."""
+    """Counts the pairs of output and kernel positions on one axis that have an input."""
     common = math.gcd(stride, spread)
     period = spread // common
     pairs = 0

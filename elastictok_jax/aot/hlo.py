@@ -1,4 +1,4 @@
-"""Reads the text of optimised HLO, as `compiled.as_text()` gives it: pure functions of text."""
+"""Parses the text of optimised HLO, as returned by `compiled.as_text()`."""
 
 import dataclasses
 import functools
@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Callable, Iterator
 
-_BITS = {"pred": 8, "token": 0, "opaque": 0}  # other dtypes end in their bits: f32, bf16, s4
+_BITS = {"pred": 8, "token": 0, "opaque": 0}  # other names contain their bits: f32, bf16, s4
 _SHAPE = re.compile(r"([a-z]\w*)\[([\d,<=]*)\](?:\{([^}]*)\})?")
 _START = re.compile(r"\s*(ROOT )?%?([\w.\-]+) = ")
 _COMPUTATION = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\{$")
@@ -15,7 +15,7 @@ _NUMBER = re.compile(r"-?\d+")
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """An array. `space` is the memory it lies in: 0 is the device's main memory."""
+    """An array's type. `space` is its memory space: 0 is the device's main memory."""
 
     dtype: str
     dims: tuple[int, ...]
@@ -31,8 +31,11 @@ class Shape:
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """One line of HLO. A tuple's `shapes` are its leaves in order; `literal` is what stands
-    between the parentheses, a constant's value or a parameter's number."""
+    """One line of HLO.
+
+    A tuple's `shapes` are its leaves in order; `literal` is the text between the parentheses, such
+    as a constant's value or a parameter's number.
+    """
 
     name: str
     opcode: str
@@ -46,7 +49,7 @@ class Instruction:
         return sum(shape.bytes for shape in self.shapes)
 
     def called(self, *attributes: str) -> str | None:
-        """The computation that the first present of `attributes` names."""
+        """Returns the computation named by the first of `attributes` that is present."""
         for attribute in attributes:
             found = re.search(rf"\b{attribute}=%?([\w.\-]+)", self.attributes)
             if found:
@@ -54,14 +57,14 @@ class Instruction:
         return None
 
     def numbers(self, attribute: str) -> tuple[int, ...]:
-        """The numbers of `attribute={1,2}`; empty if it is not there."""
+        """Returns the numbers of `attribute={1,2}`; empty if it is absent."""
         found = re.search(rf"\b{attribute}={{([\d,]*)}}", self.attributes)
         return tuple(map(int, _NUMBER.findall(found[1]))) if found else ()
 
 
 @dataclasses.dataclass(frozen=True)
 class Computation:
-    """Instructions by name, in the order in which they run."""
+    """Instructions by name, in execution order."""
 
     name: str
     instructions: dict[str, Instruction]
@@ -72,7 +75,7 @@ class Computation:
 
     @functools.cached_property
     def users(self) -> dict[str, list[Instruction]]:
-        """Who reads each instruction."""
+        """The instructions that read each instruction."""
         users: dict[str, list[Instruction]] = {name: [] for name in self.instructions}
         for instruction in self.instructions.values():
             for operand in instruction.operands:
@@ -86,17 +89,17 @@ class Computation:
 
 @dataclasses.dataclass(frozen=True)
 class Module:
-    """A program: its computations by name, and the one that it starts with."""
+    """A program: its computations by name, and the entry computation."""
 
     computations: dict[str, Computation]
     entry: str
 
 
 def parse_module(text: str) -> Module:
-    """The computations of an HLO module.
+    """Parses the computations of an HLO module.
 
     Raises:
-      ValueError: if there is no entry computation in it.
+      ValueError: if it has no entry computation.
     """
     computations: dict[str, Computation] = {}
     instructions: dict[str, Instruction] = {}
@@ -123,7 +126,7 @@ def parse_module(text: str) -> Module:
 
 
 def _logical_lines(text: str) -> Iterator[str]:
-    """Lines with those that an attribute breaks in two joined again."""
+    """Yields lines, rejoining those that an attribute broke in two."""
     held: list[str] = []
     inside = False
     for line in text.splitlines():
@@ -154,7 +157,7 @@ def _parse_instruction(name: str, text: str) -> Instruction:
 
 
 def _closing(text: str, start: int) -> int:
-    """Index of the parenthesis that closes the one at `start`."""
+    """Returns the index of the parenthesis that closes the one at `start`."""
     depth = 0
     for found in re.compile(r"[()]").finditer(text, start):
         depth += 1 if found[0] == "(" else -1
@@ -164,7 +167,7 @@ def _closing(text: str, start: int) -> int:
 
 
 def parse_shapes(text: str) -> tuple[Shape, ...]:
-    """Every array in a type: f32[2,3]{1,0:T(8,128)S(1)}, or a tuple of such."""
+    """Parses every array in a type: f32[2,3]{1,0:T(8,128)S(1)}, or a tuple of them."""
     shapes = []
     for dtype, dims, layout in _SHAPE.findall(text):
         space = re.search(r"S\((\d+)\)", layout)
@@ -184,10 +187,10 @@ _FLIPPED = {"LT": "LT", "LE": "LE", "GT": "LT", "GE": "LE", "NE": "NE"}
 
 
 def trip_count(module: Module, computation: Computation, loop: Instruction) -> int | None:
-    """How often the body of a `while` runs; None if that hangs on values of the run.
+    """Returns how often the body of a `while` runs; None if that depends on runtime values.
 
-    XLA's own note of it if there is one, else from the condition: both sides of its comparison
-    are followed through one turn of the body, and a counter changes by as much at every turn.
+    Uses XLA's own annotation if present. Otherwise both sides of the condition's comparison are
+    evaluated before and after one iteration, assuming that they change linearly.
     """
     known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes)
     if known:
@@ -217,7 +220,7 @@ def trip_count(module: Module, computation: Computation, loop: Instruction) -> i
 def _compared(
     module: Module, computation: Computation, name: str, argument: Argument
 ) -> tuple[str, int] | None:
-    """("LT", what is left until the two sides are equal) of a comparison, or None."""
+    """Returns (direction, difference of the two sides) of a comparison, or None."""
     found = computation.instructions[name]
     if found.opcode in ("fusion", "call"):
         inner = module.computations[found.called("calls", "to_apply") or ""]
@@ -243,7 +246,7 @@ def _passed(
 def _scalar(
     module: Module, computation: Computation, name: str, path: tuple[int, ...], argument: Argument
 ) -> int | None:
-    """The integer at `path` of an instruction's result, if it can be known before the run."""
+    """Returns the integer at `path` of an instruction's result if it is static, else None."""
     found = computation.instructions[name]
     follow = functools.partial(_scalar, module, computation)
     if found.opcode == "constant":

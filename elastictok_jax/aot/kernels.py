@@ -1,4 +1,4 @@
-"""What hand-written kernels cost: HLO shows a call and none of the work inside."""
+"""Estimates the costs of hand-written kernels, which are opaque calls in HLO."""
 
 import dataclasses
 import math
@@ -6,10 +6,10 @@ import re
 
 from elastictok_jax.aot.hlo import Instruction, parse_shapes
 
-# The compiler's own calls: those that only mark memory, and those that move it.
+# The compiler's own calls, which only annotate or move memory.
 MARKS = ("AllocateBuffer", "ConcatBitcast", "Sharding")
 MOVES = ("ZeroCrop", "MoveToHost", "MoveToDevice")
-# Matrix products of a pass of JAX's splash attention, each of queries x keys x head width.
+# Matrix products per pass of JAX's splash attention, each of queries x keys x head width.
 SPLASH_PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4}
 SPLASH_FUSED_BACKWARD = 5
 
@@ -19,11 +19,11 @@ class KernelCall:
     """A custom call.
 
     Attributes:
-      name: the kernel's name, or the call's target where it has none.
+      name: the kernel's name, or the call's target if it has none.
       flops: operations of one call; None if neither stated nor known.
-      basis: "stated" by the kernel, "shapes" of a known kernel's operands as if its mask hid
-        nothing, or "unknown".
-      bytes: what it moves, if it states it.
+      basis: "stated" by the kernel, "shapes" of a known kernel's operands assuming a full mask, or
+        "unknown".
+      bytes: bytes that it moves, if stated.
     """
 
     name: str
@@ -33,7 +33,7 @@ class KernelCall:
 
 
 def call_target(instruction: Instruction) -> str:
-    """What a custom call runs; empty for any other instruction."""
+    """Returns the target of a custom call; empty for any other instruction."""
     if instruction.opcode != "custom-call":
         return ""
     found = re.search(r'\bcustom_call_target="([^"]*)"', instruction.attributes)
@@ -41,7 +41,7 @@ def call_target(instruction: Instruction) -> str:
 
 
 def kernel_of(instruction: Instruction) -> KernelCall | None:
-    """The kernel that a custom call runs; None if the call is the compiler's own."""
+    """Returns the kernel that a custom call runs; None if the call is the compiler's own."""
     name = call_target(instruction)
     if not name or name in (*MARKS, *MOVES):
         return None

@@ -1,4 +1,4 @@
-"""`elastictok compile`: will an experiment fit a pod, and how fast could it be?"""
+"""`elastictok compile`: predicts whether an experiment fits a pod, and its speed."""
 
 import re
 import sys
@@ -19,24 +19,25 @@ from elastictok_jax.aot.topology import Topology
 from elastictok_jax.config import resolve
 from elastictok_jax.errors import RunError
 from elastictok_jax.hardware import GIB, Chip
+from elastictok_jax.models.registry import open_family
 from elastictok_jax.parallel.mesh import make_mesh
 
 Results = dict[str, Any]
 
 
 def compile_experiment(config: ml_collections.ConfigDict, topology: Topology) -> Results:
-    """Compiles the programs of an experiment for a pod and says what they need. Touches no data.
+    """Compiles the programs of an experiment for a pod and analyses their costs, without data.
 
     Returns:
-      What `--json` prints: the pod and the mesh, the figures of the training step, and those of
-      the tokenizer below "encode" and "decode". `analyse` says what the figures are.
+      The output of `--json`: the pod and the mesh, the figures of the training step, and those of
+      the tokenizer under "encode" and "decode". `analyse` documents the figures.
 
     Raises:
-      UsageError: if the config is bad, or its mesh does not fit the pod.
+      UsageError: if the config is invalid, or its mesh does not fit the pod.
       RunError: if the compiler fails.
     """
     config = resolve(config)
-    mesh = make_mesh(config, devices=topology.devices)
+    mesh = make_mesh(config, topology.devices, check_model=open_family(config).task.check_mesh)
     train_step, *halves = programs(config, mesh)
     return {
         "experiment": config.name,
@@ -51,8 +52,9 @@ def compile_experiment(config: ml_collections.ConfigDict, topology: Topology) ->
 
 
 def compile_program(program: Program, mesh: Mesh, chip: Chip) -> Results:
-    """Compiles one program and analyses it; one that the compiler refuses for want of memory does
-    not fit, and has no other figures.
+    """Compiles and analyses one program.
+
+    A program that the compiler rejects for lack of memory does not fit and has no other figures.
 
     Raises:
       RunError: if the compiler fails for another reason.
@@ -77,7 +79,7 @@ def compile_program(program: Program, mesh: Mesh, chip: Chip) -> Results:
 
 
 def refused(message: str, chip: Chip) -> Results:
-    """Results of a program that needs more memory than a device has."""
+    """Returns the results of a program that needs more memory than a device has."""
     needed = re.search(r"\((\d[\d.]*)([KMGT])\)? exceeds|Used (\d[\d.]*)([KMGT]) of", message)
     total = None
     if needed:
@@ -93,18 +95,19 @@ def refused(message: str, chip: Chip) -> Results:
 def analyse(
     compiled: jax.stages.Compiled, *, mesh: Mesh, chip: Chip, model_flops: float
 ) -> Results:
-    """Figures of a compiled program on `chip`, whatever it was compiled for.
+    """Returns figures of a compiled program on `chip`, which may differ from its target.
 
     Returns:
-      fits: whether `bytes_per_device["total"]` is no more than what is usable.
-      bytes_per_device: `memory_sizes`, beside the chip's capacity and what of it is usable.
-      flops_per_device: operations of matrix products, of the dearest branches;
-        `mean_branch_flops_per_device` of the mean branch; `model_flops_per_device` of the method.
-      moved_bytes_per_device: to and from main memory; `arithmetic_intensity` is flops a byte.
-      collectives: kind, mesh axes, group size, count, bytes of each and total, a device.
-      kernels: name, count, flops of each and where they come from.
-      predicted: seconds by term, the bound, and shares of the peak.
-      notes: what the figures leave out.
+      fits: whether `bytes_per_device["total"]` is at most the usable memory.
+      bytes_per_device: `memory_sizes`, and the chip's capacity and usable memory.
+      flops_per_device: operations of matrix products with the most expensive branches;
+        `mean_branch_flops_per_device`: with the mean of the branches; `model_flops_per_device`:
+        those of the method.
+      moved_bytes_per_device: to and from main memory; `arithmetic_intensity`: flops per byte.
+      collectives: kind, mesh axes, group size, count, bytes of each and in total, per device.
+      kernels: name, count, flops of each and their basis.
+      predicted: seconds by term, the bound, and fractions of the peak.
+      notes: limitations of the figures.
     """
     text = compiled.as_text()
     assert text is not None
@@ -138,10 +141,10 @@ def analyse(
 
 
 def memory_sizes(compiled: jax.stages.Compiled) -> dict[str, float]:
-    """Bytes a device of a compiled program, by kind.
+    """Returns the bytes per device of a compiled program, by kind.
 
-    "aliased" outputs take the place of donated arguments, and "total" is what must be there at
-    once: arguments + outputs - aliased + temporaries + generated_code. "peak" is XLA's own figure.
+    "aliased" outputs reuse donated arguments, and "total" is the memory needed at once: arguments +
+    outputs - aliased + temporaries + generated_code. "peak" is XLA's own figure.
     """
     stats: Any = compiled.memory_analysis()
     sizes = {
@@ -158,7 +161,7 @@ def memory_sizes(compiled: jax.stages.Compiled) -> dict[str, float]:
 
 
 def collective_rows(costs: Costs, mesh: dict[str, int], slice_of: Sequence[int]) -> list[Results]:
-    """Exchanges of one kind, size and group together, the most bytes first."""
+    """Groups collectives of equal kind, size and group, sorted by descending bytes."""
     devices = len(slice_of)
     counts: defaultdict[tuple, int] = defaultdict(int)
     for exchange, count in costs.collectives.items():
@@ -186,7 +189,7 @@ def collective_rows(costs: Costs, mesh: dict[str, int], slice_of: Sequence[int])
 
 
 def kernel_rows(costs: Costs) -> list[Results]:
-    """Kernels by name."""
+    """Returns rows of kernels, sorted by name."""
     rows = [
         {"name": kernel.name, "count": n, "flops_each": kernel.flops, "basis": kernel.basis}
         for kernel, n in costs.kernels.items()
@@ -195,7 +198,7 @@ def kernel_rows(costs: Costs) -> list[Results]:
 
 
 def notes(costs: Costs, *, network_known: bool) -> list[str]:
-    """What the figures leave out or put too high."""
+    """Returns notes on what the figures omit or overestimate."""
     found = []
     unknown = sorted({kernel.name for kernel in costs.kernels if kernel.basis == "unknown"})
     if unknown:
@@ -205,26 +208,24 @@ def notes(costs: Costs, *, network_known: bool) -> list[str]:
         )
     if any(kernel.basis == "shapes" for kernel in costs.kernels):
         found.append(
-            "operations of splash attention are taken from its operands, as if its mask hid nothing"
+            "operations of splash attention are derived from its operands, assuming a full mask"
         )
     if costs.mean_flops < costs.flops:
         found.append(
-            f"of each conditional the dearest branch is counted, as on the busiest device; with "
-            f"the mean of the branches it is {costs.mean_flops:.3g} operations"
+            f"each conditional counts as its most expensive branch, as on the busiest device; the "
+            f"mean over branches is {costs.mean_flops:.3g} operations"
         )
     if costs.unknown_loops:
-        found.append(
-            f"loops whose trips are not known count once: {', '.join(costs.unknown_loops)}"
-        )
+        found.append(f"loops with unknown trip counts count once: {', '.join(costs.unknown_loops)}")
     if not network_known:
         found.append(
-            "no bandwidth between slices is published: the time leaves those exchanges out"
+            "no bandwidth between slices is published: the time excludes those collectives"
         )
     return found
 
 
 def report_text(results: Results) -> str:
-    """The results as a table for people."""
+    """Formats the results for reading."""
     mesh = " x ".join(f"{axis}={size}" for axis, size in results["mesh"].items() if size > 1)
     slices = f" x {results['slices']} slices" if results["slices"] > 1 else ""
     lines = [
@@ -255,10 +256,10 @@ def _describe(part: Results) -> list[str]:
         )
         lines += [
             f"  work a device     {part['flops_per_device']:.3g} flops, "
-            f"{_bytes(part['moved_bytes_per_device'])} of main memory moved, "
+            f"{_bytes(part['moved_bytes_per_device'])} of main memory traffic, "
             f"{part['arithmetic_intensity']:.0f} flops a byte",
-            f"  predicted         {_seconds(guess['step_seconds'])} if all overlaps "
-            f"({guess['bound']} bound), {_seconds(guess['serial_seconds'])} if nothing does",
+            f"  predicted         {_seconds(guess['step_seconds'])} with full overlap "
+            f"({guess['bound']} bound), {_seconds(guess['serial_seconds'])} with none",
             f"                    {terms}",
             f"                    {part['predicted_tokens_per_second']:,.0f} tokens/s, "
             f"model flops utilisation {guess['model_flops_utilisation']:.0%}, "

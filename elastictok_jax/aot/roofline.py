@@ -1,7 +1,8 @@
-"""How long a program would take at best: its costs over what the chip can do.
+"""Roofline model: lower bounds on a program's time from its costs and the chip's peaks.
 
-Three terms: arithmetic, main memory, interconnect. If they overlap fully the longest is the time;
-if nothing overlaps their sum is. A real step lies between, or above where matrix units starve.
+The terms are arithmetic, main memory, interconnect and network. With full overlap the time is the
+longest term; with none it is their sum. A real step is in between, or slower if the matrix units
+are poorly used.
 """
 
 import collections
@@ -20,10 +21,10 @@ class Roofline:
     Attributes:
       compute: operations at the bf16 peak.
       memory: bytes of main memory at its bandwidth.
-      interconnect: exchanges within a slice. Each is taken to use the two links of one axis of the
-        torus, a permute one link, and none to overlap another but permutes that go round the same
-        rings the other way, since a link carries both ways at once.
-      network: exchanges between slices; None if there are some and their bandwidth is not known.
+      interconnect: collectives within a slice. Each is assumed to use the two links of one torus
+        axis, a permute one link, and not to overlap others, except for permutes around the same
+        rings in opposite directions, since links are bidirectional.
+      network: collectives between slices; None if there are any and the bandwidth is unknown.
     """
 
     compute: float
@@ -42,22 +43,22 @@ class Roofline:
 
     @property
     def seconds(self) -> float:
-        """With all terms overlapped."""
+        """The time with full overlap."""
         return max(self.terms.values())
 
     @property
     def serial_seconds(self) -> float:
-        """With nothing overlapped."""
+        """The time without overlap."""
         return sum(self.terms.values())
 
     @property
     def bound(self) -> str:
-        """The longest term."""
+        """The name of the longest term."""
         return max(self.terms, key=self.terms.__getitem__)
 
 
 def roofline(costs: Costs, *, chip: Chip, slice_of: Sequence[int]) -> Roofline:
-    """The times of a program's costs on a device of `chip`.
+    """Converts a program's costs to times on a device of `chip`.
 
     Args:
       slice_of: the slice of each device, in mesh order.
@@ -69,7 +70,7 @@ def roofline(costs: Costs, *, chip: Chip, slice_of: Sequence[int]) -> Roofline:
         sent = count * exchange.sent_bytes(len(slice_of))
         if exchange.crosses(slice_of) and exchange.kind == "collective-permute":
             across += sent
-        elif exchange.crosses(slice_of):  # within slices first: each member takes its part across
+        elif exchange.crosses(slice_of):  # hierarchical: each member sends its part across
             across += sent / exchange.together(slice_of)
         elif exchange.kind == "collective-permute":
             permutes[exchange.groups] += sent / link

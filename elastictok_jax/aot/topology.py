@@ -1,4 +1,4 @@
-"""Descriptions of TPU pods that are not there, for the TPU compiler that runs on any CPU."""
+"""Descriptions of TPU pods that are not attached, for the TPU compiler, which runs on any CPU."""
 
 import dataclasses
 import importlib.util
@@ -12,15 +12,15 @@ from jax.experimental import topologies
 from elastictok_jax.errors import UsageError
 from elastictok_jax.hardware import CHIPS, Chip
 
-# libtpu looks for the machine that it runs on, and there is none. No device is opened, so that
-# several processes may compile at once.
+# libtpu queries the machine that it runs on, which is no TPU host. No device is opened, so several
+# processes may compile at once.
 ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v4-512",
     "TPU_WORKER_HOSTNAMES": "localhost",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
-HOST = (2, 2, 1)  # chips of one machine
+HOST = (2, 2, 1)  # chips of one host
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,10 +28,10 @@ class Topology:
     """A described pod.
 
     Attributes:
-      name: such as "v4:8x8x4"; chips along each axis of the torus.
-      chip: what it is made of.
-      slices: pods of that shape, joined by the data-center network.
-      devices: what `jax.devices()` would be on it.
+      name: such as "v4:8x8x4", with the chips along each axis of the torus.
+      chip: the type of its chips.
+      slices: the number of pods of that shape, joined by the data-center network.
+      devices: what `jax.devices()` would return on it.
     """
 
     name: str
@@ -41,7 +41,7 @@ class Topology:
 
 
 def describe_topology(name: str, *, slices: int = 1) -> Topology:
-    """The pod called `name`. JAX itself stays on the CPU.
+    """Describes the pod called `name`. JAX itself stays on the CPU.
 
     Raises:
       UsageError: if the TPU compiler is not installed, or there is no such pod.
@@ -50,7 +50,7 @@ def describe_topology(name: str, *, slices: int = 1) -> Topology:
     if not matched:
         raise UsageError(f"--topology {name}: write CHIP:SHAPE in chips, e.g. v4:8x8x4 or v5e:4x4")
     if matched[1] not in CHIPS:
-        raise UsageError(f"--topology {name}: chips are {', '.join(CHIPS)}")
+        raise UsageError(f"--topology {name}: choose a chip of {', '.join(CHIPS)}")
     if slices < 1:
         raise UsageError(f"--slices {slices}: must be 1 or more")
     if importlib.util.find_spec("libtpu") is None:
@@ -74,7 +74,5 @@ def describe_topology(name: str, *, slices: int = 1) -> Topology:
         described = topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
     except jax.errors.JaxRuntimeError as error:
         reason = str(error).splitlines()[0]
-        raise UsageError(
-            f"--topology {name}: the TPU compiler knows no such pod ({reason})"
-        ) from None
+        raise UsageError(f"--topology {name}: unknown to the TPU compiler ({reason})") from None
     return Topology(name, chip, slices, tuple(described.devices))

@@ -1,8 +1,10 @@
 """Batches by index: batch k is a function of (seed, k), so the position is one number.
 
-Dimension key: B batch, N blocks, S tokens (N blocks x L), D values a patch.
+Dimension key: B rows, N blocks of a row, P inputs of a block, S inputs of a row (N x P), D values
+of an input.
 """
 
+import copy
 import dataclasses
 import functools
 import math
@@ -20,13 +22,12 @@ import numpy as np
 from absl import flags
 from jax.sharding import NamedSharding
 
-from elastictok_jax.config import block_tokens, patch_values, sequence_tokens
 from elastictok_jax.ctrl_c import kept_from_children
 from elastictok_jax.data.clip_reader import ClipReader
 from elastictok_jax.data.mixture import Mixture
 from elastictok_jax.data.sources.splits import SourceSplits
 from elastictok_jax.errors import RunError, UsageError
-from elastictok_jax.layers.patching import patchify_into
+from elastictok_jax.models.base import Codec, Geometry
 
 Batch = dict[str, np.ndarray]
 ON_DEVICE = 2  # batches that wait on the device, beside the one in use
@@ -83,15 +84,14 @@ class BatchReader:
         config: ml_collections.ConfigDict,
         feeds: SourceSplits,
         *,
+        codec: Codec,
         split: str,
         part: Part | None = None,
         first_row: int = 0,
     ):
-        self.config, self.first_row = config, first_row
-        # Looked up once: a ConfigDict takes as long for all of them as patching a small picture.
-        self._batch_size, self._patch = config.data.batch_size, tuple(config.model.patch)
-        self._block_tokens, self._patch_values = block_tokens(config), patch_values(config)
-        self._frames_per_block = config.video.frames_per_block
+        self.config, self.codec, self.geometry = config, codec, codec.geometry
+        self.first_row = first_row
+        self._batch_size = config.data.batch_size  # looked up once: a ConfigDict is slow
         self.part = complete(config) if part is None else part
         self.feeds = feeds.split(split)
         if not self.feeds:
@@ -111,24 +111,31 @@ class BatchReader:
         """
         first = self.first_row + index * self._batch_size
         needed_BN, counted_BN = self.part.needed_BN, self.part.counted_BN
-        stretch = self.part.stretch * self._block_tokens
-        count = int(needed_BN.sum()) * self._block_tokens
-        patches = np.empty((count, self._patch_values), np.uint8)
+        per_block = self.geometry.inputs
+        stretch = self.part.stretch * per_block
+        count = int(needed_BN.sum()) * per_block
+        patches = np.empty((count, self.geometry.input_values), np.uint8)
         segment_ids = np.empty(count, np.int32)
         faults: list[str] = []
         done = 0
         for row in np.flatnonzero(needed_BN.any(axis=1)):
             blocks = np.flatnonzero(needed_BN[row])
-            here = slice(done, done + len(blocks) * self._block_tokens)
+            here = slice(done, done + len(blocks) * per_block)
             read = self.read_row(first + int(row), blocks=blocks.tolist(), out=patches[here])
             segment_ids[here] = read["segment_ids"]
             faults += [fault for at, fault in read["faults"].items() if counted_BN[row, at]]
             done = here.stop
         return {
-            "patches": patches.reshape(-1, stretch, self._patch_values),
+            "patches": patches.reshape(-1, stretch, self.geometry.input_values),
             "segment_ids": segment_ids.reshape(-1, stretch),
             "faults": "\n".join(faults),
         }
+
+    def from_row(self, first_row: int) -> "BatchReader":
+        """Returns a reader whose batch 0 begins with global row `first_row`."""
+        reader = copy.copy(self)
+        reader.first_row = first_row
+        return reader
 
     def read_row(
         self, row: int, *, blocks: Sequence[int] | None = None, out: np.ndarray | None = None
@@ -140,11 +147,11 @@ class BatchReader:
           wrong with each block that had to be replaced, by block.
         """
         clips = self.mixture.row(row)
-        per_block, patch, frames = self._block_tokens, self._patch, self._frames_per_block
+        per_block = self.geometry.inputs
         if blocks is None:
             blocks = range(self.part.needed_BN.shape[1])
         if out is None:
-            out = np.empty((len(blocks) * per_block, self._patch_values), np.uint8)
+            out = np.empty((len(blocks) * per_block, self.geometry.input_values), np.uint8)
         segments: list[int] = []  # of each block
         faults: dict[int, str] = {}
         first = 0  # block of the row where the clip begins
@@ -154,8 +161,7 @@ class BatchReader:
             read = self.clips.read(clip, [clip.start + at - first for at in inside])
             for at, block in zip(inside, read, strict=True):
                 token = len(segments) * per_block
-                tokens = out[token : token + per_block]
-                patchify_into(tokens, block.frames, patch=patch, frames_per_block=frames)
+                self.codec.pack(block.frames, out=out[token : token + per_block])
                 segments.append(number)
                 if block.fault:
                     segments[-1] = len(clips) + 1 + at  # a clip of its own
@@ -169,7 +175,11 @@ class BatchReader:
 
 
 def local_part(
-    sharding: NamedSharding, config: ml_collections.ConfigDict, *, process: int | None = None
+    sharding: NamedSharding,
+    config: ml_collections.ConfigDict,
+    geometry: Geometry,
+    *,
+    process: int | None = None,
 ) -> Part:
     """The blocks of a global batch that the devices of a process hold, if only in part.
 
@@ -180,8 +190,8 @@ def local_part(
       process: this one, if not given.
     """
     process = jax.process_index() if process is None else process
-    per_block = block_tokens(config)
-    shape = config.data.batch_size, sequence_tokens(config)
+    per_block = geometry.inputs
+    shape = config.data.batch_size, geometry.row_inputs
     needed_BN = np.zeros((config.data.batch_size, config.data.sequence_blocks), bool)
     first_BN = np.full(needed_BN.shape, np.iinfo(np.int64).max)
     device: Any
@@ -237,9 +247,8 @@ def end_with_parent(worker: int, workers: int) -> None:
 
 def to_device(batch: Batch, reader: BatchReader, sharding: NamedSharding) -> dict[str, jax.Array]:
     """A reader's part of a batch as shards of global uint8 and int32 [B, S, ...] arrays."""
-    config = reader.config
-    shape = config.data.batch_size, sequence_tokens(config)
-    per_block, places_BN = block_tokens(config), reader.part.places_BN
+    shape = reader.config.data.batch_size, reader.geometry.row_inputs
+    per_block, places_BN = reader.geometry.inputs, reader.part.places_BN
 
     def place(part: np.ndarray) -> jax.Array:
         blocks_PL = part.reshape(-1, per_block, *part.shape[2:])

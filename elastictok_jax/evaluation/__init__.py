@@ -1,1 +1,1 @@
-"""Measures trained tokenizers as the paper does, and reports it."""
+"""Measures trained tokenizers as in the paper and reports the results."""

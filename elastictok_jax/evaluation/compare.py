@@ -1,4 +1,4 @@
-"""`elastictok compare`: runs side by side, from their config.json and metrics.jsonl alone."""
+"""`elastictok compare`: compares runs using only their config.json and metrics.jsonl."""
 
 import hashlib
 import math
@@ -19,7 +19,7 @@ from elastictok_jax.storage.atomic import columns, make_folder, write_csv, write
 from elastictok_jax.training.metric_writers import read_metrics
 from elastictok_jax.training.workdir import read_held_out
 
-# Config keys that decide on which blocks a run is judged. Its seed only decides their order.
+# Config keys that determine the blocks a run is evaluated on. The seed only affects their order.
 JUDGED_BY = (
     *("data.sources.", "data.eval_fraction", "data.packing", "data.batch_size"),
     *("data.sequence_blocks", "evaluation.batches", "video."),
@@ -28,17 +28,17 @@ CURVES = ("loss", "mse", "eval/mse", "eval/mse_at_0.25")
 
 
 def compare_runs(runs: Sequence[Path], *, output: Path | None) -> list[dict[str, Any]]:
-    """A row for each run: the config keys in which they differ, and the last value of each metric.
+    """Returns a row per run with the config keys that differ and the last value of each metric.
 
-    Where runs were judged on other held-out data, `held_out` is 8 hex digits of what each saw:
-    metrics that begin with `eval/` compare between equal ones only.
+    If the runs were evaluated on different held-out data, `held_out` is an 8-digit hex digest of
+    each run's data: metrics that begin with `eval/` are comparable only between equal digests.
 
     Args:
-      runs: training workdirs, or folders of such, as a sweep leaves them.
-      output: where compare.json, compare.csv and report.html with curves go, if anywhere.
+      runs: training workdirs, or folders of workdirs as written by a sweep.
+      output: folder for compare.json, compare.csv and report.html with curves, or None.
 
     Raises:
-      UsageError: if there is no run, or one has no metrics yet.
+      UsageError: if there is no run, or a run has no metrics yet.
     """
     workdirs = _workdirs(runs)
     configs = [flatten(read_config(workdir / "config.json")) for workdir in workdirs]
@@ -68,7 +68,7 @@ def compare_runs(runs: Sequence[Path], *, output: Path | None) -> list[dict[str,
 
 
 def warning(rows: Sequence[dict[str, Any]]) -> str | None:
-    """A sentence on runs that were judged on other held-out data, if any were."""
+    """Returns a warning if the runs were evaluated on different held-out data, else None."""
     groups: dict[str, list[str]] = {}
     for row in rows:
         groups.setdefault(row.get("held_out", ""), []).append(row["run"])
@@ -76,15 +76,15 @@ def warning(rows: Sequence[dict[str, Any]]) -> str | None:
         return None
     said = "; ".join(f"{data}: {', '.join(runs)}" for data, runs in groups.items())
     return (
-        "The runs were judged on different held-out data, so their eval/ metrics do not compare "
-        f"but among those of one held_out: {said}."
+        "The runs were evaluated on different held-out data, so their eval/ metrics are "
+        f"comparable only within one held_out: {said}."
     )
 
 
 def _held_out(workdirs: Sequence[Path], configs: Sequence[dict[str, Any]]) -> list[str]:
-    """8 hex digits of the held-out data that each run was judged on.
+    """Returns an 8-digit hex digest of each run's held-out data.
 
-    Where all runs have noted what their files were, these count and their paths do not.
+    If all runs have recorded their files, the digest covers these instead of the paths.
     """
     files = [read_held_out(workdir) for workdir in workdirs]
     noted = None not in files
@@ -98,7 +98,7 @@ def _held_out(workdirs: Sequence[Path], configs: Sequence[dict[str, Any]]) -> li
 
 
 def in_columns(rows: Sequence[dict[str, Any]]) -> str:
-    """Rows as text for a terminal, a line for each key, a column for each run."""
+    """Formats rows for a terminal, with a line per key and a column per run."""
     keys = columns(rows)
     cells = [[key, *(text(row.get(key)) for row in rows)] for key in keys]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
@@ -113,13 +113,13 @@ def _workdirs(runs: Sequence[Path]) -> list[Path]:
     for run in runs:
         below = sorted(path.parent for path in run.glob("*/config.json"))
         if not (run / "config.json").is_file() and not below:
-            raise UsageError(f"{run} is no training workdir, nor a folder of such: check its path")
+            raise UsageError(f"{run} is not a training workdir or a folder of them: check its path")
         found += [run] if (run / "config.json").is_file() else below
     return list(dict.fromkeys(found))
 
 
 def _names(workdirs: Sequence[Path]) -> list[str]:
-    """Paths below the folder that all have in common."""
+    """Returns paths relative to the deepest common folder."""
     paths = [path.resolve() for path in workdirs]
     if len(paths) == 1:
         return [paths[0].name]
@@ -137,7 +137,7 @@ def _write(
     write_json(output / "compare.json", rows)
     write_csv(output / "compare.csv", rows)
     keys = [key for key in CURVES if any(key in line for some in lines.values() for line in some)]
-    parts: list[Picture | Table] = [Table(rows, "settings that differ, and last metrics")]
+    parts: list[Picture | Table] = [Table(rows, "settings that differ and final metrics")]
     picture = output / "compare.png"
     picture.unlink(missing_ok=True)
     if keys:

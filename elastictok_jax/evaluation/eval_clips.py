@@ -1,4 +1,4 @@
-"""What is evaluated: clips that the model has not seen, and a clip coded to a goal (paper, 4)."""
+"""Clips held out from training, and clips encoded to a goal (paper, section 4)."""
 
 import dataclasses
 import itertools
@@ -18,7 +18,7 @@ from elastictok_jax.data.clip_reader import ClipReader
 from elastictok_jax.data.mixture import frame_step
 from elastictok_jax.data.sources.splits import SourceSplit, open_splits
 from elastictok_jax.errors import UsageError
-from elastictok_jax.evaluation.ssim import mse, psnr
+from elastictok_jax.pixels import mse, psnr
 from elastictok_jax.tokenizer.api import ElasticTokenizer
 from elastictok_jax.tokenizer.goal import Goal
 from elastictok_jax.tokenizer.tokens import Tokens
@@ -35,14 +35,14 @@ class EvalClip:
 
 @dataclasses.dataclass(frozen=True)
 class Coded:
-    """A clip coded to one goal: its tokens and what they decode to, uint8 [T, H, W, 3]."""
+    """A clip encoded to one goal: its tokens and its reconstruction, uint8 [T, H, W, 3]."""
 
     goal: Goal
     tokens: Tokens
     reconstruction: np.ndarray
 
     def summary(self, original: np.ndarray) -> dict[str, object]:
-        """What a report says of it, as JSON values."""
+        """Returns the values shown in a report, as JSON values."""
         error = mse(original, self.reconstruction)
         return {
             "goal": str(self.goal),
@@ -51,7 +51,7 @@ class Coded:
             "tokens_per_block": float(np.mean(self.tokens.lengths)),
             "bits": self.tokens.bits,
             "mse": error,
-            "psnr_db": psnr(error) if error else None,  # JSON knows no infinity
+            "psnr_db": psnr(error) if error else None,  # JSON has no infinity
             "blocks": len(self.tokens.codes),
             "blocks_met": int(self.tokens.met.sum()),
             "lengths": self.tokens.lengths.tolist(),
@@ -61,12 +61,12 @@ class Coded:
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationOverrides:
-    """What an evaluation takes of the keys `evaluation.*` otherwise than the config has it.
+    """Overrides of the config keys `evaluation.*`.
 
     Attributes:
-      targets: MSE on the [-1, 1] scale, as numbers or "0.003,0.015"; max_clips: of each source;
-        max_blocks: of each clip; search_blocks: of each clip, coded by every search. None leaves
-        the config's.
+      targets: MSE on the [-1, 1] scale, as numbers or "0.003,0.015"; max_clips: per source;
+        max_blocks: per clip; search_blocks: per clip, encoded with every search. None keeps the
+        config's value.
     """
 
     targets: tuple[float, ...] | str | None = None
@@ -75,10 +75,10 @@ class EvaluationOverrides:
     search_blocks: int | None = None
 
     def of(self, config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
-        """The config with these limits.
+        """Returns a copy of the config with these overrides.
 
         Raises:
-          UsageError: if one makes no sense.
+          UsageError: if a value is invalid.
         """
         given = {k: v for k, v in dataclasses.asdict(self).items() if v is not None}
         changed = ml_collections.ConfigDict(config.to_dict())
@@ -89,21 +89,23 @@ class EvaluationOverrides:
 def evaluation_clips(
     config: ml_collections.ConfigDict, *, data: str | None = None, fps: float | None = None
 ) -> list[EvalClip]:
-    """Clips as training reads held-out ones: at the frame rate and resolution of their source,
-    cropped at the centre, cut to `evaluation.max_blocks` blocks; `evaluation.max_clips` videos and
-    as many images of each source at most. How many more there are is said on stderr.
+    """Reads the clips to evaluate on, in the way that training reads held-out clips.
+
+    Clips have the frame rate and resolution of their source, are cropped at the centre and cut to
+    `evaluation.max_blocks` blocks. Each source gives at most `evaluation.max_clips` videos and as
+    many images; a note on stderr says if there are more.
 
     Args:
-      data: a folder, glob or data set, none of it left out as if trained on, read like the config's
-        own source (its first of video, where there are several); None for what the config's own
-        sources hold out.
-      fps: frames a second at most, 0 for all, in place of what the sources say.
+      data: a folder, glob or data set, used completely and read like the config's own source (its
+        first video source if there are several); None for the held-out part of the config's own
+        sources.
+      fps: maximum frames per second, 0 for no limit; overrides the sources' setting.
 
     Raises:
-      UsageError: if there are none, or fps is below 0.
+      UsageError: if there are no clips, or fps is below 0.
     """
     if fps is not None and not 0 <= fps < math.inf:
-        raise UsageError(f"--fps {fps:g}: give the frames a second, e.g. 4, or 0 for all there are")
+        raise UsageError(f"--fps {fps:g}: give frames per second, e.g. 4, or 0 for all frames")
     config = ml_collections.ConfigDict(config.to_dict())
     config.data.cache_mib = 0  # each clip is read once
     if data is not None:
@@ -116,7 +118,7 @@ def evaluation_clips(
     opened = open_splits(config)
     feeds = opened.heldout
     if data is not None:
-        feeds = opened.train + feeds  # of the embedded footage there are both
+        feeds = opened.train + feeds  # the embedded footage has both splits
     for note in opened.notes:
         print(f"note: {note}", file=sys.stderr)
     if not feeds:
@@ -145,7 +147,7 @@ def evaluation_clips(
 
 
 def _source_to_read_as(config: ml_collections.ConfigDict) -> dict[str, float]:
-    """The frame rate and resolution of the source that tells how other data is read."""
+    """Returns the frame rate and resolution of the source whose settings apply to other data."""
     used = [(name, one) for name, one in sorted(config.data.sources.items()) if one.weight]
     first, source = next(((n, one) for n, one in used if one.kind != "image"), used[0])
     chosen = {"fps": source.fps, "resolution": source.resolution}
@@ -156,7 +158,7 @@ def _source_to_read_as(config: ml_collections.ConfigDict) -> dict[str, float]:
 
 
 def _chosen(feeds: Sequence[SourceSplit], *, most: int) -> list[tuple[int, int]]:
-    """(index of a feed, item) of each source, `most` videos and then `most` images."""
+    """Selects up to `most` videos and then `most` images per source, as (feed index, item)."""
     chosen: list[tuple[int, int]] = []
     for source in {id(feed.source): feed.source for feed in feeds}.values():
         places = [
@@ -179,7 +181,7 @@ def _chosen(feeds: Sequence[SourceSplit], *, most: int) -> list[tuple[int, int]]
 
 
 def _distinct(names: Sequence[str]) -> list[str]:
-    """Names, those that come again with a number."""
+    """Makes names distinct by numbering repeated ones."""
     distinct: dict[str, None] = {}
     for name in names:
         others = (f"{name}#{number}" for number in itertools.count(2))
@@ -194,9 +196,9 @@ def code_clip(
     goals: Iterable[Goal],
     progress: Callable[[str, int, int], None],
 ) -> list[Coded]:
-    """The clip encoded to each goal and decoded from its tokens.
+    """Encodes the clip to each goal and decodes it from its tokens.
 
-    `progress` is called after each block with (what is coded, blocks done, all blocks).
+    `progress` is called after each block with (description, blocks done, all blocks).
     """
     coded = []
     for goal in goals:

@@ -1,4 +1,4 @@
-"""`elastictok evaluate`: measures models on clips, writes figures, a report and metrics.json."""
+"""`elastictok evaluate`: measures models on clips and writes plots, a report and metrics.json."""
 
 import dataclasses
 import shlex
@@ -36,7 +36,7 @@ from elastictok_jax.tokenizer.api import ElasticTokenizer
 from elastictok_jax.tokenizer.goal import Goal
 from elastictok_jax.training.metric_writers import read_metrics
 
-RECORDS = "records"  # the folder of clips that are measured
+RECORDS = "records"  # the folder of measured clips
 VIDEOS_SHOWN, IMAGES_SHOWN = 4, 10  # in report.html, report.png and report.mp4
 REPORT = ("metrics.json", "report.html", "report.png", "report.mp4", "tables", "plots")
 NO_LIMITS = EvaluationOverrides()
@@ -50,20 +50,21 @@ def evaluate_models(
     fps: float | None = None,
     limits: EvaluationOverrides = NO_LIMITS,
 ) -> dict[str, Any]:
-    """Measures `models` on the same clips and each elastic one against each fixed one; writes
-    metrics.json, tables as CSV, plots, report.html, report.png and report.mp4 below `output`.
+    """Measures `models` on the same clips and compares each elastic one with each fixed one.
 
-    Run again after an interruption, it goes on with the clips that are left, to the same
-    metrics.json but for times. The first model's config says what is measured (`evaluation.*`).
+    Writes metrics.json, tables as CSV, plots, report.html, report.png and report.mp4 below
+    `output`. After an interruption, a second run continues with the remaining clips and writes the
+    same metrics.json except for times. The first model's config sets what is measured
+    (`evaluation.*`).
 
     Args:
-      models: training workdirs or exported folders; clips are pictured as the first has them.
-      data, fps: as in `evaluation_clips`, by the first model's config.
-      limits: of the config, replaced.
+      models: training workdirs or exported folders; pictures show the first one's results.
+      data, fps: as in `evaluation_clips`, with the first model's config.
+      limits: overrides of the config.
 
     Raises:
-      UsageError: if a model or data is missing, models do not fit each other, or `output` cannot be
-        written.
+      UsageError: if a model or data is missing, the models cannot be compared, or `output` cannot
+        be written.
     """
     tokenizers = [ElasticTokenizer.from_pretrained(model) for model in models]
     _require_alike(tokenizers, models)
@@ -108,7 +109,7 @@ def evaluate_models(
         tokens_per_block=tokenizers[0].tokens_per_block,
     )
     title = (
-        f"{label(config.name)}: held-out clips, {sizes['tokens_per_block']} tokens a block at most"
+        f"{label(config.name)}: held-out clips, at most {sizes['tokens_per_block']} tokens a block"
     )
     draw_report(output / "report.png", coded, title=title, curve=curve, **sizes)
     video = output / "report.mp4"
@@ -129,7 +130,7 @@ def evaluate_models(
 
 
 def pictured(clips: Sequence[EvalClip]) -> list[EvalClip]:
-    """A few videos and images out of all of them, evenly spread, for people to look at."""
+    """Selects a few evenly spaced videos and images to show in the report."""
     chosen: list[EvalClip] = []
     for is_video, most in ((True, VIDEOS_SHOWN), (False, IMAGES_SHOWN)):
         some = [clip for clip in clips if (len(clip.frames) > 1) == is_video]
@@ -141,7 +142,7 @@ def pictured(clips: Sequence[EvalClip]) -> list[EvalClip]:
 def decode_record(
     tokenizer: ElasticTokenizer, clip: EvalClip, record: Record, plan: MeasurementPlan
 ) -> list[Coded]:
-    """What a record's tokens decode to, at each target."""
+    """Decodes a record's tokens at each target."""
     coded = []
     for target in plan.targets:
         tokens = coded_to_target(tokenizer, clip, record, target)
@@ -152,7 +153,7 @@ def decode_record(
 def command_line(
     models: Sequence[str | Path], data: str | None, fps: float | None, limits: EvaluationOverrides
 ) -> str:
-    """The command that makes an evaluation."""
+    """Returns the command that reproduces an evaluation."""
     words = ["elastictok", "evaluate", str(models[0])]
     for model in models[1:]:
         words += ["--baseline", str(model)]
@@ -166,7 +167,7 @@ def command_line(
 
 
 def short_names(models: Sequence[str | Path]) -> list[str]:
-    """The folders' names, with as much of their path as tells them apart."""
+    """Returns the folders' names, with as much of their paths as makes them distinct."""
     paths = [Path(model).resolve() for model in models]
     parts = 1
     while parts < max(len(path.parts) for path in paths):
@@ -178,7 +179,7 @@ def short_names(models: Sequence[str | Path]) -> list[str]:
 
 
 def _require_alike(tokenizers: Sequence[ElasticTokenizer], models: Sequence[str | Path]) -> None:
-    """Raises UsageError where models cannot be compared on the same blocks."""
+    """Raises UsageError if the models cannot be compared on the same blocks."""
     for tokenizer, model in zip(tokenizers, models, strict=True):
         for key in ("resolution", "frames_per_block"):
             theirs, ours = tokenizer.config.video[key], tokenizers[0].config.video[key]

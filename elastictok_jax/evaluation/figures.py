@@ -1,6 +1,6 @@
-"""The figures of an evaluation, from the records of all clips (`measure.py`): pure numpy.
+"""Computes the figures of an evaluation from the records of all clips (`measure.py`), in numpy.
 
-`clip kinds` are "images" and "videos". N blocks, over all clips of a kind.
+Clip kinds are "images" and "videos". Dimension key: N blocks, over all clips of a kind.
 """
 
 import dataclasses
@@ -14,21 +14,22 @@ from elastictok_jax import __version__
 from elastictok_jax.evaluation.eval_clips import EvalClip
 from elastictok_jax.evaluation.frechet import FVD_METRIC, Moments, frechet_distance
 from elastictok_jax.evaluation.measure import MeasurementPlan, Record
-from elastictok_jax.evaluation.ssim import codebook_statistics, psnr
+from elastictok_jax.evaluation.ssim import codebook_statistics
+from elastictok_jax.pixels import psnr
 from elastictok_jax.tokenizer.search import SEARCHES
 
-SCHEMA = 1  # of metrics.json: raised when a key changes its meaning
+SCHEMA = 1  # of metrics.json: incremented when a key changes its meaning
 CLIP_KINDS = ("images", "videos")
-PSNR_SHOWN = 100.0  # dB; that of an exact reconstruction is infinite
+PSNR_SHOWN = 100.0  # dB; caps the infinite PSNR of an exact reconstruction
 FRAME_METRICS = ("psnr", "ssim", "ms_ssim", "lpips_alex", "lpips_vgg")
 
 
 @dataclass(frozen=True)
 class Measured:
-    """A model and what it made of every clip.
+    """A model and its records of every clip.
 
     Attributes:
-      name: what tables call it; facts: what `describe_model` says of it.
+      name: its name in tables; facts: the output of `describe_model`.
       records: by clip name.
     """
 
@@ -38,7 +39,7 @@ class Measured:
 
 
 def joined(records: Sequence[Record], key: str) -> np.ndarray:
-    """The arrays under `key`, one after another; empty where no record has it."""
+    """Concatenates the arrays under `key`; returns an empty array if no record has it."""
     found = [np.atleast_1d(record[key]) for record in records if key in record]
     return np.concatenate(found) if found else np.zeros(0)
 
@@ -46,15 +47,15 @@ def joined(records: Sequence[Record], key: str) -> np.ndarray:
 def share_met_by_tokens(
     lengths_N: np.ndarray, met_N: np.ndarray, *, least: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """What share of blocks can meet a target with so many tokens a block, at best.
+    """Computes the largest fraction of blocks that can meet a target, by mean tokens per block.
 
-    Tokens go to the blocks that need fewest; those that are given up take `least` (paper, Fig. 4).
+    Tokens go first to the blocks that need fewest; those given up take `least` (paper, Fig. 4).
 
     Args:
-      lengths_N: the fewest tokens that bring each block to the target, where `met_N`.
+      lengths_N: the fewest tokens with which each block meets the target, where `met_N`.
 
     Returns:
-      mean tokens a block and share of blocks met, float64 [1 + blocks that can meet it] each.
+      Mean tokens per block and fraction of blocks met, float64 [1 + blocks that can meet it] each.
     """
     needed = np.sort(lengths_N[met_N].astype(np.float64))
     spent = np.concatenate([[0.0], np.cumsum(needed)])
@@ -66,8 +67,10 @@ def share_met_by_tokens(
 def tokens_for_share(
     lengths_N: np.ndarray, met_N: np.ndarray, *, least: int, share: float
 ) -> float | None:
-    """Mean tokens a block by which `share` of all blocks meet a target, or None where no number
-    does."""
+    """Returns the mean tokens per block at which the fraction `share` of blocks meets a target.
+
+    Returns None if no number of tokens suffices.
+    """
     tokens, shares = share_met_by_tokens(lengths_N, met_N, least=least)
     enough = np.flatnonzero(shares >= share - 1e-9)
     return float(tokens[enough[0]]) if enough.size else None
@@ -76,20 +79,20 @@ def tokens_for_share(
 def share_for_tokens(
     lengths_N: np.ndarray, met_N: np.ndarray, *, least: int, tokens: float
 ) -> float:
-    """The share of blocks that can meet a target with `tokens` a block in the mean."""
+    """Returns the fraction of blocks that can meet a target with a mean of `tokens` per block."""
     spent, shares = share_met_by_tokens(lengths_N, met_N, least=least)
     return float(shares[spent <= max(tokens, least) + 1e-9].max())
 
 
 def correlation(x: np.ndarray, y: np.ndarray) -> float | None:
-    """Pearson's r, or None where one of them does not vary."""
+    """Returns Pearson's r, or None if either array is constant."""
     if len(x) < 2 or np.ptp(x) == 0 or np.ptp(y) == 0:
         return None
     return float(np.corrcoef(x, y)[0, 1])
 
 
 def ranks(x: np.ndarray) -> np.ndarray:
-    """Place of each value in the order of all, equal ones sharing the mean of theirs."""
+    """Returns the rank of each value; ties share their mean rank."""
     _, inverse, counts = np.unique(x, return_inverse=True, return_counts=True)
     return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
 
@@ -97,7 +100,7 @@ def ranks(x: np.ndarray) -> np.ndarray:
 def model_figures(
     model: Measured, kind_of: Mapping[str, str], plan: MeasurementPlan
 ) -> dict[str, Any]:
-    """All figures of one model by clip kind."""
+    """Computes all figures of one model by clip kind."""
     figures: dict[str, Any] = {"name": model.name, **model.facts}
     for kind in CLIP_KINDS:
         records = [record for name, record in model.records.items() if kind_of[name] == kind]
@@ -179,7 +182,7 @@ def _frechet(records: Sequence[Record], prefix: str) -> float | None:
 def _context(
     model: Measured, records: Sequence[Record], plan: MeasurementPlan
 ) -> list[dict[str, Any]]:
-    """Error of the blocks that the widest context has wholly before them, by context (Fig. 6)."""
+    """Computes the error by context, over the blocks that have the widest context (Fig. 6)."""
     most = max(plan.contexts)
     rows = []
     for window in plan.contexts:
@@ -197,7 +200,7 @@ def _context(
 def _energy(
     model: Measured, records: Sequence[Record], plan: MeasurementPlan
 ) -> dict[str, Any] | None:
-    """How tokens used follow high-frequency energy (Fig. 9): each block alone, and in context."""
+    """Correlates token use with high-frequency energy, per block alone and in context (Fig. 9)."""
     if model.facts["fixed_tokens"] is not None:
         return None
     energy = joined(records, "energy")
@@ -212,12 +215,12 @@ def _energy(
             "spearman_r": correlation(ranks(energy), ranks(lengths)),
         }
         for name, lengths in (("single_block", single), ("multi_block", multi))
-        if name == "single_block" or len(lengths) > len(records)  # images have but one block
+        if name == "single_block" or len(lengths) > len(records)  # images have only one block
     }
 
 
 def _searches(records: Sequence[Record]) -> list[dict[str, Any]]:
-    """Evaluations and errors of each search against the full one (Table 2)."""
+    """Compares the evaluations and errors of each search with the full search (Table 2)."""
     exact = joined(records, "search/full/lengths")
     rows = []
     for name in SEARCHES:
@@ -247,10 +250,10 @@ def _mean(values: np.ndarray) -> float | None:
 def comparisons(
     elastic: Measured, fixed: Sequence[Measured], kind_of: Mapping[str, str], plan: MeasurementPlan
 ) -> list[dict[str, Any]]:
-    """Tokens of an elastic tokenizer at the share of blocks that a fixed one brings to a target.
+    """Compares token use at the fraction of blocks that a fixed tokenizer brings to each target.
 
-    `ratio` is of the fixed one's tokens to those, if the blocks that are given up are known before
-    and take the fewest; `ratio_missed_alike`, if each takes what the fixed one spends on it.
+    `ratio` is the fixed tokenizer's tokens over those of the elastic one. Blocks that are given up
+    take the fewest tokens in `ratio`, and what the fixed tokenizer spends in `ratio_missed_alike`.
     """
     rows = []
     for kind in CLIP_KINDS:
@@ -264,7 +267,7 @@ def comparisons(
                 theirs = [other.records[name] for name in names]
                 share = float(joined(theirs, f"target/{target:g}/met").mean())
                 tokens = other.facts["fixed_tokens"]
-                needed = alike = None  # as where the fixed one brings no block there
+                needed = alike = None  # the fixed tokenizer may meet the target on no block
                 if share > 0:
                     needed, alike = (
                         tokens_for_share(lengths, met.astype(bool), least=least, share=share)
@@ -289,7 +292,7 @@ def comparisons(
 def summarise(
     measured: Sequence[Measured], clips: Sequence[EvalClip], plan: MeasurementPlan
 ) -> dict[str, Any]:
-    """The content of metrics.json but for what single clips became, as JSON values."""
+    """Returns the content of metrics.json except for the individual clips, as JSON values."""
     kind_of = clip_kinds(clips)
     elastic = [model for model in measured if model.facts["fixed_tokens"] is None]
     fixed = [model for model in measured if model.facts["fixed_tokens"] is not None]
@@ -308,5 +311,5 @@ def summarise(
 
 
 def clip_kinds(clips: Sequence[EvalClip]) -> dict[str, str]:
-    """Clip name to its kind: an image is a clip of one frame."""
+    """Maps each clip's name to its kind: an image is a clip of one frame."""
     return {clip.name: CLIP_KINDS[len(clip.frames) > 1] for clip in clips}

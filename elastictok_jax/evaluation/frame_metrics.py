@@ -1,4 +1,4 @@
-"""The metrics that decoded clips are judged by, beside the error that lengths are chosen by."""
+"""Metrics of decoded clips, in addition to the error by which lengths are chosen."""
 
 from collections.abc import Callable
 from functools import partial
@@ -17,18 +17,21 @@ from elastictok_jax.evaluation.ssim import (
     ms_ssim,
     ssim,
 )
-from elastictok_jax.layers.patching import to_float
 from elastictok_jax.perceptual.i3d import CLASSES
 from elastictok_jax.perceptual.i3d_weights import load_i3d
 from elastictok_jax.perceptual.lpips import NETS, lpips
 from elastictok_jax.perceptual.lpips_weights import load_lpips
+from elastictok_jax.pixels import to_float
 
 FRAMES_AT_ONCE = 8
 
 
 def make_frame_metrics(config: ml_collections.ConfigDict) -> FrameMetrics:
-    """PSNR of each frame; SSIM and MS-SSIM where frames are large enough; LPIPS by each network
-    and features for the Frechet video distance where their weights are there."""
+    """Returns the metrics that apply to this config.
+
+    They are PSNR, SSIM and MS-SSIM if frames are large enough, and LPIPS with each network and
+    features for the Frechet video distance if their weights have been fetched.
+    """
     side = config.video.resolution
     metrics = {"psnr": frame_psnr}
     metrics |= {"ssim": ssim} if side >= MIN_SIDE else {}
@@ -47,7 +50,8 @@ def make_frame_metrics(config: ml_collections.ConfigDict) -> FrameMetrics:
     def frames(original: np.ndarray, decoded: np.ndarray) -> dict[str, np.ndarray]:
         count, values = len(original), []
         for start in range(0, count, FRAMES_AT_ONCE):
-            some = np.minimum(np.arange(start, start + FRAMES_AT_ONCE), count - 1)  # of one size
+            # The last frame is repeated, so that all batches have one size.
+            some = np.minimum(np.arange(start, start + FRAMES_AT_ONCE), count - 1)
             values.append(jax.device_get(per_frame(original[some], decoded[some])))
         joined = jax.tree.map(lambda *parts: np.concatenate(parts)[:count], *values)
         return {name: np.asarray(value, np.float64) for name, value in joined.items()}

@@ -19,16 +19,16 @@ from matplotlib.patches import Rectangle
 from PIL import Image
 from tqdm import tqdm
 
-from elastictok_jax.config import block_tokens, resolve
+from elastictok_jax.config import resolve
 from elastictok_jax.data.packing import PackedClip
 from elastictok_jax.data.pipeline import BatchReader
 from elastictok_jax.data.sources.splits import open_splits
 from elastictok_jax.errors import UsageError
 from elastictok_jax.evaluation.report.drawing import label, plt, save, shorten
 from elastictok_jax.evaluation.report.reconstructions import COLOURS
-from elastictok_jax.layers.patching import unpatchify
+from elastictok_jax.models.base import StepKeys, Task
+from elastictok_jax.models.registry import open_family
 from elastictok_jax.storage.atomic import require_file
-from elastictok_jax.training.step import keep_lengths, step_keys
 
 MOST_ROWS = 64
 MOST_THUMBS = 20  # of a row
@@ -54,10 +54,11 @@ def inspect_data(
         raise UsageError(f"-o {output}: give a .png in a folder that exists")
     require_file(output, change="choose another -o")
     config = resolve(config)
-    reader = BatchReader(config, open_splits(config), split=split)
+    task = open_family(config).task
+    reader = task.reader(open_splits(config), split=split)
     blocks = evenly(config.data.sequence_blocks, most=MOST_THUMBS)
     frames = evenly(config.video.frames_per_block, most=MOST_THUMBS // len(blocks))
-    lengths_BN = batch_lengths(config, batch) if split == "train" else None
+    lengths_BN = batch_lengths(config, task, batch) if split == "train" else None
     rows = read_rows(
         reader,
         batch,
@@ -65,8 +66,11 @@ def inspect_data(
         lengths_BN=lengths_BN,
         shrink=lambda frames_nFHWC: thumbnails(frames_nFHWC[:, frames]),
     )
-    draw_batch(output, rows, config=config, title=_title(config, split, batch), blocks=blocks)
-    return summarise_batch(config, rows, split=split, batch=batch)
+    per_block = reader.geometry.tokens
+    title = _title(config, split, batch, kept=lengths_BN is not None, tokens_per_block=per_block)
+    sizes = dict(blocks=blocks, tokens_per_block=per_block)
+    draw_batch(output, rows, config=config, title=title, **sizes)
+    return summarise_batch(config, rows, split=split, batch=batch, tokens_per_block=per_block)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,13 +140,12 @@ def read_row(
     reader: BatchReader, number: int, *, blocks: np.ndarray, lengths_N: np.ndarray | None
 ) -> Row:
     """Global row `number`, with the frames of `blocks`."""
-    config = reader.config
-    per_block, side = block_tokens(config), config.video.resolution
+    per_block = reader.geometry.inputs
     parts = reader.read_row(number)
     clips = reader.mixture.row(number)
     segments_N = parts["segment_ids"][::per_block]
     clip_N = np.repeat(np.arange(len(clips)), [clip.blocks for clip in clips])
-    blocks_NLD = parts["patches"].reshape(len(segments_N), per_block, -1)
+    blocks_NPD = parts["patches"].reshape(len(segments_N), per_block, -1)
     named = [
         (clip, feed.name, feed.source.name(clip.item))
         for clip in clips
@@ -155,41 +158,40 @@ def read_row(
         clip_N=np.where(segments_N == 0, -1, clip_N),
         lengths_N=lengths_N,
         replaced=parts["faults"],
-        frames_nFHWC=unpatchify(
-            blocks_NLD[blocks],
-            patch=tuple(config.model.patch),
-            frames_per_block=config.video.frames_per_block,
-            height=side,
-            width=side,
-        ),
+        frames_nFHWC=reader.codec.unpack(blocks_NPD[blocks]),
     )
 
 
-def batch_lengths(config: ml_collections.ConfigDict, step: int) -> np.ndarray:
-    """int32 [B, N]: what the training step draws for its batch after `step` steps."""
-    rows, blocks = config.data.batch_size, config.data.sequence_blocks
+def batch_lengths(config: ml_collections.ConfigDict, task: Task, step: int) -> np.ndarray | None:
+    """Returns int32 [B, N]: the tokens that the training step keeps of its batch after `step`
+    steps; None for a task that drops none."""
 
-    def draw(step: jax.Array) -> jax.Array:
-        mask_key, _, _ = step_keys(config, step)
-        return keep_lengths(mask_key, jnp.arange(rows), blocks=blocks, config=config)
+    def draw(step: jax.Array) -> jax.Array | None:
+        return task.keep_lengths(jnp.arange(config.data.batch_size), StepKeys(config.seed, step))
 
-    return np.asarray(jax.jit(draw)(jnp.int32(step)))
+    lengths_BN = jax.jit(draw)(jnp.int32(step))
+    return None if lengths_BN is None else np.asarray(lengths_BN)
 
 
 def summarise_batch(
-    config: ml_collections.ConfigDict, rows: list[Row], *, split: str, batch: int
+    config: ml_collections.ConfigDict,
+    rows: list[Row],
+    *,
+    split: str,
+    batch: int,
+    tokens_per_block: int,
 ) -> dict[str, Any]:
-    """What `elastictok inspect-data --json` prints."""
+    """Returns what `elastictok inspect-data --json` prints."""
     valid_BN = np.stack([row.segments_N for row in rows]) != 0
     kept: dict[str, float] = {}
     if rows[0].lengths_N is not None and valid_BN.any():
         lengths_BN = np.stack([row.lengths_N for row in rows if row.lengths_N is not None])
-        kept = {"kept_fraction": float(lengths_BN[valid_BN].mean() / block_tokens(config))}
+        kept = {"kept_fraction": float(lengths_BN[valid_BN].mean() / tokens_per_block)}
     return {
         "experiment": config.name,
         "split": split,
         "batch": batch,
-        "tokens_per_block": block_tokens(config),
+        "tokens_per_block": tokens_per_block,
         "padding_fraction": float(1 - valid_BN.mean()),
         **kept,
         "replaced_blocks": sum(len(row.replaced) for row in rows),
@@ -213,19 +215,25 @@ def thumbnails(frames_nFHWC: np.ndarray) -> np.ndarray:
     return small
 
 
-def _title(config: ml_collections.ConfigDict, split: str, batch: int) -> str:
-    data, video, masking = config.data, config.video, config.masking
-    per_block, side = block_tokens(config), config.video.resolution
+def _title(
+    config: ml_collections.ConfigDict,
+    split: str,
+    batch: int,
+    *,
+    kept: bool,
+    tokens_per_block: int,
+) -> str:
+    data, video, side = config.data, config.video, config.video.resolution
     use = f", training step {batch + 1} of a new run" if split == "train" else ""
-    bars = (
-        f"bars: tokens kept at that step ({masking.kind}, {masking.min_tokens} to {per_block})"
-        if split == "train"
-        else "no bars: lengths are drawn in training only"
-    )
+    bars = "no bars: lengths are drawn in training only"
+    if kept:
+        masking = config.masking
+        limits = f"{masking.kind}, {masking.min_tokens} to {tokens_per_block}"
+        bars = f"bars: tokens kept at that step ({limits})"
     return (
         f"{label(config.name)}: {split} batch {batch}{use}\n{data.batch_size} rows of "
         f"{data.sequence_blocks} blocks; a block: {video.frames_per_block} frames of {side} x "
-        f"{side}, {per_block} tokens; {bars}"
+        f"{side}, {tokens_per_block} tokens; {bars}"
     )
 
 
@@ -236,6 +244,7 @@ def draw_batch(
     config: ml_collections.ConfigDict,
     title: str,
     blocks: np.ndarray,
+    tokens_per_block: int,
 ) -> None:
     """Writes a PNG of `rows`, one below the other; `blocks` are those they have frames of."""
     per_row, frames = config.data.sequence_blocks, rows[0].frames_nFHWC.shape[1]
@@ -263,9 +272,8 @@ def draw_batch(
         top = HEAD + place * row_height
         _draw_row(axes, row, top=top, blocks=blocks)
         if row.lengths_N is not None:
-            _draw_lengths(
-                axes, row, top=top + LABEL + THUMB + 4, blocks=blocks, most=block_tokens(config)
-            )
+            top += LABEL + THUMB + 4
+            _draw_lengths(axes, row, top=top, blocks=blocks, most=tokens_per_block)
     save(figure, path, dpi=DPI)
     plt.close(figure)
 

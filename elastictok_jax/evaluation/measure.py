@@ -92,13 +92,13 @@ def measure_clip(
     tokenizer: ElasticTokenizer, clip: EvalClip, plan: MeasurementPlan, frame_metrics: FrameMetrics
 ) -> Record:
     """All figures of a clip of the model's resolution, cut into blocks of one tile."""
-    grid = Grid(clip.frames.shape[:3], tokenizer.config)
+    grid = Grid(clip.frames.shape[:3], tokenizer.geometry)
     record: Record = {
         "pixels": np.asarray(math.prod(clip.frames.shape[:3])),
         "energy": block_energy(clip.frames, frames_per_block=grid.frames_per_block),
         "cuts": scene_cuts(clip.frames),
     }
-    fixed = fixed_tokens(tokenizer)
+    fixed = tokenizer.geometry.fixed_tokens
     if fixed is not None:  # the same tokens for every target
         coded, seconds = _timed_code(tokenizer, clip, FixedLength(itertools.repeat(fixed)))
         for target in plan.targets:
@@ -155,19 +155,19 @@ def pixels_per_block(config: ml_collections.ConfigDict) -> int:
 
 def describe_model(tokenizer: ElasticTokenizer) -> dict[str, Any]:
     """What figures and tables need to know of a model, as JSON values."""
-    config, levels = tokenizer.config, tokenizer.levels
+    config, code = tokenizer.config, tokenizer.codec.code
     return {
         "experiment": config.name,
         "fingerprint": tokenizer.fingerprint,
         "seed": config.seed,
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(tokenizer.params)),
-        "conditioned": tokenizer.model.conditioned,
-        "bottleneck": config.model.bottleneck,
-        "codebook_size": math.prod(levels) if levels else None,
-        "bits_per_token": tokenizer.model.bottleneck.bits_per_token,
+        "conditioned": tokenizer.codec.knows_length,
+        "bottleneck": config.model.get("bottleneck"),
+        "codebook_size": code.size or None,
+        "bits_per_token": code.bits,
         "tokens_per_block": tokenizer.tokens_per_block,
         "min_tokens": tokenizer.min_tokens,
-        "fixed_tokens": fixed_tokens(tokenizer),
+        "fixed_tokens": tokenizer.geometry.fixed_tokens,
         "frames_per_block": config.video.frames_per_block,
         "resolution": config.video.resolution,
         "pixels_per_block": pixels_per_block(config),
@@ -176,21 +176,13 @@ def describe_model(tokenizer: ElasticTokenizer) -> dict[str, Any]:
     }
 
 
-def fixed_tokens(tokenizer: ElasticTokenizer) -> int | None:
-    """How many tokens every block takes where the model was trained for one number alone."""
-    masking = tokenizer.config.masking
-    if masking.kind != "fixed":
-        return None
-    return max(1, round(masking.fraction * tokenizer.tokens_per_block))
-
-
 def shares_of(tokenizer: ElasticTokenizer) -> tuple[float, ...]:
     """The shares of all tokens that a model is measured at, ascending: SHARES and what BPP16 takes
     for video, as far as it was trained with so few; a fixed tokenizer's own alone."""
-    fixed, every = fixed_tokens(tokenizer), tokenizer.tokens_per_block
+    fixed, every = tokenizer.geometry.fixed_tokens, tokenizer.tokens_per_block
     if fixed is not None:
         return (fixed / every,)
-    bits = tokenizer.model.bottleneck.bits_per_token * every
+    bits = tokenizer.codec.code.bits * every
     most = 16 * bits / pixels_per_block(tokenizer.config)
     wanted = (*SHARES, *(bpp16 / most for bpp16 in BPP16))
     lengths = {round(share * every) for share in wanted}
@@ -233,17 +225,17 @@ def _named(prefix: str, values: Record) -> Record:
 def _to_target(
     tokenizer: ElasticTokenizer, clip: EvalClip, target: float, *, search: str = "hybrid"
 ) -> Record:
-    chooser = tokenizer.threshold(Goal(max_mse=target, search=search))
-    return _as_coded(*_timed_code(tokenizer, clip, chooser), target=target)
+    policy = tokenizer.threshold(Goal(max_mse=target, search=search))
+    return _as_coded(*_timed_code(tokenizer, clip, policy), target=target)
 
 
 def _timed_code(
-    tokenizer: ElasticTokenizer, clip: EvalClip, chooser: LengthPolicy
+    tokenizer: ElasticTokenizer, clip: EvalClip, policy: LengthPolicy
 ) -> tuple[list[CodedBlock], float]:
     """The clip's blocks, and the seconds that they took."""
-    grid = Grid(clip.frames.shape[:3], tokenizer.config)
+    grid = Grid(clip.frames.shape[:3], tokenizer.geometry)
     start = time.perf_counter()
-    coded = tokenizer.code(clip.frames, grid, [chooser], metric="mse")
+    coded = tokenizer.code(clip.frames, grid, [policy], metric="mse")
     return coded, time.perf_counter() - start
 
 
@@ -300,8 +292,8 @@ def coded_to_target(
         height=clip.frames.shape[1],
         width=clip.frames.shape[2],
         fps=clip.fps,
-        bits_per_token=tokenizer.model.bottleneck.bits_per_token,
+        bits_per_token=tokenizer.codec.code.bits,
         fingerprint=tokenizer.fingerprint,
         window_blocks=tokenizer.window_blocks,
-        levels=tokenizer.levels,
+        levels=tokenizer.codec.code.levels,
     )

@@ -1,7 +1,7 @@
-"""Records of measured clips, kept on disk so that an interrupted evaluation goes on from there.
+"""Stores the records of measured clips on disk, so that an interrupted evaluation can resume.
 
-Jobs (a model and a clip) are spread over the devices of this process, a thread and a copy of the
-weights each. A record is a function of model, clip and plan alone, but for the seconds it took.
+Jobs (a model and a clip) are distributed over the devices of this process, each with its own thread
+and copy of the weights. Except for timings, a record is a function of model, clip and plan alone.
 """
 
 import hashlib
@@ -22,14 +22,13 @@ from elastictok_jax.evaluation.measure import (
     FrameMetrics,
     MeasurementPlan,
     Record,
-    fixed_tokens,
     measure_clip,
 )
 from elastictok_jax.storage.atomic import write_whole
 from elastictok_jax.tokenizer import entropy
 from elastictok_jax.tokenizer.api import ElasticTokenizer
 
-FORMAT = 1  # of a record: raised when its keys or their meaning change
+FORMAT = 1  # of a record: incremented when its keys or their meaning change
 
 
 def measure_all(
@@ -42,10 +41,12 @@ def measure_all(
     devices: Sequence[jax.Device],
     progress: Callable[[int, int], None],
 ) -> list[dict[str, Record]]:
-    """Records of every clip by each tokenizer, in order; those in `folder` are not made again, the
-    others on `devices`.
+    """Measures every clip with each tokenizer on `devices`, reusing the records in `folder`.
 
     `progress` is called with (clips done, all clips) over all tokenizers.
+
+    Returns:
+      Records by clip name for each tokenizer, in the given order.
     """
     jobs: queue.SimpleQueue[tuple[int, int, Path]] = queue.SimpleQueue()
     results: list[dict[str, Record]] = [{} for _ in tokenizers]
@@ -77,7 +78,7 @@ def measure_all(
                     placed = {model: tokenizers[model].on(device)}
                 with jax.default_device(device):
                     record = measure_clip(placed[model], clips[index], plan, frame_metrics)
-                if compiles:  # its times are the compiler's
+                if compiles:  # its timings include compilation
                     record |= {k: np.asarray(np.nan) for k in record if k.endswith("/seconds")}
                 buffer = io.BytesIO()
                 np.savez_compressed(buffer, **record)  # type: ignore[arg-type]
@@ -91,7 +92,7 @@ def measure_all(
                 progress(done, total)
 
     if len(devices) == 1:
-        work(devices[0])  # in this thread, so that Ctrl-C stops it
+        work(devices[0])  # in this thread, so that Ctrl-C interrupts it
     else:
         threads = [threading.Thread(target=work, args=(d,), daemon=True) for d in devices]
         for thread in threads:
@@ -107,9 +108,9 @@ def measure_all(
 def _digest(
     tokenizer: ElasticTokenizer, clip: EvalClip, plan: MeasurementPlan, frame_metrics: FrameMetrics
 ) -> str:
-    """16 hex digits of all that a record follows from."""
+    """Returns 16 hex digits over everything that a record depends on."""
     router = tokenizer.router is not None and tokenizer.router.digest
-    lengths = (fixed_tokens(tokenizer), tokenizer.min_tokens, tokenizer.window_blocks)
+    lengths = (tokenizer.geometry.fixed_tokens, tokenizer.min_tokens, tokenizer.window_blocks)
     model = (tokenizer.fingerprint, router, lengths, entropy.is_installed())
     said = (
         FORMAT,
@@ -126,7 +127,7 @@ def _digest(
 
 
 def _load(path: Path) -> Record | None:
-    """The record in a file, or None where there is none that can be read."""
+    """Reads the record in a file; returns None if it is missing or unreadable."""
     try:
         with np.load(path, allow_pickle=False) as stored:
             return {key: stored[key] for key in stored.files}

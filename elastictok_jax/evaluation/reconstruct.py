@@ -1,4 +1,4 @@
-"""`elastictok reconstruct`: encodes and decodes one file, and draws what became of it."""
+"""`elastictok reconstruct`: encodes and decodes one file and draws the result."""
 
 import sys
 from pathlib import Path
@@ -27,8 +27,10 @@ def reconstruct_file(
     max_frames: int | None = None,
     fps: float | None = None,
 ) -> dict[str, object]:
-    """Encodes and decodes one file; writes reconstruction.png (frames and token strip),
-    reconstruction.mp4 (video only) and reconstruction.json below `output`.
+    """Encodes and decodes one file and writes the results below `output`.
+
+    These are reconstruction.png (frames and token strip), reconstruction.mp4 (video only) and
+    reconstruction.json.
 
     Raises:
       UsageError: on a bad file, model or option.
@@ -59,7 +61,7 @@ def reconstruct_file(
 
 
 def show_blocks(what: str, done: int, total: int) -> None:
-    """A counter on a terminal; in a log, one line when all blocks are coded."""
+    """Prints a counter on a terminal, or in a log one line once all blocks are coded."""
     terminal = sys.stderr.isatty()
     if terminal or done == total:
         start, end = ("\r", "\n" if done == total else "") if terminal else ("", "\n")

@@ -1,8 +1,8 @@
-"""Figures of frames and codes: how far a reconstruction is, and how well a codebook is used.
+"""Per-frame quality metrics (MSE, PSNR, SSIM, MS-SSIM) and codebook statistics.
 
-`mse` and `psnr` are numpy, of a whole clip. The others take a batch of frames, work under `jax.jit`
-and with the batch axis over devices, and give one figure a frame. Pixels are those of the
-project: uint8, or floats in [-1, 1] (x / 127.5 - 1), whose data range is 2.
+Frame metrics take a batch of frames, work under `jax.jit` and with the batch axis sharded over
+devices, and return one value per frame. Pixels are those of the project: uint8, or floats in
+[-1, 1] (x / 127.5 - 1), whose data range is 2.
 
 Shape suffixes: B frames, H and W pixels, C = 3 colours.
 """
@@ -16,10 +16,9 @@ from jax.typing import ArrayLike
 
 from elastictok_jax.errors import UsageError
 from elastictok_jax.layers import bottlenecks
+from elastictok_jax.pixels import PEAK
 
-PEAK = 2.0  # of the [-1, 1] pixel scale
-
-_RADIUS = 5  # of the window of SSIM, 11 pixels wide
+_RADIUS = 5  # of the SSIM window, which is 11 pixels wide
 _SIGMA = 1.5
 MIN_SIDE = 2 * _RADIUS + 1
 # Wang et al. 2003, section 3.2: exponents of the scales from the finest to the coarsest.
@@ -27,19 +26,8 @@ _SCALE_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
 MIN_SIDE_MULTISCALE = MIN_SIDE * 2 ** (len(_SCALE_WEIGHTS) - 1)
 
 
-def mse(original: np.ndarray, reconstruction: np.ndarray) -> float:
-    """Mean squared error of uint8 frames on the [-1, 1] scale."""
-    difference = (original.astype(np.float64) - reconstruction) / 127.5
-    return float(np.mean(difference**2))
-
-
-def psnr(error: float) -> float:
-    """Peak signal-to-noise ratio in dB of an MSE on the [-1, 1] scale; inf where it is 0."""
-    return float("inf") if error <= 0 else 10.0 * float(np.log10(PEAK**2 / error))
-
-
 def frame_mse(x: ArrayLike, y: ArrayLike) -> jax.Array:
-    """Mean squared error of each frame on the [-1, 1] scale: float32 [B].
+    """Computes the mean squared error of each frame on the [-1, 1] scale, float32 [B].
 
     `x` and `y` are [B, H, W, 3], each uint8 or floats in [-1, 1]. Raises UsageError for others.
     """
@@ -48,21 +36,21 @@ def frame_mse(x: ArrayLike, y: ArrayLike) -> jax.Array:
 
 
 def frame_psnr(x: ArrayLike, y: ArrayLike) -> jax.Array:
-    """Peak signal-to-noise ratio of each frame in dB: float32 [B]; inf for equal frames.
+    """Computes the peak signal-to-noise ratio of each frame in dB, float32 [B]; inf if equal.
 
-    `x` and `y` are as in `frame_mse`. The mean of these is not the PSNR of the mean error.
+    `x` and `y` are as in `frame_mse`. The mean PSNR is not the PSNR of the mean error.
     """
     return 10.0 * jnp.log10(PEAK**2 / frame_mse(x, y))
 
 
 def ssim(x: ArrayLike, y: ArrayLike) -> jax.Array:
-    """Structural similarity of each frame: float32 [B], 1 for equal frames.
+    """Computes the structural similarity of each frame, float32 [B]; 1 for equal frames.
 
     Source: Wang et al. 2004, "Image Quality Assessment: From Error Visibility to Structural
     Similarity", section III: Gaussian windows of 11x11 pixels and deviation 1.5, K1 = 0.01,
-    K2 = 0.03, weighted (not sample) variances. It is computed for each colour, and the mean is
-    over colours and those windows that lie within the frame: as by the paper's authors and by
-    scikit-image, while torchmetrics 1.9 also counts windows over a reflected border.
+    K2 = 0.03, weighted (not sample) variances. It is computed for each colour and averaged over
+    colours and the windows inside the frame, as in the authors' code and scikit-image;
+    torchmetrics 1.9 also counts windows over a reflected border.
 
     `x` and `y` are [B, H, W, 3], each uint8 or floats in [-1, 1], of 11 pixels a side or more.
     Raises UsageError for others.
@@ -73,16 +61,16 @@ def ssim(x: ArrayLike, y: ArrayLike) -> jax.Array:
 
 
 def ms_ssim(x: ArrayLike, y: ArrayLike) -> jax.Array:
-    """Multi-scale structural similarity of each frame: float32 [B], 1 for equal frames.
+    """Computes the multi-scale structural similarity of each frame, float32 [B]; 1 if equal.
 
     Source: Wang, Simoncelli and Bovik 2003, "Multi-Scale Structural Similarity for Image Quality
     Assessment", section 3: five scales, each half as wide as the one before (means of 2x2 pixels;
-    a last odd row or column is left out), with the windows of `ssim`. The contrast terms of all
-    scales but the coarsest, and the whole similarity of that one, are averaged over the frame and
-    its colours, negative means set to 0, raised to the scale's weight, and multiplied.
+    an odd last row or column is dropped), with the windows of `ssim`. The contrast terms of all
+    scales but the coarsest, and the full similarity of the coarsest, are averaged over the frame
+    and its colours, clipped at 0, raised to the scale's weight, and multiplied.
 
-    Where the paper leaves a choice, it is that of torchmetrics 1.9: the border of the coarsest
-    scale is reflected, since few windows lie within it; at the others, windows lie within.
+    Choices left open by the paper follow torchmetrics 1.9: the coarsest scale has a reflected
+    border, since few windows fit inside it; the others use only windows inside the frame.
 
     `x` and `y` are [B, H, W, 3], each uint8 or floats in [-1, 1], of 176 pixels a side or more.
     Raises UsageError for others.
@@ -101,17 +89,17 @@ def ms_ssim(x: ArrayLike, y: ArrayLike) -> jax.Array:
 def codebook_statistics(
     codes: np.ndarray | jax.Array | Iterable[np.ndarray | jax.Array], *, size: int
 ) -> dict[str, float]:
-    """How a codebook of `size` codes is used, exactly, from the counts of `codes`.
+    """Computes exact usage statistics of a codebook of `size` codes.
 
-    `codes` are integers in [0, size): one array of any shape, or several (such as
-    `Tokens.codes`, or a generator of those of many clips, one at a time). Gives
+    `codes` are integers in [0, size): one array of any shape, or an iterable of arrays (such as
+    `Tokens.codes`, or a generator over many clips). Returns
 
-    - `tokens`: how many codes there are, and `codes_used`: how many different ones;
-    - `codebook_usage`: `codes_used` / `size`. With few tokens it is bounded by their number;
-    - `code_entropy_bits`: Shannon entropy of their frequencies, in bits a token;
-    - `codebook_perplexity`: 2 to that power; `size` if all codes are as frequent.
+    - `tokens`: the number of codes, and `codes_used`: the number of distinct ones;
+    - `codebook_usage`: `codes_used` / `size`, which is bounded by the number of tokens;
+    - `code_entropy_bits`: the Shannon entropy of their frequencies, in bits per token;
+    - `codebook_perplexity`: 2 to that power; `size` if all codes are equally frequent.
 
-    Raises UsageError if there are none, or for what are not such integers.
+    Raises UsageError if there are no codes, or any is not such an integer.
     """
     counts = np.zeros(size, np.int64)
     for array in [codes] if isinstance(codes, np.ndarray | jax.Array) else codes:
@@ -134,13 +122,13 @@ def _count(codes: np.ndarray, *, size: int) -> np.ndarray:
         raise UsageError(f"codes are integers, not {codes.dtype}: a VAE has no codebook")
     if codes.size and not (codes.min() >= 0 and codes.max() < size):
         raise UsageError(
-            f"codes from {codes.min()} to {codes.max()} are not of a codebook of {size} codes"
+            f"codes from {codes.min()} to {codes.max()} do not fit a codebook of {size} codes"
         )
     return np.bincount(codes.reshape(-1).astype(np.int64), minlength=size)
 
 
 def _frames(x: ArrayLike, y: ArrayLike, *, min_side: int) -> tuple[jax.Array, jax.Array]:
-    """Both as float32 frames in [-1, 1], checked."""
+    """Checks both batches and converts them to float32 frames in [-1, 1]."""
     x_BHWC, y_BHWC = jnp.asarray(x), jnp.asarray(y)
     if x_BHWC.shape != y_BHWC.shape:
         raise UsageError(f"frames of {x_BHWC.shape} and {y_BHWC.shape} cannot be compared")
@@ -148,7 +136,9 @@ def _frames(x: ArrayLike, y: ArrayLike, *, min_side: int) -> tuple[jax.Array, ja
         raise UsageError(f"frames are [B, H, W, 3], not {x_BHWC.shape}")
     if min(x_BHWC.shape[1:3]) < min_side:
         height, width = x_BHWC.shape[1:3]
-        raise UsageError(f"frames of {height}x{width} are too small: at least {min_side} a side")
+        raise UsageError(
+            f"frames of {height}x{width} are too small: give at least {min_side} a side"
+        )
     return _to_float(x_BHWC), _to_float(y_BHWC)
 
 
@@ -161,19 +151,19 @@ def _to_float(x_BHWC: jax.Array) -> jax.Array:
 
 
 def _similarities(x_BHWC: jax.Array, y_BHWC: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The luminance and the contrast-structure term of SSIM in each window within the frame.
+    """Computes SSIM's luminance and contrast-structure terms in each window inside the frame.
 
-    Written with the sum and the difference of the frames, by which both are 1 minus what is lost:
-    so they are exact where frames are nearly equal, however flat, dark or bright.
+    Both are written as 1 minus a loss, in terms of the sum and difference of the frames, so that
+    they are accurate for nearly equal frames, however flat, dark or bright.
     """
     total, difference = x_BHWC + y_BHWC, x_BHWC - y_BHWC
-    # One blur of all moments, not four: a quarter of the program to compile.
+    # One blur of all moments instead of four compiles to a quarter of the program.
     moments = (total, difference, jnp.square(total), jnp.square(difference))
     blurred = jnp.split(_blur(jnp.concatenate(moments, axis=-1)), len(moments), axis=-1)
     mean_t, mean_d, square_t, square_d = blurred
     variance_t = jnp.maximum(square_t - mean_t**2, 0.0)
     variance_d = jnp.maximum(square_d - mean_d**2, 0.0)
-    light_t = mean_t + 2.0  # the luminance term counts from black, which is -1 in each frame
+    light_t = mean_t + 2.0  # the luminance term is relative to black, which is -1 in each frame
     c1, c2 = (0.01 * PEAK) ** 2, (0.03 * PEAK) ** 2
     luminance = 1.0 - mean_d**2 / ((light_t**2 + mean_d**2) / 2 + c1)
     contrast = 1.0 - variance_d / ((variance_t + variance_d) / 2 + c2)
@@ -181,9 +171,9 @@ def _similarities(x_BHWC: jax.Array, y_BHWC: jax.Array) -> tuple[jax.Array, jax.
 
 
 def _blur(x_BHWC: jax.Array) -> jax.Array:
-    """Gaussian means of the windows within the frame: [B, H - 10, W - 10, C].
+    """Returns the Gaussian means of the windows inside the frame, [B, H - 10, W - 10, C].
 
-    Sums of shifted slices, not a convolution: exact in float32 on every backend.
+    It sums shifted slices instead of a convolution, which stays float32 on every backend.
     """
     window = np.exp(-(np.arange(-_RADIUS, _RADIUS + 1) ** 2) / (2 * _SIGMA**2))
     window = (window / window.sum()).astype(np.float32)
@@ -205,6 +195,6 @@ def _reflect(x_BHWC: jax.Array) -> jax.Array:
 
 
 def _positive_power(mean_B: jax.Array, weight: float) -> jax.Array:
-    """max(mean, 0) ** weight, with a finite slope at and below 0."""
+    """Returns max(mean, 0) ** weight, with a finite gradient at and below 0."""
     positive = mean_B > 0
     return jnp.where(positive, jnp.where(positive, mean_B, 1.0) ** weight, 0.0)

@@ -1,1 +1,1 @@
-"""Converts published ElasticTok checkpoints to ours."""
+"""Converts published ElasticTok checkpoints to our format."""

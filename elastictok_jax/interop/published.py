@@ -1,4 +1,4 @@
-"""Import of published ElasticTok checkpoints into our parameters and config.
+"""Imports published ElasticTok checkpoints into our parameters and config.
 
 Shapes: D patch values, W width, M SwiGLU width, H heads, K = W/H, N layers.
 """
@@ -18,7 +18,7 @@ from elastictok_jax import config as config_lib
 from elastictok_jax.errors import UsageError
 from elastictok_jax.interop.published_stream import Key, published_keys, read_published
 from elastictok_jax.layers.scan_layout import is_stacked, relayout_shapes, with_layout
-from elastictok_jax.models.elastictok import model as elastictok
+from elastictok_jax.models.registry import open_family
 from elastictok_jax.storage import safetensors
 
 Shape = tuple[int, ...]
@@ -47,7 +47,7 @@ _PUBLISHED_LAYER_PARTS = {
 
 
 class _Target(NamedTuple):
-    """Where one published weight goes: our key, the layer (None = all), its published shape."""
+    """The destination of a published weight: our key, the layer (None = all), published shape."""
 
     key: Key
     layer: int | None
@@ -55,17 +55,18 @@ class _Target(NamedTuple):
 
 
 def convert_config(published: dict[str, Any], *, conditioned: bool = True) -> dict[str, Any]:
-    """Turns a published model's settings into overrides for our config.
+    """Converts a published model's settings to overrides of our config.
 
     Args:
-      published: the settings, keys as in tests/reference_parity/*/config.json.
-      conditioned: whether the weights hold the kept / dropped vectors; the settings do not say.
+      published: the settings, with keys as in tests/reference_parity/*/config.json.
+      conditioned: whether the weights hold the kept / dropped vectors, which the settings do not
+        state.
 
     Returns:
       Dotted config key -> value.
 
     Raises:
-      UsageError: lists every unknown, missing and ill-typed key, and block sizes that disagree.
+      UsageError: lists every unknown, missing and ill-typed key, and inconsistent block sizes.
     """
     if not isinstance(published, dict):
         raise UsageError("the published config must be a JSON object of settings")
@@ -92,7 +93,7 @@ def convert_config(published: dict[str, Any], *, conditioned: bool = True) -> di
         "model.rope_theta": float(published["theta"]),
         "model.norm_eps": float(published["rms_norm_eps"]),
         "model.conditioned": conditioned,
-        "model.dtype": "float32",  # what the published figures were made in
+        "compute.dtype": "float32",  # as for the published figures
         "video.frames_per_block": published["frames_per_block"],
         "video.resolution": published["resolution"],
         "masking.min_tokens": published["min_toks"],
@@ -104,14 +105,14 @@ def import_params(path: str | os.PathLike, *, abstract_params: dict[str, Any]) -
     """Reads a published file into our parameter tree.
 
     Args:
-      path: a `streaming_params` or `streaming_train_state` file, its layers stacked or apart.
-      abstract_params: our tree, its layers stacked or apart; leaves need only `.shape`.
+      path: a `streaming_params` or `streaming_train_state` file, with stacked or separate layers.
+      abstract_params: our tree, with stacked or separate layers; leaves only need `.shape`.
 
     Returns:
       A tree like `abstract_params` of float32 numpy arrays.
 
     Raises:
-      UsageError: the file cannot be read, or does not hold exactly these weights; one message
+      UsageError: if the file cannot be read, or does not hold exactly these weights; one message
         names every missing, extra and mis-shaped weight with both shapes.
     """
     path = Path(path)
@@ -156,7 +157,7 @@ def import_params(path: str | os.PathLike, *, abstract_params: dict[str, Any]) -
 def import_published(
     file: str | os.PathLike, *, config_file: str | os.PathLike, output: str | os.PathLike
 ) -> None:
-    """Writes the exported folder `output` (config.json, model.safetensors) of a published model.
+    """Exports a published model to the folder `output` (config.json, model.safetensors).
 
     Args:
       file: a `streaming_params` or `streaming_train_state` file.
@@ -164,8 +165,8 @@ def import_published(
       output: a folder that does not exist yet or is empty.
 
     Raises:
-      UsageError: an input cannot be read or does not fit the other, or `output` is in use.
-        Nothing is written then.
+      UsageError: if an input cannot be read, the inputs do not match, or `output` is in use;
+        nothing is written then.
     """
     file, output = Path(file), Path(output)
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
@@ -175,7 +176,7 @@ def import_published(
     config = config_lib.default_config()
     config_lib.override(config, convert_config(published, conditioned=conditioned))
     config = config_lib.resolve(config)
-    params = import_params(file, abstract_params=elastictok.abstract_params(config))
+    params = import_params(file, abstract_params=open_family(config).codec.params_shapes())
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as staging:
@@ -185,7 +186,7 @@ def import_published(
                 folder / "model.safetensors", params, metadata={"source": f"published {file.name}"}
             )
             (folder / "config.json").write_text(config_lib.to_json(config))
-            os.replace(folder, output)  # whole or not at all
+            os.replace(folder, output)  # atomic
     except OSError as error:
         raise UsageError(f"cannot write {output}: {error}") from error
 
@@ -194,7 +195,7 @@ def import_published(
 
 
 def _targets(shapes: dict[Key, Shape], *, found: set[Key]) -> dict[Key, _Target]:
-    """Says for every weight our tree needs under which published key it should stand."""
+    """Maps the published key of every weight that our tree needs to its destination."""
     targets: dict[Key, _Target] = {}
     for key, shape in shapes.items():
         half, flat = key[0], _published_shape(key, shape=shape)
@@ -204,7 +205,7 @@ def _targets(shapes: dict[Key, Shape], *, found: set[Key]) -> dict[Key, _Target]
             continue
         blocks = (half, f"{half}_blocks")
         part = _lookup(_PUBLISHED_LAYER_PARTS, key=key, part=key[2:])
-        if _layers_are_apart(found, blocks=blocks):
+        if _layers_are_separate(found, blocks=blocks):
             for layer in range(shape[0]):
                 targets[*blocks, str(layer), *part] = _Target(key, layer, flat[1:])
         else:
@@ -215,18 +216,18 @@ def _targets(shapes: dict[Key, Shape], *, found: set[Key]) -> dict[Key, _Target]
 def _lookup(names: dict[str, str], *, key: Key, part: Key) -> Key:
     if "/".join(part) not in names:
         raise UsageError(
-            f"published checkpoints hold nothing for {'/'.join(key)}; "
-            "keep the model's layout as published"
+            f"published checkpoints have no weight for {'/'.join(key)}; "
+            "keep the published model layout"
         )
     return tuple(names["/".join(part)].split("/"))
 
 
-def _layers_are_apart(found: set[Key], *, blocks: Key) -> bool:
+def _layers_are_separate(found: set[Key], *, blocks: Key) -> bool:
     return any(key[:2] == blocks and len(key) > 2 and key[2].isdecimal() for key in found)
 
 
 def _published_shape(key: Key, *, shape: Shape) -> Shape:
-    """Our shape with heads merged, as published: [N, W, H, K] -> [N, W, W], and so on."""
+    """Merges the heads of our shape, as published: [N, W, H, K] -> [N, W, W], and so on."""
     if key[-2] in ("query", "key", "value"):
         return (*shape[:-2], math.prod(shape[-2:]))
     if key[-3:-1] == ("attention", "out"):
@@ -292,7 +293,7 @@ _CHECKS = {
 
 
 def _block_problems(published: dict[str, Any]) -> list[str]:
-    """Says where a block's tokens do not follow from its frames, resolution and patch."""
+    """Lists inconsistencies between a block's tokens and its frames, resolution and patch."""
     frames, side = published["frames_per_block"], published["resolution"]
     sizes = list(zip((frames, side, side), published["patch_size"], strict=True))
     max_toks, sequence = published["max_toks"], published["max_sequence_length"]
@@ -310,7 +311,7 @@ def _block_problems(published: dict[str, Any]) -> list[str]:
     if published["min_toks"] > max_toks:
         problems.append(f"min_toks {published['min_toks']} is above max_toks {max_toks}")
     if sequence % max_toks:
-        problems.append(f"max_sequence_length {sequence} is no multiple of max_toks {max_toks}")
+        problems.append(f"max_sequence_length {sequence} is not a multiple of max_toks {max_toks}")
     return problems
 
 

@@ -1,11 +1,11 @@
-"""The stream of arrays in a published ElasticTok checkpoint.
+"""Reads the stream of arrays in a published ElasticTok checkpoint.
 
-The file is a stream of msgpack pairs [key path, bytes], the bytes being one flax-serialised
-array (msgpack extension 1 holding (shape, dtype name, row-major data), or flax's dict of
-chunks when the array passes 2^30 bytes). A train state holds its weights under the prefix
-('params', 'params') beside its optimizer state, which is passed over unread.
+The file is a stream of msgpack pairs [key path, bytes], where the bytes are one flax-serialised
+array (msgpack extension 1 holding (shape, dtype name, row-major data), or flax's dict of chunks if
+the array exceeds 2^30 bytes). A train state holds its weights under the prefix ('params',
+'params'); its optimizer state is skipped without being read.
 
-Sizes that the file claims are checked against the file before anything is allocated.
+Sizes claimed by the file are checked against the file before anything is allocated.
 """
 
 import math
@@ -34,13 +34,13 @@ _BIN_LENGTHS = {0xC4: ">B", 0xC5: ">H", 0xC6: ">I"}  # msgpack bin 8, bin 16, bi
 _MAX_KEY_BYTES = 16 * 1024
 _MAX_KEY_PARTS = 32
 _MAX_RANK = 8
-_MAX_CHUNKS = 64  # one value holds < 2^32 bytes, a chunk 2^30
+_MAX_CHUNKS = 64  # a value holds < 2^32 bytes, a chunk 2^30
 _NOT_WEIGHTS = ("opt_state", "step")  # the rest of a flax TrainState
 _MSGPACK_ERRORS = (ValueError, TypeError, msgpack.UnpackException)
 
 
 class _Entry(NamedTuple):
-    """Where one weight lies: its key without 'params' prefixes, and its bytes."""
+    """The location of a weight: its key without 'params' prefixes, and its bytes."""
 
     key: Key
     offset: int
@@ -57,8 +57,8 @@ def read_published(path: str | os.PathLike) -> Iterator[tuple[Key, np.ndarray]]:
       (key path without the 'params' prefix, read-only array in the stored dtype).
 
     Raises:
-      UsageError: the file is missing, cut short, not such a stream, or holds an array that is
-        not float32, float16 or bfloat16 of the size its shape says. Names file and key.
+      UsageError: naming file and key, if the file is missing, cut short or not such a stream, or
+        an array is not float32, float16 or bfloat16 or does not have the size of its shape.
     """
     path = Path(path)
     with _open(path) as file:
@@ -77,13 +77,13 @@ def _open(path: Path) -> BinaryIO:
 
 
 def published_keys(path: Path) -> set[Key]:
-    """Keys of the weights in the file, without reading the weights."""
+    """Returns the keys of the weights in the file without reading the weights."""
     with _open(path) as file:
         return {entry.key for entry in _entries(file, path=path)}
 
 
 def _entries(file: BinaryIO, *, path: Path) -> Iterator[_Entry]:
-    """Finds each weight in the stream; leaves `file` anywhere."""
+    """Yields each weight in the stream; leaves `file` at an arbitrary position."""
     size = os.fstat(file.fileno()).st_size
     if not size:
         raise UsageError(f"{path} is empty; {_AGAIN}")
@@ -101,7 +101,7 @@ def _entries(file: BinaryIO, *, path: Path) -> Iterator[_Entry]:
 
 
 def _read_header(file: BinaryIO, *, position: int, size: int, path: Path) -> tuple[Key, int, int]:
-    """Reads one pair up to its value: (key, offset of the value's bytes, their number)."""
+    """Reads one pair up to its value; returns (key, offset and number of the value's bytes)."""
     file.seek(position)
     head = file.read(_MAX_KEY_BYTES)
     unpacker = msgpack.Unpacker(
@@ -159,7 +159,7 @@ def _without_prefix(key: Key) -> Key:
 
 
 def _decode_array(value: bytes, *, key: Key, path: Path) -> np.ndarray:
-    """Decodes one flax-serialised array, whole or in chunks."""
+    """Decodes one flax-serialised array, chunked or not."""
     try:
         decoded = msgpack.unpackb(
             value, raw=False, max_array_len=_MAX_RANK, max_map_len=_MAX_CHUNKS
@@ -175,7 +175,10 @@ def _decode_array(value: bytes, *, key: Key, path: Path) -> np.ndarray:
 
 
 def _array_from_extension(decoded: object) -> np.ndarray:
-    """Raises ValueError for all but (shape, a dtype we know, as many bytes as these say)."""
+    """Decodes (shape, dtype, data).
+
+    Raises ValueError unless the dtype is supported and the number of bytes matches.
+    """
     if not isinstance(decoded, msgpack.ExtType) or decoded.code != _NDARRAY_EXTENSION:
         raise ValueError(f"found {type(decoded).__name__}, not an array")
     fields = msgpack.unpackb(decoded.data, raw=True, max_array_len=_MAX_RANK, max_map_len=0)
@@ -200,7 +203,7 @@ def _join_chunks(decoded: dict) -> np.ndarray:
     _check_shape(shape)
     arrays = [_array_from_extension(chunk) for chunk in chunks]
     if len({array.dtype for array in arrays}) != 1:
-        raise ValueError("its chunks are none or of several dtypes")
+        raise ValueError("it has no chunks, or chunks of several dtypes")
     if any(array.ndim != 1 for array in arrays):
         raise ValueError("a chunk is not flat")
     if sum(array.size for array in arrays) != math.prod(shape):
@@ -209,7 +212,7 @@ def _join_chunks(decoded: dict) -> np.ndarray:
 
 
 def _numbered(items: object) -> list:
-    """{'0': a, '1': b} -> [a, b]."""
+    """Converts {'0': a, '1': b} to [a, b]."""
     if not isinstance(items, dict) or set(items) != {str(i) for i in range(len(items))}:
         raise ValueError("its chunks or shape are not numbered from 0")
     return [items[str(i)] for i in range(len(items))]

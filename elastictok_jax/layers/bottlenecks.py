@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
+from elastictok_jax.layers.codes import FloatCode, FSQCode
+
 Array = jax.Array
 
 
@@ -38,21 +40,15 @@ class FSQ:
     levels: tuple[int, ...]
     edge: float = 1e-3
 
+    has_kl = False
+
     @property
     def encoder_dims(self) -> int:
         return len(self.levels)
 
     @property
-    def latent_dims(self) -> int:
-        return len(self.levels)
-
-    @property
-    def codebook_size(self) -> int:
-        return int(np.prod(self.levels))
-
-    @property
-    def bits_per_token(self) -> float:
-        return float(np.log2(self.codebook_size))
+    def code(self) -> FSQCode:
+        return FSQCode(self.levels)
 
     def __call__(self, x_BSZ: Array, noise_keys_B: Array | None) -> Quantized:
         """Quantises the encoder's output; there is no noise in it."""
@@ -74,11 +70,8 @@ class FSQ:
         return jnp.sum(digits * np.cumprod([1, *self.levels[:-1]]), axis=-1, dtype=jnp.int32)
 
     def dequantize(self, codes_BS: Array) -> Array:
-        """int32 [B, S] codes to the float32 [B, S, Z] latents that gave them, exactly."""
-        levels = np.asarray(self.levels)
-        strides = np.cumprod([1, *self.levels[:-1]])
-        digits = (codes_BS[..., None] // strides) % levels
-        return (digits - levels // 2).astype(jnp.float32) / (levels // 2)
+        """Returns the latents float32 [B, S, Z] that gave codes int32 [B, S], exactly."""
+        return self.code.values(codes_BS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,17 +80,15 @@ class VAE:
 
     dims: int
 
+    has_kl = True
+
     @property
     def encoder_dims(self) -> int:
         return 2 * self.dims  # mean, then log-variance
 
     @property
-    def latent_dims(self) -> int:
-        return self.dims
-
-    @property
-    def bits_per_token(self) -> float:
-        return 32.0 * self.dims
+    def code(self) -> FloatCode:
+        return FloatCode(self.dims)
 
     def __call__(self, x_BSZ: Array, noise_keys_B: Array | None) -> Quantized:
         """Samples each row with its own key; without keys, latents are the mean."""

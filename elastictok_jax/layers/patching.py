@@ -3,12 +3,9 @@
 Dimension key: B batch, N blocks, F frames a block, S tokens (N blocks x L), D values a patch.
 """
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 
-Array = jax.Array
 PATCHES = "... (n t pt) (h ph) (w pw) c -> ... (n t h w) (pt ph pw c)"
 
 
@@ -57,13 +54,3 @@ def unpatchify(
     sizes = dict(t=frames_per_block // pt, h=height // ph, w=width // pw, pt=pt, ph=ph, pw=pw, c=3)
     inverse = " -> ".join(reversed(PATCHES.split(" -> ")))
     return rearrange(patches, inverse, **sizes)
-
-
-def to_float(pixels_uint8: Array) -> Array:
-    """uint8 [0, 255] to float32 [-1, 1]: x / 127.5 - 1."""
-    return pixels_uint8.astype(jnp.float32) / 127.5 - 1.0
-
-
-def to_uint8(pixels: Array) -> Array:
-    """float [-1, 1] to uint8, clipped and rounded to nearest."""
-    return jnp.round((jnp.clip(pixels, -1.0, 1.0) + 1.0) * 127.5).astype(jnp.uint8)

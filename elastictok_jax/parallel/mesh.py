@@ -8,7 +8,8 @@ the whole axis, over all processes.
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import jax
 import ml_collections
@@ -16,11 +17,11 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
-from elastictok_jax.config import block_tokens
 from elastictok_jax.errors import UsageError
 
 AXES = ("data", "fsdp", "tensor", "sequence")  # the last talk the most, and get the nearest links
 DCN = "dcn_"
+CheckModel = Callable[[Mapping[str, int], Mapping[str, str]], None]
 
 
 def mesh_sizes(config: ml_collections.ConfigDict, *, devices: int) -> dict[str, int]:
@@ -54,11 +55,15 @@ def _filled(
 
 
 def make_mesh(
-    config: ml_collections.ConfigDict, devices: Sequence[jax.Device] | None = None
+    config: ml_collections.ConfigDict,
+    devices: Sequence[jax.Device] | None = None,
+    *,
+    check_model: CheckModel,
 ) -> Mesh:
-    """The mesh of a resolved config, checked against batch, sequence and model.
+    """Makes the mesh of a resolved config, checked against batch, sequence and model.
 
     Args:
+      check_model: `Task.check_mesh` of the model that runs on it.
       devices: all of this run, if not given. They may be described ones, of a TPU topology.
 
     Raises:
@@ -77,7 +82,7 @@ def make_mesh(
             "most often mesh.dcn_data=-1"
         )
     within = mesh_sizes(config, devices=len(devices) // math.prod(between.values()))
-    check_fits(config, {axis: within[axis] * between[axis] for axis in AXES})
+    check_fits(config, {axis: within[axis] * between[axis] for axis in AXES}, check_model)
 
     def layout(*, allow_split_physical_axes: bool) -> np.ndarray:
         if math.prod(between.values()) == 1:
@@ -108,43 +113,53 @@ def _slice_of(device: jax.Device) -> int:
     return device.slice_index if hasattr(device, "slice_index") else 0
 
 
-def check_fits(config: ml_collections.ConfigDict, sizes: dict[str, int]) -> None:
-    """Sees that whole axes of `sizes` divide batch, sequence and model.
+def check_fits(
+    config: ml_collections.ConfigDict, sizes: Mapping[str, int], check_model: CheckModel
+) -> None:
+    """Checks that mesh axes of `sizes` divide batch, sequence and model.
 
     Raises:
       UsageError: naming the setting, the axis, and the nearest settings that fit.
     """
+    names = {axis: _axis(config, axis) for axis in AXES}
     pieces = config.optimizer.accumulate_steps
     batch, shards = config.data.batch_size // pieces, sizes["data"] * sizes["fsdp"]
     if batch % shards:
         near = shards * max(1, round(batch / shards)) * pieces
         raise UsageError(
             f"data.batch_size = {config.data.batch_size} (in {pieces} microbatches of {batch}) is "
-            f"not divided by the mesh: {_axis(config, 'data')} x {_axis(config, 'fsdp')} = {shards}"
+            f"not divided by the mesh: {names['data']} x {names['fsdp']} = {shards}"
             f"; the nearest data.batch_size that fits is {near}"
         )
-    model, tensor, sequence = config.model, sizes["tensor"], sizes["sequence"]
+    check_model(sizes, names)
 
-    def even_heads(heads: int) -> bool:
-        return heads % tensor == 0 and model.width % (2 * heads) == 0
 
-    width_step, per_block = math.lcm(sizes["fsdp"], 2 * model.heads), block_tokens(config)
-    settings: tuple[tuple[str, int, int, str, Callable[[int], bool]], ...] = (
-        ("model.width", model.width, 1, "fsdp", lambda width: width % width_step == 0),
-        ("model.heads", model.heads, 1, "tensor", even_heads),
-        ("model.mlp_width", model.mlp_width, 1, "tensor", lambda width: width % tensor == 0),
-        (
-            *("data.sequence_blocks", config.data.sequence_blocks, per_block, "sequence"),
-            lambda blocks: blocks * per_block % sequence == 0,
-        ),
-    )
-    for key, value, unit, axis, fits in settings:
-        if value * unit % sizes[axis]:
-            tokens = f" x {unit} tokens" if unit > 1 else ""
-            raise UsageError(
-                f"{key} = {value}{tokens} is not a multiple of {_axis(config, axis)} = "
-                f"{sizes[axis]}; {_nearest(value, fits)}"
-            )
+class Divided(NamedTuple):
+    """A setting that a mesh axis must divide.
+
+    Attributes:
+      key: of the config, with its value; unit: positions that one of it stands for.
+      fits: whether another value would fit the mesh and the rest of the model.
+    """
+
+    key: str
+    value: int
+    unit: int
+    axis: str
+    fits: Callable[[int], bool]
+
+
+def require_divided(
+    setting: Divided, *, sizes: Mapping[str, int], axis_names: Mapping[str, str]
+) -> None:
+    """Raises UsageError, with the nearest values that fit, unless the axis divides the setting."""
+    key, value, unit, axis, fits = setting
+    if value * unit % sizes[axis]:
+        tokens = f" x {unit} tokens" if unit > 1 else ""
+        raise UsageError(
+            f"{key} = {value}{tokens} is not a multiple of {axis_names[axis]} = {sizes[axis]}; "
+            f"{_nearest(value, fits)}"
+        )
 
 
 def _axis(config: ml_collections.ConfigDict, axis: str) -> str:

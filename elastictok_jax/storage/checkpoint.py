@@ -6,6 +6,7 @@ name and renamed when whole, so a killed process never leaves a checkpoint that 
 """
 
 import contextlib
+import dataclasses
 import functools
 import importlib.metadata
 import inspect
@@ -15,7 +16,7 @@ import logging
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,7 +29,6 @@ from elastictok_jax import __version__
 from elastictok_jax.errors import RunError, UsageError
 from elastictok_jax.layers.scan_layout import is_stacked, relayout, relayout_shapes
 from elastictok_jax.storage.references import BEST
-from elastictok_jax.training.state import TrainState
 
 T = TypeVar("T")
 LIBRARIES = ("jax", "flax", "optax", "orbax-checkpoint")
@@ -38,21 +38,39 @@ class DamagedCheckpoint(UsageError):
     """A checkpoint that is there and cannot be read."""
 
 
+@dataclasses.dataclass(frozen=True)
+class BestMetric:
+    """The metric that says which of two checkpoints is better.
+
+    Attributes:
+      name: as in metrics.jsonl; lower: whether lower values are better.
+    """
+
+    name: str
+    lower: bool
+
+    @property
+    def sign(self) -> float:
+        """What values are multiplied by so that the lowest is the best."""
+        return 1.0 if self.lower else -1.0
+
+
+LOWEST_MSE = BestMetric("eval/mse", lower=True)
+
+
 class Checkpointer:
     """Saves, keeps and restores the checkpoints below `workdir/checkpoints`.
 
-    Keeps the newest `keep_last` and the `keep_best` with the best `best_metric`: the lowest, or the
-    highest if it is a share of blocks met.
+    Keeps the newest `keep_last`, and the `keep_best` with the best metric.
     """
 
     def __init__(
-        self, workdir: Path, *, keep_last: int, keep_best: int, best_metric: str = "eval/mse"
+        self, workdir: Path, *, keep_last: int, keep_best: int, best: BestMetric = LOWEST_MSE
     ):
-        sign = _sign(best_metric)
-
         def cost(metrics: dict[str, float] | None) -> float:
-            missing = math.copysign(math.inf, sign)  # not every checkpoint is evaluated
-            return sign * (metrics or {}).get(best_metric, missing)
+            if best.name not in (metrics or {}):
+                return math.inf  # not every checkpoint is evaluated
+            return best.sign * (metrics or {})[best.name]
 
         policy = preservation_policy.AnyPreservationPolicy(
             [
@@ -102,13 +120,13 @@ class Checkpointer:
         """Step of the newest checkpoint on disk, or None."""
         return next(iter(self.steps()), None)
 
-    def best_steps(self, metric: str) -> list[int]:
-        """Steps of the checkpoints that were evaluated, that with the best `metric` first."""
-        values = {step: self.metrics(step).get(metric) for step in self.steps()}
+    def best_steps(self, best: BestMetric) -> list[int]:
+        """Returns the steps of the checkpoints that were evaluated, the best one first."""
+        values = {step: self.metrics(step).get(best.name) for step in self.steps()}
         known = {step: value for step, value in values.items() if value is not None}
-        return sorted(known, key=lambda step: _sign(metric) * known[step])
+        return sorted(known, key=lambda step: best.sign * known[step])
 
-    def choose(self, which: int | str | None, *, best_metric: str) -> list[int]:
+    def choose(self, which: int | str | None, *, best: BestMetric) -> list[int]:
         """The steps that are meant by a reference, see `references`; for None all, newest first.
 
         Raises:
@@ -122,10 +140,10 @@ class Checkpointer:
         if which is None:
             return steps
         if which == BEST:
-            chosen = self.best_steps(best_metric)[:1]
+            chosen = self.best_steps(best)[:1]
             if not chosen:
                 raise UsageError(
-                    f"no checkpoint in {self.folder} was saved with {best_metric}: name a step, "
+                    f"no checkpoint in {self.folder} was saved with {best.name}: name a step, "
                     f"of {', '.join(map(str, steps))}"
                 )
             return chosen
@@ -189,7 +207,7 @@ class Checkpointer:
     def save(
         self,
         step: int,
-        state: TrainState,
+        state: Any,
         *,
         data_position: dict[str, Any],
         config: ml_collections.ConfigDict,
@@ -228,7 +246,7 @@ class Checkpointer:
         except Exception as error:
             raise self._failed(error) from error
 
-    def restore(self, step: int, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
+    def restore(self, step: int, abstract: Any) -> tuple[Any, dict[str, Any]]:
         """The state at `step`, placed as `abstract` says, and the data position.
 
         The mesh, the number of processes, the kind of device and the layout of layers may be
@@ -239,38 +257,44 @@ class Checkpointer:
           DamagedCheckpoint: if it cannot be read.
         """
         saved = self._saved(step)
+        group = _before_groups(abstract, saved["params"])
         with self._reading(step):
-            wanted = relayout_shapes(abstract, stacked=is_stacked(saved["params"]))
+            grouped = abstract if group is None else _of_group(abstract, group)
+            wanted = relayout_shapes(grouped, stacked=is_stacked(saved["params"]))
         self._check_shapes(step, shape_mismatches(saved, wanted))
         with self._reading(step):
             restored = self._restore(step, wanted, data=ocp.args.JsonRestore())
             position = dict(restored["data"])
         state = relayout(restored["state"], stacked=is_stacked(abstract.params))
-        return state, position
+        return state if group is None else _as_group(state, group), position
 
-    def saved_params(self, step: int) -> dict[str, Any]:
-        """The weights to evaluate (the average where there is one) as a tree of what has a
-        `.shape`, with layers stacked or apart as they were saved."""
-        return self._saved(step)[self._evaluated(step)]
+    def saved_params(self, step: int, group: str) -> dict[str, Any]:
+        """Returns the weights to evaluate of a parameter group (the average if there is one) as a
+        tree of what has a `.shape`, with layers stacked or not as they were saved."""
+        params = self._saved(step)[self._evaluated(step)]
+        return params.get(group, params)  # saved before states had groups
 
-    def restore_params(self, step: int, abstract_params: Any) -> Any:
-        """The weights to evaluate, placed as `abstract_params` says, without the optimizer.
+    def restore_params(self, step: int, group: str, abstract_params: Any) -> Any:
+        """Returns the weights to evaluate of a group, placed as `abstract_params` says.
 
         Raises:
           UsageError: naming every weight that differs, with both shapes.
         """
-        saved = self.saved_params(step)
+        saved = self.saved_params(step, group)
         wanted = relayout_shapes(abstract_params, stacked=is_stacked(saved))
         self._check_shapes(step, shape_mismatches(saved, wanted))
-        params = self.restore_some_params(step, wanted)
+        params = self.restore_some_params(step, group, wanted)
         return relayout(params, stacked=is_stacked(abstract_params))
 
-    def restore_some_params(self, step: int, abstract_params: Any) -> Any:
-        """Those of the weights to evaluate that `abstract_params` has, which must fit what was
-        saved in names, shapes and layout."""
+    def restore_some_params(self, step: int, group: str, abstract_params: Any) -> Any:
+        """Returns those weights to evaluate of a group that `abstract_params` has, which must fit
+        what was saved in names, shapes and layout."""
         name = self._evaluated(step)
+        grouped = group in self._saved(step)[name]
+        wanted = {group: abstract_params} if grouped else abstract_params
         with self._reading(step):
-            return self._restore(step, {name: abstract_params}, partial=True)["state"][name]
+            params = self._restore(step, {name: wanted}, partial=True)["state"][name]
+        return params[group] if grouped else params
 
     def _restore(self, step: int, wanted: Any, *, partial: bool = False, **items: Any) -> Any:
         """The state as `wanted` places it, only what that has if `partial`, and other `items`."""
@@ -363,9 +387,30 @@ def saved_steps(folder: Path) -> list[int]:
     return sorted((int(name) for name in names if name.isdecimal()), reverse=True)
 
 
-def _sign(metric: str) -> float:
-    """By which a metric is multiplied so that the lowest is the best."""
-    return -1.0 if metric.startswith("eval/met_") else 1.0
+def _before_groups(abstract: Any, saved_params: Mapping[str, Any]) -> str | None:
+    """Returns the parameter group of a state that was saved before states had groups, or None."""
+    groups = tuple(abstract.params)
+    return groups[0] if len(groups) == 1 and groups[0] not in saved_params else None
+
+
+def _of_group(state: Any, group: str) -> Any:
+    """Returns a state whose trees are those of one group, as it was saved before groups."""
+    return dataclasses.replace(
+        state,
+        params=state.params[group],
+        opt_state=state.opt_state[group],
+        ema_params=state.ema_params.get(group),
+    )
+
+
+def _as_group(state: Any, group: str) -> Any:
+    """Returns the reverse of `_of_group`."""
+    return dataclasses.replace(
+        state,
+        params={group: state.params},
+        opt_state={group: state.opt_state},
+        ema_params={} if state.ema_params is None else {group: state.ema_params},
+    )
 
 
 def _first_line(error: Exception) -> str:

@@ -20,14 +20,10 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from elastictok_jax.config import block_tokens, read_config
 from elastictok_jax.errors import UsageError
-from elastictok_jax.export.native import is_exported, read_exported
-from elastictok_jax.layers.bottlenecks import FSQ
-from elastictok_jax.layers.patching import unpatchify
 from elastictok_jax.layers.scan_layout import with_layout
-from elastictok_jax.models.elastictok.model import abstract_params, build_model
-from elastictok_jax.storage.checkpoint import Checkpointer
+from elastictok_jax.models.open_model import open_model
+from elastictok_jax.models.registry import DEFAULT_FAMILY, open_family
 from elastictok_jax.storage.references import split_reference
 from elastictok_jax.tokenizer.allocation import allocate
 from elastictok_jax.tokenizer.block_codec import ClipDecoder, ClipEncoder, CodedBlock, CompiledCodec
@@ -46,8 +42,6 @@ from elastictok_jax.tokenizer.router import FILE, Router
 from elastictok_jax.tokenizer.tiling import Grid, checked_video, in_blocks
 from elastictok_jax.tokenizer.tokens import Tokens, require_alike
 
-# Keys of config.model that say how it runs, not what its codes mean.
-HOW_IT_RUNS = ("attention", "remat", "mlp_chunk_tokens", "scan_layers")
 Progress = Callable[[int, int], None]
 SPENDING_ROUNDS = 4  # times that all clips are measured before a budget is spent
 
@@ -64,25 +58,22 @@ class ElasticTokenizer:
 
     def __init__(self, config: ml_collections.ConfigDict, params) -> None:
         self.config = config
-        self.model = build_model(config)
+        self.codec = open_family(config).codec
         self.params = jax.tree.map(jnp.asarray, params)
-        self.tokens_per_block = block_tokens(config)
-        self.min_tokens = min(config.masking.min_tokens, self.tokens_per_block)
-        self.window_blocks = config.data.sequence_blocks
+        self.geometry = self.codec.geometry
+        self.window_blocks = self.geometry.window
         self.router: Router | None = None  # what `train-router` left in the model's folder
         self.fingerprint = _fingerprint(config, params)
-        self._programs = CompiledCodec.of(
-            self.model,
-            self.params,
-            tokens_per_block=self.tokens_per_block,
-            to_video=functools.partial(
-                unpatchify,
-                patch=tuple(config.model.patch),
-                frames_per_block=config.video.frames_per_block,
-                height=config.video.resolution,
-                width=config.video.resolution,
-            ),
-        )
+        key = jax.random.key(int(self.fingerprint[:8], 16))
+        self._compiled = CompiledCodec(self.codec, self.params, key)
+
+    @property
+    def tokens_per_block(self) -> int:
+        return self.geometry.tokens
+
+    @property
+    def min_tokens(self) -> int:
+        return self.geometry.min_tokens
 
     @classmethod
     def from_pretrained(
@@ -124,45 +115,16 @@ class ElasticTokenizer:
 
     @classmethod
     def _load(cls, model: str | Path, *, step: int | str | None) -> tuple["ElasticTokenizer", bool]:
-        """The tokenizer, and whether it has the newest weights of its folder."""
-        folder, which = split_reference(model)
-        which = which if step is None else step
-        if not folder.is_dir():
-            raise UsageError(f"model {model} does not exist: give a workdir or an exported folder")
-        if is_exported(folder):
-            if which is not None:
-                raise UsageError(f"model {folder} is exported, and has no checkpoints to choose of")
-            config, params = read_exported(folder)
-            return cls(config, with_layout(params, stacked=config.model.scan_layers)), True
-        config = read_config(folder / "config.json")
-        if not (folder / "checkpoints").is_dir():
-            raise UsageError(f"model {model} has no checkpoints yet: train it first")
-        device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        placed = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device),
-            abstract_params(config),
-        )
-        checkpoints = Checkpointer.for_reading(folder)
-        try:
-            chosen = checkpoints.choose(which, best_metric=config.train.best_metric)
-            found, params = checkpoints.first_readable(
-                chosen, lambda number: checkpoints.restore_params(number, placed)
-            )
-            return cls(config, params), found == checkpoints.latest_step()
-        finally:
-            checkpoints.close()
+        """Returns the tokenizer, and whether it has the newest weights of its folder."""
+        with open_model(model, step=step) as saved:
+            params = saved.params()
+            return cls(saved.config, params), saved.is_newest
 
     def on(self, device: jax.Device) -> "ElasticTokenizer":
         """The same tokenizer, computing on another device."""
         other = ElasticTokenizer(self.config, jax.device_put(self.params, device))
         other.window_blocks, other.router = self.window_blocks, self.router
         return other
-
-    @property
-    def levels(self) -> tuple[int, ...]:
-        """Of the FSQ; empty for a VAE."""
-        bottleneck = self.model.bottleneck
-        return tuple(bottleneck.levels) if isinstance(bottleneck, FSQ) else ()
 
     def encode(
         self,
@@ -202,7 +164,7 @@ class ElasticTokenizer:
         goal = Goal(tokens, max_mse, min_psnr, max_lpips, budget, total_tokens, search)
         several = isinstance(video, list | tuple) or np.ndim(video) == 5
         clips = [checked_video(np.asarray(clip)) for clip in (video if several else [video])]
-        grids = [Grid(clip.shape[:3], self.config) for clip in clips]
+        grids = [Grid(clip.shape[:3], self.geometry) for clip in clips]
         sizes = [grid.blocks * grid.tiles for grid in grids]
         if goal.spends and clips:
             lengths = self._spend(goal, clips, grids)
@@ -211,12 +173,12 @@ class ElasticTokenizer:
         results = []
         for index, (clip, grid) in enumerate(zip(clips, grids, strict=True)):
             tiles = range(grid.tiles)
-            choosers: list[LengthPolicy]
+            policies: list[LengthPolicy]
             if goal.target is None:
-                choosers = [FixedLength(lengths[index][tile :: grid.tiles]) for tile in tiles]
+                policies = [FixedLength(lengths[index][tile :: grid.tiles]) for tile in tiles]
             else:
-                choosers = [self.threshold(goal) for _ in tiles]
-            coded = self.code(clip, grid, choosers, metric=goal.metric, progress=progress)
+                policies = [self.threshold(goal) for _ in tiles]
+            coded = self.code(clip, grid, policies, metric=goal.metric, progress=progress)
             results.append(self.tokens(coded, grid, fps=fps))
         return results if several else results[0]
 
@@ -252,22 +214,23 @@ class ElasticTokenizer:
         if np.ndim(tokens if tokens is not None else 0):
             raise UsageError("a stream takes one number of tokens for all its blocks")
         lanes: Lanes[tuple[ClipEncoder, LengthPolicy]] | None = None
-        blocks = in_blocks(frames, self.config.video.frames_per_block)
+        blocks = in_blocks(frames, self.geometry.frames)
         for first in blocks:
-            tiles = Grid(first.shape[:3], self.config).tiles
+            tiles = Grid(first.shape[:3], self.geometry).tiles
             if lanes is None:
                 lanes = Lanes(
                     lambda: (self.coder(goal.metric), self._of_a_stream(goal)),
                     tiles=tiles,
-                    caches=lambda lane: [lane[0].encoder_cache, lane[0].decoder_cache],
+                    coder=lambda lane: lane[0],
                 )
             group = [first, *itertools.islice(blocks, self._at_once(tiles) - 1)]
-            grids = [Grid(block.shape[:3], self.config) for block in group]
+            grids = [Grid(block.shape[:3], self.geometry) for block in group]
             coded: list[list[CodedBlock]] = [[] for _ in group]
             for tile in range(tiles):
-                with lanes.tile(tile) as (coder, chooser):
+                with lanes.tile(tile) as (coder, policy):
                     for block, grid, kept in zip(group, grids, coded, strict=True):
-                        kept.append(chooser.keep(coder.block(*grid.cut_tile(block, tile))))
+                        (pixels,), (inside,) = grid.cut_tile(block, tile)
+                        kept.append(policy.keep(coder.block(pixels, inside)))
             for grid, kept in zip(grids, coded, strict=True):
                 yield self.tokens(kept, grid, fps=fps)
 
@@ -293,18 +256,18 @@ class ElasticTokenizer:
             if lanes is None:
                 lanes = Lanes(
                     functools.partial(
-                        ClipDecoder, self._programs, window_blocks=first.window_blocks
+                        ClipDecoder, self._compiled, window_blocks=first.window_blocks
                     ),
                     tiles=tiles,
-                    caches=lambda decoder: [decoder.cache],
+                    coder=lambda decoder: decoder,
                 )
             group = [first, *itertools.islice(pieces_checked, self._at_once(tiles) - 1)]
-            patches: list[list[np.ndarray]] = [[] for _ in group]
+            frames: list[list[np.ndarray]] = [[] for _ in group]
             for tile in range(tiles):
                 with lanes.tile(tile) as decoder:
-                    for block, decoded in zip(group, patches, strict=True):
+                    for block, decoded in zip(group, frames, strict=True):
                         decoded.append(decoder.block(block.codes[tile]))
-            for block, decoded in zip(group, patches, strict=True):
+            for block, decoded in zip(group, frames, strict=True):
                 yield block.grid.join(np.stack(decoded), block=block.index)
 
     def _at_once(self, tiles: int) -> int:
@@ -317,7 +280,7 @@ class ElasticTokenizer:
         ended = False
         blocks = 0
         for number, tokens in enumerate(pieces):
-            grid = Grid((tokens.frames, tokens.height, tokens.width), self.config)
+            grid = Grid((tokens.frames, tokens.height, tokens.width), self.geometry)
             self._check_tokens(tokens, grid)
             blocks += grid.blocks
             # Memory grows with the window, and a file may come from anywhere.
@@ -340,19 +303,18 @@ class ElasticTokenizer:
         self,
         clip_THWC: np.ndarray,
         grid: Grid,
-        choosers: Sequence[LengthPolicy],
+        policies: Sequence[LengthPolicy],
         *,
         metric: str,
         progress: Progress | None = None,
     ) -> list[CodedBlock]:
-        """The blocks of a clip, time first. One tile after another, so that the keys and values of
-        only one are there at a time."""
+        """Codes the blocks of a clip; returns them time first. Tiles are coded one after another,
+        so that the pasts of only one are in memory."""
         coded = []
-        for chooser, patches_SD, inside_SD in zip(choosers, *grid.cut(clip_THWC), strict=True):
+        for policy, blocks, inside in zip(policies, *grid.cut(clip_THWC), strict=True):
             coder = self.coder(metric)
-            for start in range(0, len(patches_SD), self.tokens_per_block):
-                span = slice(start, start + self.tokens_per_block)
-                coded.append(chooser.keep(coder.block(patches_SD[span], inside_SD[span])))
+            for frames, part in zip(blocks, inside, strict=True):
+                coded.append(policy.keep(coder.block(frames, part)))
                 if progress is not None:
                     progress(len(coded), grid.blocks * grid.tiles)
         return [coded[index] for index in grid.time_first]
@@ -360,7 +322,7 @@ class ElasticTokenizer:
     def coder(self, metric: str) -> ClipEncoder:
         """For one tile of one clip, measured by "mse" or "lpips"."""
         distortion = self._lpips if metric == "lpips" else None
-        return ClipEncoder(self._programs, window_blocks=self.window_blocks, distortion=distortion)
+        return ClipEncoder(self._compiled, window_blocks=self.window_blocks, distortion=distortion)
 
     @functools.cached_property
     def _lpips(self) -> Distortion:
@@ -371,7 +333,7 @@ class ElasticTokenizer:
         return dict(low=self.min_tokens, high=self.tokens_per_block)
 
     def threshold(self, goal: Goal) -> TargetError:
-        """A chooser for one tile of one clip.
+        """Returns a policy for one tile of one clip.
 
         Raises:
           UsageError: if the search needs a router and there is none, or none for the measure.
@@ -380,12 +342,12 @@ class ElasticTokenizer:
         router = None
         if "regression" in goal.search:  # hybrid needs more evaluations by it than by the past
             if goal.metric != "mse" or self.router is None:
-                mend = (
+                fix = (
                     "give max_mse or min_psnr, or another search"
                     if goal.metric != "mse"
                     else "run elastictok train-router MODEL first"
                 )
-                raise UsageError(f"search {goal.search!r} predicts the MSE with a router: {mend}")
+                raise UsageError(f"search {goal.search!r} predicts the MSE with a router: {fix}")
             router = self.router
         return TargetError(goal.target, search=goal.search, router=router, **self._bounds)
 
@@ -441,10 +403,10 @@ class ElasticTokenizer:
             height=grid.height,
             width=grid.width,
             fps=float(fps),
-            bits_per_token=self.model.bottleneck.bits_per_token,
+            bits_per_token=self.codec.code.bits,
             fingerprint=self.fingerprint,
             window_blocks=self.window_blocks,
-            levels=self.levels,
+            levels=self.codec.code.levels,
         )
 
     def _check_tokens(self, tokens: Tokens, grid: Grid) -> None:
@@ -459,15 +421,7 @@ class ElasticTokenizer:
         lengths = tokens.lengths
         if lengths.min() < 1 or lengths.max() > self.tokens_per_block:
             raise UsageError(f"token lengths must lie in [1, {self.tokens_per_block}]")
-        flat = BlockCodes.of(tokens.codes).flat
-        bottleneck = self.model.bottleneck
-        if isinstance(bottleneck, FSQ):
-            if flat.ndim != 1 or flat.dtype.kind not in "iu":
-                raise UsageError("codes of an FSQ model must be whole numbers")
-            if flat.min() < 0 or flat.max() >= bottleneck.codebook_size:
-                raise UsageError(f"codes must lie in [0, {bottleneck.codebook_size})")
-        elif flat.shape[1:] != (bottleneck.latent_dims,) or not np.isfinite(flat).all():
-            raise UsageError(f"codes must be finite, {bottleneck.latent_dims} values a token")
+        self.codec.code.check(BlockCodes.of(tokens.codes).flat)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -482,10 +436,12 @@ class _StoredBlock:
 
 def _fingerprint(config: ml_collections.ConfigDict, params) -> str:
     """16 hex digits of the model's config and weights."""
+    model = config.model.to_dict() | {"dtype": config.compute.dtype}
+    if model["family"] == DEFAULT_FAMILY:
+        del model["family"]  # as before families, so that older tokens still decode
     digest = hashlib.sha256()
-    for part in (config.model, config.video):
-        meaning = {k: v for k, v in part.to_dict().items() if k not in HOW_IT_RUNS}
-        digest.update(repr(sorted(meaning.items())).encode())
+    for part in (model, config.video.to_dict()):
+        digest.update(repr(sorted(part.items())).encode())
     stacked = with_layout(params, stacked=True)
     for path, leaf in jax.tree_util.tree_flatten_with_path(stacked)[0]:
         digest.update(jax.tree_util.keystr(path).encode())

@@ -1,6 +1,6 @@
-"""One clip, coded block after block, each at a length that somebody chooses (paper, section 3.4).
+"""Codes one clip block by block, each at a length that a policy chooses (paper, section 3.4).
 
-Dimension key: C candidates, L tokens a block, D patch values, Z latent dims.
+Dimension key: C candidates, L tokens a block, Z values of a token, F frames a block, R side.
 
 What is kept of a block was decoded by the very program that `ClipDecoder` runs on the stored codes,
 one candidate at a time, so what is reported is what is decoded, to the last bit. Errors of several
@@ -9,15 +9,14 @@ enough to choose by, and the choice is measured again.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from elastictok_jax.models.elastictok.model import ElasticTok
-from elastictok_jax.tokenizer.cache import Cache, CodecHalf
+from elastictok_jax.models.base import Codec
 from elastictok_jax.tokenizer.distortion import Distortion, decoded_mse
 
 Array = jax.Array
@@ -26,30 +25,29 @@ CANDIDATES = 16  # most lengths of a block that one call measures
 
 @dataclasses.dataclass(frozen=True)
 class CompiledCodec:
-    """What all clips of one model share: weights and compiled programs.
+    """A codec, which compiles its programs once, with the weights that all clips share.
 
-    `to_video` makes frames uint8 [F, H, W, 3] of the patches of a block, uint8 [L, D].
+    Attributes:
+      key: of decoders that sample, a function of the model's fingerprint.
     """
 
-    model: ElasticTok
+    codec: Codec
     params: Any
-    tokens_per_block: int
-    encode: CodecHalf
-    decode: CodecHalf
-    to_video: Callable[[np.ndarray], np.ndarray]
+    key: Array
 
-    @classmethod
-    def of(
-        cls,
-        model: ElasticTok,
-        params,
-        *,
-        tokens_per_block: int,
-        to_video: Callable[[np.ndarray], np.ndarray],
-    ) -> "CompiledCodec":
-        encode = CodecHalf(model, "encode", tokens_per_block=tokens_per_block)
-        decode = CodecHalf(model, "decode", tokens_per_block=tokens_per_block)
-        return cls(model, params, tokens_per_block, encode, decode, to_video)
+    def encode(self, inputs: Array, lengths_C: np.ndarray, past: Any) -> tuple[Array, Any]:
+        """Returns codes [C, L, ...] of a block, and what `Codec.extend` takes of one candidate."""
+        return self.codec.encode(self.params, inputs, self._keep(lengths_C), past)
+
+    def decode(
+        self, codes: Array, lengths_C: np.ndarray, past: Any, *, block: int
+    ) -> tuple[Array, Any]:
+        """Returns frames uint8 [C, F, R, R, 3] of the codes of a clip's `block`, counted from 0."""
+        key = jax.random.fold_in(self.key, block)
+        return self.codec.decode(self.params, codes, self._keep(lengths_C), past, key)
+
+    def _keep(self, lengths_C: np.ndarray) -> np.ndarray:
+        return np.arange(self.codec.geometry.tokens) < lengths_C[:, None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,35 +86,34 @@ class BlockEncoder:
     """The newest block of a clip: can be measured at any length, and is then kept at one.
 
     Attributes:
+      frames: uint8 [F, R, R, 3].
       evaluations, encoder_passes: so far, as in `CodedBlock`.
-      share_inside: how much of it is clip, and not padding.
+      fraction_inside: how much of it is clip, and not padding.
     """
 
-    def __init__(self, coder: "ClipEncoder", patches_LD: np.ndarray, inside_LD: np.ndarray) -> None:
-        self._coder, self._programs = coder, coder.programs
-        self._patches, self._inside = jnp.asarray(patches_LD), jnp.asarray(inside_LD)
-        self.share_inside = float(inside_LD.mean())
-        self.tokens_per_block = coder.programs.tokens_per_block
+    def __init__(self, clip: "ClipEncoder", frames: np.ndarray, inside: np.ndarray) -> None:
+        self._clip, self._compiled, codec = clip, clip.compiled, clip.compiled.codec
+        self.frames = frames
+        self._inputs = jnp.asarray(codec.pack(frames))
+        self._original, self._inside = jnp.asarray(frames), jnp.asarray(inside)
+        self.fraction_inside = float(inside.mean())
+        self.tokens_per_block = codec.geometry.tokens
         self.evaluations = self.encoder_passes = 0
         self._encoded: tuple[Array, Any] | None = None  # of an encoder that knows no length
         self._kept: _Trial | None = None
 
     def encoding(self) -> np.ndarray:
-        """Latents float32 [L, Z] of the block with all tokens kept."""
+        """Returns the values float32 [L, Z] of the block's codes with all tokens kept."""
         codes, _ = self._encode(np.asarray([self.tokens_per_block], np.int32))
-        return np.asarray(self._programs.model.bottleneck.dequantize(codes))[0]
-
-    def video(self) -> np.ndarray:
-        """Its frames, uint8 [F, H, W, 3]."""
-        return self._programs.to_video(np.asarray(self._patches))
+        return np.asarray(self._compiled.codec.code.values(codes))[0]
 
     @property
     def previous(self) -> tuple[int, float] | None:
         """Length and error of the block before, as it was kept; None for the first."""
-        return self._coder.kept
+        return self._clip.kept
 
     def errors(self, lengths: Sequence[int]) -> list[float]:
-        """Error at each of `lengths`, CANDIDATES of them at a time."""
+        """Returns the error at each of `lengths`, measured CANDIDATES of them at a time."""
         if len(lengths) == 1:
             return [self.measure(lengths[0]).error]
         errors: list[float] = []
@@ -125,25 +122,25 @@ class BlockEncoder:
             size = 1 << (len(some) - 1).bit_length()  # few sizes, so few programs
             lengths_C = np.asarray(some + some[-1:] * (size - len(some)), np.int32)
             codes, _ = self._encode(lengths_C)
-            pixels, _ = self._decode(codes, lengths_C)
-            error = self._coder.distortion(pixels, self._patches, self._inside)
+            decoded, _ = self._decode(codes, lengths_C)
+            error = self._clip.distortion(decoded, self._original, self._inside)
             self.evaluations += len(some)
             errors += np.asarray(error, np.float64)[: len(some)].tolist()
         return errors
 
     def measure(self, length: int, *, target: float = np.inf) -> _Trial:
-        """Error at one length as `ClipDecoder` would have it.
+        """Returns the block at one length, with its error as `ClipDecoder` would have it.
 
         Of several so measured, the shortest that meets `target` need not be computed again to be
         kept; if none does, the last.
         """
         lengths_C = np.asarray([length], np.int32)
         codes, encoder_present = self._encode(lengths_C)
-        pixels, decoder_present = self._decode(codes, lengths_C)
-        mse = decoded_mse(pixels, self._patches, self._inside)
+        decoded, decoder_present = self._decode(codes, lengths_C)
+        mse = decoded_mse(decoded, self._original, self._inside)
         error = mse
-        if self._coder.distortion is not decoded_mse:
-            error = self._coder.distortion(pixels, self._patches, self._inside)
+        if self._clip.distortion is not decoded_mse:
+            error = self._clip.distortion(decoded, self._original, self._inside)
         self.evaluations += 1
         trial = _Trial(
             length, codes[0], encoder_present, decoder_present, float(error[0]), float(mse[0])
@@ -154,15 +151,14 @@ class BlockEncoder:
         return trial
 
     def keep(self, length: int, *, target: float = np.inf) -> CodedBlock:
-        """Settles on a length: the blocks that follow see this one so."""
+        """Keeps a length: it is what the blocks that follow see of this one."""
         if self._kept is None or self._kept.length != length:
             self._kept = None
             self.measure(length)
         trial = self._kept
         assert trial is not None
-        self._coder.kept = (length, trial.error)
-        self._coder.encoder_cache.keep(trial.encoder_present)
-        self._coder.decoder_cache.keep(trial.decoder_present)
+        self._clip.keep(trial.encoder_present, trial.decoder_present)
+        self._clip.kept = (length, trial.error)
         return CodedBlock(
             codes=np.array(trial.codes[:length]),  # a view would keep the device's buffer
             error=trial.error,
@@ -173,54 +169,76 @@ class BlockEncoder:
         )
 
     def _encode(self, lengths_C: np.ndarray) -> tuple[Array, Any]:
-        """Codes [C, L] or [C, L, Z], and the keys and values of a single candidate."""
-        programs, coder = self._programs, self._coder
-        if programs.model.conditioned:
+        """Returns codes [C, L, ...], and the present of a single candidate."""
+        compiled, (past, _) = self._compiled, self._clip.pasts
+        if compiled.codec.knows_length:
             self.encoder_passes += len(lengths_C)
-            return programs.encode(programs.params, coder.encoder_cache, self._patches, lengths_C)
+            return compiled.encode(self._inputs, lengths_C, past)
         if self._encoded is None:
             self.encoder_passes += 1
-            whole = np.asarray([self.tokens_per_block], np.int32)
-            self._encoded = programs.encode(
-                programs.params, coder.encoder_cache, self._patches, whole
-            )
+            full = np.asarray([self.tokens_per_block], np.int32)
+            self._encoded = compiled.encode(self._inputs, full, past)
         codes, present = self._encoded
         return jnp.broadcast_to(codes, (len(lengths_C), *codes.shape[1:])), present
 
     def _decode(self, codes: Array, lengths_C: np.ndarray) -> tuple[Array, Any]:
-        programs = self._programs
-        return programs.decode(programs.params, self._coder.decoder_cache, codes, lengths_C)
+        _, past = self._clip.pasts
+        return self._compiled.decode(codes, lengths_C, past, block=self._clip.blocks)
 
 
 class ClipEncoder:
-    """A clip being encoded."""
+    """Encodes a clip block by block.
+
+    Attributes:
+      pasts: what the next block sees of earlier ones, in the encoder and in the decoder.
+      blocks: blocks so far.
+      kept: length and error of the newest block.
+    """
 
     def __init__(
-        self, programs: CompiledCodec, *, window_blocks: int, distortion: Distortion | None = None
+        self, compiled: CompiledCodec, *, window_blocks: int, distortion: Distortion | None = None
     ) -> None:
-        sizes = dict(window_blocks=window_blocks, tokens_per_block=programs.tokens_per_block)
-        self.programs, self.distortion = programs, distortion or decoded_mse
-        self.encoder_cache, self.decoder_cache = Cache(**sizes), Cache(**sizes)
-        self.kept: tuple[int, float] | None = None  # length and error of the newest block
+        self.compiled, self.distortion = compiled, distortion or decoded_mse
+        self.pasts = compiled.codec.start(window=window_blocks)
+        self.blocks = 0
+        self.kept: tuple[int, float] | None = None
 
-    def block(self, patches_LD: np.ndarray, inside_LD: np.ndarray) -> BlockEncoder:
-        """The next block; `keep` it before the one after it is asked for."""
-        return BlockEncoder(self, patches_LD, inside_LD)
+    def block(self, frames: np.ndarray, inside: np.ndarray) -> BlockEncoder:
+        """Returns the next block; `keep` it before asking for the one after it.
+
+        Args:
+          frames: uint8 [F, R, R, 3].
+          inside: bool of that shape, which of them are in the clip.
+        """
+        return BlockEncoder(self, frames, inside)
+
+    def keep(self, encoder_present: Any, decoder_present: Any) -> None:
+        """Adds the newest block to what later ones see."""
+        encoder_past, decoder_past = self.pasts
+        extend = self.compiled.codec.extend
+        self.pasts = extend(encoder_past, encoder_present), extend(decoder_past, decoder_present)
+        self.blocks += 1
 
 
 class ClipDecoder:
-    """A clip being decoded."""
+    """Decodes a clip block by block.
 
-    def __init__(self, programs: CompiledCodec, *, window_blocks: int) -> None:
-        self._programs = programs
-        self.cache = Cache(window_blocks=window_blocks, tokens_per_block=programs.tokens_per_block)
+    Attributes:
+      pasts: what the next block sees of earlier ones.
+    """
+
+    def __init__(self, compiled: CompiledCodec, *, window_blocks: int) -> None:
+        self._compiled = compiled
+        _, self.pasts = compiled.codec.start(window=window_blocks)
+        self._blocks = 0
 
     def block(self, codes: np.ndarray) -> np.ndarray:
-        """Patches uint8 [L, D] of the next block, whose first tokens are `codes`, [n] or [n, Z]."""
-        rest = [(0, self._programs.tokens_per_block - len(codes))] + [(0, 0)] * (codes.ndim - 1)
-        whole = jnp.asarray(np.pad(codes, rest))[None]
+        """Returns frames uint8 [F, R, R, 3] of the next block, whose first tokens are `codes`."""
+        codec = self._compiled.codec
+        rest = [(0, codec.geometry.tokens - len(codes))] + [(0, 0)] * (codes.ndim - 1)
+        padded = jnp.asarray(np.pad(codes, rest))[None]
         lengths_C = np.asarray([len(codes)], np.int32)
-        programs = self._programs
-        pixels, present = programs.decode(programs.params, self.cache, whole, lengths_C)
-        self.cache.keep(present)
-        return np.array(pixels[0])  # a view would keep the device's buffer
+        frames, present = self._compiled.decode(padded, lengths_C, self.pasts, block=self._blocks)
+        self.pasts = codec.extend(self.pasts, present)
+        self._blocks += 1
+        return np.array(frames[0])  # a view would keep the device's buffer

@@ -1,6 +1,6 @@
-"""What the error of a decoded block is measured by.
+"""Errors of decoded blocks, which lengths are chosen by.
 
-Dimension key: C candidates, L tokens a block, D patch values, F frames a block.
+Dimension key: C candidates, F frames a block, H height, W width.
 """
 
 from collections.abc import Callable
@@ -9,49 +9,39 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
-from elastictok_jax.layers.patching import to_float, unpatchify
 from elastictok_jax.perceptual.lpips import lpips
 from elastictok_jax.perceptual.lpips_weights import load_lpips
+from elastictok_jax.pixels import to_float
 
 Array = jax.Array
-# Errors float32 [C] of patches uint8 [C, L, D] against [L, D], where bool [L, D] is true.
+# Returns errors float32 [C] of frames uint8 [C, F, H, W, 3] against uint8 [F, H, W, 3], where
+# bool [F, H, W, 3] is true.
 Distortion = Callable[[Array, Array, Array], Array]
 
 
 @jax.jit
-def decoded_mse(pixels_CLD: Array, patches_LD: Array, inside_LD: Array) -> Array:
-    """Mean squared error on the [-1, 1] scale: a `Distortion`."""
-    error_CLD = (to_float(pixels_CLD) - to_float(patches_LD)) ** 2
-    return jnp.sum(error_CLD * inside_LD, axis=(1, 2)) / jnp.sum(inside_LD, dtype=jnp.float32)
+def decoded_mse(decoded_CFHWC: Array, original_FHWC: Array, inside_FHWC: Array) -> Array:
+    """Returns the mean squared error on the [-1, 1] scale: a `Distortion`."""
+    error_CFHWC = (to_float(decoded_CFHWC) - to_float(original_FHWC)) ** 2
+    sums_C = jnp.sum(error_CFHWC * inside_FHWC, axis=(1, 2, 3, 4))
+    return sums_C / jnp.sum(inside_FHWC, dtype=jnp.float32)
 
 
 def lpips_distortion(config: ml_collections.ConfigDict) -> Distortion:
-    """Mean LPIPS of a block's frames, padding and all, by the net `loss.lpips_net`.
+    """Returns the mean LPIPS of a block's frames, padding included, by the net `loss.lpips_net`.
 
     Raises:
-      UsageError: if the weights of that net are not there.
+      UsageError: if the weights of that net have not been fetched.
     """
-    params, net, side = (
-        load_lpips(config.loss.lpips_net),
-        config.loss.lpips_net,
-        config.video.resolution,
-    )
-    sizes = dict(
-        patch=tuple(config.model.patch),
-        frames_per_block=config.video.frames_per_block,
-        height=side,
-        width=side,
-    )
+    net = config.loss.lpips_net
+    params = load_lpips(net)
 
     @jax.jit
-    def mean_lpips(pixels_CLD: Array, patches_LD: Array, inside_LD: Array) -> Array:
-        del inside_LD
-        count = pixels_CLD.shape[0]
-        decoded, original = (
-            unpatchify(to_float(x), **sizes) for x in (pixels_CLD, patches_LD[None])
-        )
-        original = jnp.broadcast_to(original, decoded.shape)
-        frames = [x.reshape(-1, side, side, 3) for x in (decoded, original)]
-        return lpips(params, *frames, net=net).reshape(count, -1).mean(axis=1)
+    def mean_lpips(decoded_CFHWC: Array, original_FHWC: Array, inside_FHWC: Array) -> Array:
+        del inside_FHWC
+        decoded = to_float(decoded_CFHWC)
+        original = jnp.broadcast_to(to_float(original_FHWC), decoded.shape)
+        frames = [x.reshape(-1, *x.shape[2:]) for x in (decoded, original)]
+        return lpips(params, *frames, net=net).reshape(len(decoded), -1).mean(axis=1)
 
     return mean_lpips

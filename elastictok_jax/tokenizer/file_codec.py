@@ -16,7 +16,7 @@ from elastictok_jax import ctrl_c
 from elastictok_jax.data import media
 from elastictok_jax.data.frame_stream import PIPE, Footage, open_footage
 from elastictok_jax.errors import RunError, UsageError
-from elastictok_jax.evaluation.ssim import psnr
+from elastictok_jax.pixels import psnr
 from elastictok_jax.progress import Progress
 from elastictok_jax.storage.atomic import try_file
 from elastictok_jax.tokenizer import entropy, etok
@@ -72,8 +72,8 @@ def encode_file(
         print(f"note: {note}", file=sys.stderr)
     tokenizer = ElasticTokenizer.from_pretrained(model)
     if coding == "entropy":
-        entropy.require_coder(tokenizer.levels)
-    layout = Grid((1, footage.height, footage.width), tokenizer.config).describe()
+        entropy.require_coder(tokenizer.codec.code.levels)
+    layout = Grid((1, footage.height, footage.width), tokenizer.geometry).describe()
     if layout:
         print(f"note: {layout}", file=sys.stderr)
     if window_blocks is not None:
@@ -93,7 +93,7 @@ def encode_file(
 
 def _encode_whole(tokenizer: ElasticTokenizer, footage: Footage, goal: Goal) -> Tokens:
     video = np.stack(list(footage.stream))
-    grid = Grid(video.shape[:3], tokenizer.config)
+    grid = Grid(video.shape[:3], tokenizer.geometry)
     sizes = dict(low=tokenizer.min_tokens, high=tokenizer.tokens_per_block)
     count = goal.total(grid.blocks * grid.tiles, **sizes)
     if video.size // 3 > etok.MAX_PIXELS or count > etok.MAX_TOKENS:
@@ -140,7 +140,7 @@ def summary(
     tokens: Tokens, tokenizer: ElasticTokenizer, path: Path, goal: Goal
 ) -> dict[str, object]:
     """What an .etok file holds and how good it is, as JSON values."""
-    grid = Grid((tokens.frames, tokens.height, tokens.width), tokenizer.config)
+    grid = Grid((tokens.frames, tokens.height, tokens.width), tokenizer.geometry)
     error = float(np.average(tokens.mse, weights=grid.pixels))
     return {
         "goal": str(goal),

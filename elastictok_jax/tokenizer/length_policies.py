@@ -1,4 +1,4 @@
-"""Who settles on the length of each block: one protocol for every way to do it."""
+"""Policies that choose each block's token count."""
 
 from collections.abc import Callable, Iterable, Iterator
 from typing import Protocol
@@ -94,7 +94,7 @@ def measured_curve(block: BlockEncoder, *, low: int, high: int) -> np.ndarray:
     """float64 [high - low + 1]: squared error at each length, measured at POINTS of them."""
     lengths = log_spaced(low, high, count=POINTS)
     points = [(lengths, np.asarray(block.errors(lengths)))]
-    return interpolate_curves(points, low=low, high=high)[0] * block.share_inside
+    return interpolate_curves(points, low=low, high=high)[0] * block.fraction_inside
 
 
 class Probe:
@@ -112,7 +112,7 @@ class Probe:
     def keep(self, block: BlockEncoder) -> CodedBlock:
         self.curves.append(measured_curve(block, **self._bounds))
         kept = block.keep(int(next(self._lengths)))
-        self.errors.append(kept.mse * block.share_inside)
+        self.errors.append(kept.mse * block.fraction_inside)
         return kept
 
 

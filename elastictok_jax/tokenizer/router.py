@@ -2,9 +2,9 @@
 
 Dimension key: B blocks, L tokens a block, F frames, Z latent dims, K knots.
 
-It reads the encoding of the block with all tokens kept, which knows the blocks before it, how much
-of the block's energy there is at each scale, still and moving, and how the block before turned out.
-It is trained for one frozen tokenizer (`router_training.py`) and of use to no other.
+Its features are the full-length encoding of the block, which attends to the earlier blocks, the
+energy of the block's static and moving parts at each scale, and the result of the previous block.
+It is trained for one frozen tokenizer (`router_training.py`) and fits no other.
 """
 
 import dataclasses
@@ -23,13 +23,13 @@ from elastictok_jax.tokenizer.block_codec import BlockEncoder
 
 Array = jax.Array
 FILE = "router.safetensors"
-FLOOR = 2e-3  # energy below which differences say nothing of the error
+FLOOR = 2e-3  # energy below which differences do not inform the error
 SCALES = 6  # halvings of the picture
-EXTREME = 5.0  # standard deviations at which a feature is cut off: beyond is nothing to learn from
+EXTREME = 5.0  # standard deviations at which features are clipped: beyond, training data is sparse
 
 
 class Head(nn.Module):
-    """float32 [B, K] log errors from features [B, ...]."""
+    """Predicts log errors, float32 [B, K], from features [B, ...]."""
 
     knots: int
     width: int = 128
@@ -42,20 +42,22 @@ class Head(nn.Module):
 
 
 def features_of(block: BlockEncoder) -> np.ndarray:
-    """float32 [features] of a block, as `features` has them."""
-    return features(block.encoding(), block.video(), previous=block.previous)
+    """Returns the features of a block, float32 [features]; see `features`."""
+    return features(block.encoding(), block.frames, previous=block.previous)
 
 
 def features(
     latents_LZ: np.ndarray, video_FHWC: np.ndarray, *, previous: tuple[int, float] | None
 ) -> np.ndarray:
-    """float32 [features]: mean and spread of the latents; log energy at every scale of the mean
-    frame and of what moves; mean colour; then whether there is a block before, its log error and
-    the log of its share of tokens.
+    """Returns a block's features, float32 [features].
+
+    They are the mean and standard deviation of the latents; the log energy, at every scale, of the
+    mean frame and of the deviations from it; the mean colour; whether there is a previous block,
+    its log error and the log of the fraction of tokens it kept.
 
     Args:
       video_FHWC: uint8.
-      previous: length and error of the block before.
+      previous: length and error of the previous block.
     """
     latents = np.asarray(latents_LZ, np.float32)
     video = video_FHWC.astype(np.float32) / 127.5 - 1
@@ -73,8 +75,11 @@ def features(
 
 
 def energies(video_FHWC: np.ndarray) -> np.ndarray:
-    """Mean square of what halving the picture again and again takes away, scale by scale; then of
-    what is left, about its mean, and all together."""
+    """Returns the mean square of each octave band of a picture, from fine to coarse.
+
+    A band is what one halving removes; the last two values are the variance of the coarsest picture
+    and the sum of all.
+    """
     left = video_FHWC
     squares = [np.mean(left**2)]
     while len(squares) <= SCALES and left.shape[1] % 2 == left.shape[2] % 2 == 0:
@@ -82,7 +87,7 @@ def energies(video_FHWC: np.ndarray) -> np.ndarray:
         left = left.reshape(frames, height // 2, 2, width // 2, 2, -1).mean(axis=(2, 4))
         squares.append(np.mean(left**2))
     squares.append(np.mean(video_FHWC.mean(axis=(1, 2)) ** 2))
-    bands = -np.diff(squares)  # means of squares only: halving leaves what it keeps orthogonal
+    bands = -np.diff(squares)  # box means are orthogonal projections, so the squares subtract
     return np.append(bands, bands.sum()).clip(0)
 
 
@@ -91,9 +96,9 @@ class Router:
     """A trained head.
 
     Attributes:
-      params: of `Head`, with `center` and `scale` of its features beside them.
-      lengths: the K lengths that it speaks of, ascending.
-      fingerprint: of the tokenizer that it was trained for.
+      params: the parameters of `Head`, and the `center` and `scale` of its features.
+      lengths: the K lengths at which it predicts, ascending.
+      fingerprint: of the tokenizer it was trained for.
     """
 
     params: Any
@@ -101,14 +106,14 @@ class Router:
     fingerprint: str
 
     def __call__(self, block: BlockEncoder) -> np.ndarray:
-        """float64 [high - low + 1]: log error of a block, first of `lengths` to the last."""
+        """Predicts a block's log error from the first of `lengths` to the last, float64 [range]."""
         knots_K = predict(self.params, features_of(block)[None], knots=len(self.lengths))[0]
         every = np.log(np.arange(self.lengths[0], self.lengths[-1] + 1))
         return np.interp(every, np.log(self.lengths), np.asarray(knots_K, np.float64))
 
     @property
     def digest(self) -> str:
-        """16 hex digits of what it predicts by."""
+        """16 hex digits over everything that its predictions depend on."""
         digest = hashlib.sha256(repr((self.fingerprint, self.lengths)).encode())
         for leaf in jax.tree.leaves(self.params):
             digest.update(np.ascontiguousarray(leaf, np.float32).tobytes())
@@ -121,36 +126,36 @@ class Router:
 
     @classmethod
     def load(cls, folder: Path, *, fingerprint: str, low: int, high: int) -> "Router":
-        """The router in a model's folder, for lengths from `low` to `high`.
+        """Loads the router in a model's folder, for lengths from `low` to `high`.
 
         Raises:
-          UsageError: if it is damaged, or of another model or other lengths.
+          UsageError: if it is damaged, or belongs to another model or other lengths.
         """
         params, text = load_params(folder / FILE)
-        mend = f"train it again (elastictok train-router {folder}), or delete it"
+        fix = f"train it again (elastictok train-router {folder}), or delete it"
         if text.get("fingerprint") != fingerprint:
             raise UsageError(
                 f"{folder / FILE} belongs to model {text.get('fingerprint')}, this is "
-                f"{fingerprint}: {mend}"
+                f"{fingerprint}: {fix}"
             )
         try:
             lengths = tuple(int(length) for length in text["lengths"].split(","))
             router = cls(params, lengths, fingerprint)
             features = np.zeros((1, len(params["center"])), np.float32)
             if predict(params, features, knots=len(lengths)).shape != (1, len(lengths)):
-                raise ValueError("its head gives another number of lengths")
-        except Exception as error:  # whatever flax says of a tree that does not fit
-            raise UsageError(f"{folder / FILE} is damaged ({str(error)[:100]}): {mend}") from None
+                raise ValueError("its head predicts another number of lengths")
+        except Exception as error:  # flax raises many types for a tree that does not fit
+            raise UsageError(f"{folder / FILE} is damaged ({str(error)[:100]}): {fix}") from None
         if (lengths[0], lengths[-1]) != (low, high):
             raise UsageError(
-                f"{folder / FILE} speaks of {lengths[0]} to {lengths[-1]} tokens, the model's "
-                f"config of {low} to {high}: {mend}"
+                f"{folder / FILE} covers {lengths[0]} to {lengths[-1]} tokens, the model's "
+                f"config {low} to {high}: {fix}"
             )
         return router
 
 
 def predict(params, features_BF, *, knots: int) -> Array:
-    """float32 [B, K] log errors of blocks with the features given."""
+    """Predicts the log errors of blocks from their features, float32 [B, K]."""
     return _predict(params, jnp.asarray(features_BF), knots)
 
 

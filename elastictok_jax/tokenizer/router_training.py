@@ -1,10 +1,10 @@
-"""`elastictok train-router`: measures curves with a frozen tokenizer, and fits a `Router` to them.
+"""`elastictok train-router`: measures curves with a frozen tokenizer and fits a `Router` to them.
 
 Dimension key: N blocks, K knots.
 
-Blocks come from the tokenizer's own training data, as training reads them (frame rate, resolution,
-crop and flip of each source), left to right, the ones before kept as a search for some target would
-keep them. Everything follows from the config's seed.
+Blocks come from the tokenizer's own training data as training reads it (frame rate, resolution,
+crop and flip of each source), from left to right, with earlier blocks kept at the lengths that a
+search for a random target would choose. Everything is a function of the config's seed.
 """
 
 import sys
@@ -31,9 +31,9 @@ from elastictok_jax.tokenizer.search import log_spaced
 from elastictok_jax.tokenizer.tiling import Grid
 
 KNOTS = 32
-CLIP_BLOCKS = 6  # blocks of a clip that are measured in a row
-EPOCHS = 2**20  # of crops and flips that are drawn from
-HELD_BACK = 5  # every fifth item, whole, says when to stop
+CLIP_BLOCKS = 6  # consecutive blocks measured per clip
+EPOCHS = 2**20  # epochs from which crops and flips are drawn
+HELD_BACK = 5  # one item in five is held back for early stopping
 LEARNING_RATE, WEIGHT_DECAY = 1e-3, 1e-2
 
 
@@ -41,11 +41,11 @@ def train_router(model: str | Path, *, blocks: int, steps: int) -> dict[str, flo
     """Trains a router and writes it into the folder of `model`.
 
     Returns:
-      blocks: measured; steps: after which the error on items held back was least; count_error: mean
-      of |n - n of the measured curve| / n of the measured curve there, over four targets.
+      blocks: the number measured; steps: the step with the least error on held-back items;
+      count_error: the mean relative error of the predicted number of tokens over four targets.
 
     Raises:
-      UsageError: if there is no model, too little data for it, or its folder cannot be written.
+      UsageError: if there is no model, too little data, or the folder cannot be written.
     """
     tokenizer = ElasticTokenizer.without_router(model)
     folder, _ = split_reference(model)
@@ -70,12 +70,12 @@ def train_router(model: str | Path, *, blocks: int, steps: int) -> dict[str, flo
 
 
 def held_back_items(items: Sequence[Hashable]) -> np.ndarray:
-    """bool [N]: whether a block is of an item that is not trained on.
+    """Returns which blocks belong to held-back items, bool [N].
 
-    An item may be drawn many times, so all of its blocks are on one side.
+    An item may be drawn many times, so the split is by item rather than by block.
 
     Raises:
-      UsageError: if the blocks are of one item alone.
+      UsageError: if all blocks are of one item.
     """
     order = {item: index for index, item in enumerate(dict.fromkeys(items))}
     if len(order) < 2:
@@ -89,20 +89,19 @@ def held_back_items(items: Sequence[Hashable]) -> np.ndarray:
 def measured_blocks(
     tokenizer: ElasticTokenizer, lengths: list[int], *, blocks: int
 ) -> Iterator[tuple[tuple[int, int], np.ndarray, np.ndarray]]:
-    """(item, features, log error at `lengths` [K]) of `blocks` blocks of training data."""
-    config, per_block = tokenizer.config, tokenizer.tokens_per_block
+    """Yields (item, features, log errors at `lengths` [K]) of `blocks` blocks of training data."""
+    config = tokenizer.config
     rng = np.random.default_rng([config.seed, 1])
     coder = tokenizer.coder("mse")
     count = 0
     for item, video in training_clips(config):
-        patches_SD, inside_SD = (x[0] for x in Grid(video.shape[:3], config).cut(video))
+        grid = Grid(video.shape[:3], tokenizer.geometry)
         target = 0.0
-        for first in range(0, len(patches_SD), per_block):
-            span = slice(first, first + per_block)
-            block = coder.block(patches_SD[span], inside_SD[span])
+        for frames, inside in zip(*(tiles[0] for tiles in grid.cut(video)), strict=True):
+            block = coder.block(frames, inside)
             errors = np.maximum(block.errors(lengths), 1e-12)
             yield item, features_of(block), np.log(errors)
-            target = target or float(rng.choice(errors))  # that some length of the first one meets
+            target = target or float(rng.choice(errors))  # met by some length of the first block
             met = np.flatnonzero(errors <= target)
             block.keep(lengths[met[0] if met.size else -1])
             count += 1
@@ -113,8 +112,9 @@ def measured_blocks(
 def training_clips(
     config: ml_collections.ConfigDict,
 ) -> Iterator[tuple[tuple[int, int], np.ndarray]]:
-    """Endlessly, (item, up to CLIP_BLOCKS of its blocks, uint8 [T, R, R, 3]) as training reads
-    them; those that are damaged are left out.
+    """Yields (item, up to CLIP_BLOCKS of its blocks, uint8 [T, R, R, 3]) without end.
+
+    Blocks are read as in training; damaged ones are skipped.
 
     Raises:
       UsageError: if there is no data, or most of it is damaged.
@@ -132,14 +132,14 @@ def training_clips(
         item, blocks = int(feeds[index].items[place]), int(sizes[index][place])
         start = int(rng.integers(max(1, blocks - CLIP_BLOCKS + 1)))
         stop = min(blocks, start + CLIP_BLOCKS)
-        epoch = int(rng.integers(EPOCHS))  # which says how it is cropped and flipped
+        epoch = int(rng.integers(EPOCHS))  # determines the crop and flip
         pieces = list(
             reader.read(PackedClip(index, item, epoch, start, stop - start), range(start, stop))
         )
         if fault := next((piece.fault for piece in pieces if piece.fault), ""):
             failed += 1
             if failed > 10 + read:
-                raise UsageError(f"most of the data cannot be read; the last: {fault}")
+                raise UsageError(f"most of the data cannot be read; the last error: {fault}")
             continue
         read += 1
         yield (index, item), np.concatenate([piece.frames for piece in pieces])
@@ -148,7 +148,7 @@ def training_clips(
 def fit(
     features_NF: np.ndarray, curves_NK: np.ndarray, *, held_back: np.ndarray, steps: int, seed: int
 ) -> tuple[Any, int]:
-    """Parameters of a `Router`, and the step at which the error on `held_back` was least."""
+    """Fits the parameters of a `Router`; also returns the step of least error on `held_back`."""
     train_F, train_K = features_NF[~held_back], curves_NK[~held_back]
     fixed = {
         "center": train_F.mean(axis=0).astype(np.float32),
@@ -184,7 +184,10 @@ def fit(
 
 
 def count_error(predicted_NK: np.ndarray, curves_NK: np.ndarray, lengths: list[int]) -> float:
-    """Mean relative error in tokens of the first length that meets a target, where one does."""
+    """Returns the mean relative error of the first length predicted to meet a target.
+
+    Blocks that cannot meet a target are excluded.
+    """
     every = np.arange(lengths[0], lengths[-1] + 1)
 
     def first(curve_K: np.ndarray, target: float) -> int:

@@ -2,12 +2,11 @@
 
 from collections.abc import Iterable, Iterator
 
-import ml_collections
 import numpy as np
 from einops import rearrange
 
 from elastictok_jax.errors import UsageError
-from elastictok_jax.layers.patching import patchify, unpatchify
+from elastictok_jax.models.base import Geometry
 
 
 class Grid:
@@ -17,11 +16,10 @@ class Grid:
       size: frames, height and width of the clip, each at least 1.
     """
 
-    def __init__(self, size: tuple[int, int, int], config: ml_collections.ConfigDict) -> None:
+    def __init__(self, size: tuple[int, int, int], geometry: Geometry) -> None:
         self.frames, self.height, self.width = size
-        self._config = config
-        self._side, self._patch = config.video.resolution, tuple(config.model.patch)
-        self.frames_per_block = config.video.frames_per_block
+        self._geometry, self._side = geometry, geometry.side
+        self.frames_per_block = geometry.frames
         self.blocks = -(-self.frames // self.frames_per_block)
         self.rows, self.columns = -(-self.height // self._side), -(-self.width // self._side)
         self.tiles = self.rows * self.columns
@@ -54,10 +52,8 @@ class Grid:
         return f"{self.width}x{self.height} is {', '.join(parts)}" if parts else ""
 
     def cut(self, video_THWC: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Patches uint8 [tiles, S, D] of a clip of this size, and which of their values are in it.
-
-        Beyond the clip its edge is repeated; bool [tiles, S, D] is false there.
-        """
+        """Returns the blocks uint8 [tiles, N, F, R, R, 3] of a clip of this size, and bool of that
+        shape: which of their values are in it. Beyond the clip its edge is repeated."""
         slack = (
             (0, self.blocks * self.frames_per_block - self.frames),
             (0, self.rows * self._side - self.height),
@@ -68,29 +64,26 @@ class Grid:
         return self._tiles(np.pad(video_THWC, slack, mode="edge")), self._tiles(inside)
 
     def cut_tile(self, video_THWC: np.ndarray, tile: int) -> tuple[np.ndarray, np.ndarray]:
-        """`cut` of one tile alone: [S, D] each."""
+        """Returns `cut` of one tile alone: [N, F, R, R, 3] each."""
         row, column = divmod(tile, self.columns)
         top, left = row * self._side, column * self._side
         part = video_THWC[:, top : top + self._side, left : left + self._side]
-        one = Grid((self.frames, *part.shape[1:3]), self._config)
-        patches, inside = one.cut(part)
-        return patches[0], inside[0]
+        one = Grid((self.frames, *part.shape[1:3]), self._geometry)
+        blocks, inside = one.cut(part)
+        return blocks[0], inside[0]
 
     def _tiles(self, video_THWC: np.ndarray) -> np.ndarray:
-        tiles = rearrange(
-            video_THWC, "t (r h) (k w) c -> (r k) t h w c", r=self.rows, k=self.columns
+        return rearrange(
+            video_THWC,
+            "(n f) (r h) (k w) c -> (r k) n f h w c",
+            f=self.frames_per_block,
+            r=self.rows,
+            k=self.columns,
         )
-        return patchify(tiles, patch=self._patch, frames_per_block=self.frames_per_block)
 
-    def join(self, patches: np.ndarray, *, block: int) -> np.ndarray:
-        """Frames uint8 [t, H, W, 3] of one block from its patches [tiles, L, D], cropped."""
-        tiles = unpatchify(
-            patches,
-            patch=self._patch,
-            frames_per_block=self.frames_per_block,
-            height=self._side,
-            width=self._side,
-        )
+    def join(self, tiles: np.ndarray, *, block: int) -> np.ndarray:
+        """Returns the frames uint8 [t, H, W, 3] of one block, cropped, from its tiles
+        [tiles, F, R, R, 3]."""
         video = rearrange(tiles, "(r k) t h w c -> t (r h) (k w) c", r=self.rows, k=self.columns)
         frames = self.frames - block * self.frames_per_block  # the last block may hold fewer
         return video[:frames, : self.height, : self.width]

@@ -1,6 +1,7 @@
 """Metrics of steps on their way from the device to the log, without making the device wait."""
 
 import dataclasses
+import math
 import time
 from pathlib import Path
 
@@ -8,10 +9,10 @@ import jax
 import ml_collections
 import numpy as np
 
-from elastictok_jax.config import sequence_tokens
 from elastictok_jax.errors import RunError
+from elastictok_jax.models.base import Task
 from elastictok_jax.training.metric_writers import Console, MetricWriter, Silent
-from elastictok_jax.training.throughput import peak_flops, train_flops_per_token
+from elastictok_jax.training.throughput import peak_flops
 
 # Steps that the host may run ahead: enough that the device never idles, few enough that batches
 # do not pile up in its memory.
@@ -28,6 +29,7 @@ class StepLog:
     """
 
     config: ml_collections.ConfigDict
+    task: Task
     writer: MetricWriter | Silent
     console: Console | Silent
     workdir: Path
@@ -41,10 +43,10 @@ class StepLog:
         self._steps = 0
         self._since = time.perf_counter()
         self._compiled = False  # the first step's time is mostly the compiler's
-        self._flops_per_step = train_flops_per_token(self.config) * (
-            self.config.data.batch_size * sequence_tokens(self.config)
-        )
-        self._peak = peak_flops(self.config.model.dtype) * jax.device_count()
+        rows = self.config.data.batch_size
+        self._flops_per_step = self.task.flops_per_row() * rows
+        self._tokens_per_step = math.prod(self.task.batch_spec(rows)["segment_ids"].shape)
+        self._peak = peak_flops(self.config.compute.dtype) * jax.device_count()
 
     def record(self, step: int, metrics: dict[str, jax.Array], waited: float) -> None:
         """Takes a step's metrics; reads and writes those of the steps before it when due."""
@@ -106,10 +108,9 @@ class StepLog:
         if not self._steps:
             return {}
         seconds = (now - self._since) / self._steps
-        tokens = self.config.data.batch_size * sequence_tokens(self.config)
         speed = {
             "step_seconds": seconds,
-            "tokens_per_second": tokens / seconds,
+            "tokens_per_second": self._tokens_per_step / seconds,
             "model_flop_utilisation": self._flops_per_step / seconds / self._peak,
             "wait_fraction": self._waited / (now - self._since),
         }

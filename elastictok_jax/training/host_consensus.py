@@ -47,11 +47,11 @@ def abstract_votes(mesh: Mesh) -> jax.ShapeDtypeStruct:
 
 
 def with_votes(step: Callable) -> Callable:
-    """`step(state, batch, lpips_params)` that also takes votes, their sums among its metrics."""
+    """`step(state, batch, frozen)` that also takes votes, their sums among its metrics."""
 
     @functools.wraps(step)
-    def train_step(state, batch, lpips_params, votes_DK: jax.Array):
-        state, metrics = step(state, batch, lpips_params)
+    def train_step(state, batch, frozen, votes_DK: jax.Array):
+        state, metrics = step(state, batch, frozen)
         sums_K = jnp.sum(votes_DK, axis=0)
         return state, metrics | dict(zip(VOTES, sums_K, strict=True))
 

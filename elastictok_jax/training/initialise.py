@@ -7,8 +7,9 @@ matched with layer i.
 
 import contextlib
 import dataclasses
+import functools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,9 +19,7 @@ import ml_collections
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from elastictok_jax.config import read_config
 from elastictok_jax.errors import UsageError
-from elastictok_jax.export.native import is_exported, read_exported
 from elastictok_jax.layers.scan_layout import (
     STACKED,
     UNSTACKED,
@@ -30,28 +29,13 @@ from elastictok_jax.layers.scan_layout import (
     relayout_shapes,
     stacked_struct,
 )
+from elastictok_jax.models.open_model import SavedModel, open_model
 from elastictok_jax.parallel.distributed import FIRST_SECONDS, first_says
 from elastictok_jax.paths import local_text
-from elastictok_jax.storage.checkpoint import Checkpointer
-from elastictok_jax.storage.references import BEST, split_reference
 from elastictok_jax.training.state import TrainState
 
 RECORD = "init_from.json"
 Flat = dict[tuple[str, ...], Any]
-
-
-class WeightSource(NamedTuple):
-    """Weights that can be read.
-
-    Attributes:
-      origin: where they come from, in words.
-      shapes: their tree; leaves have `.shape`.
-      read: reads those that a flat dict of ShapeDtypeStructs names, placed as these say.
-    """
-
-    origin: str
-    shapes: dict[str, Any]
-    read: Callable[[Flat], Flat]
 
 
 class WeightMatch(NamedTuple):
@@ -81,7 +65,9 @@ class WeightMatch(NamedTuple):
 def initialise(
     state: TrainState, abstract: TrainState, *, config: ml_collections.ConfigDict, workdir: Path
 ) -> tuple[TrainState, list[str]]:
-    """A fresh state with the weights of `config.train.init_from`, and lines on what was taken.
+    """Returns a fresh state with the weights of `config.train.init_from`, and lines for the log.
+
+    Weights of the first parameter group are taken; other groups start anew.
 
     The optimizer starts anew, and an average of the weights with the weights. Which weights were
     taken, skipped and re-initialised is written to `workdir/init_from.json`. Weights of `state`
@@ -91,40 +77,44 @@ def initialise(
       UsageError: if there are no weights; naming every weight that differs, with both shapes, if
         train.init_from_mismatch is "refuse"; or if no weight fits.
     """
-    stacked = is_stacked(abstract.params)
+    group = next(iter(abstract.params))  # the one to export, and so what another run has
+    wanted_params = abstract.params[group]
+    stacked = is_stacked(wanted_params)
     with open_weights(config.train.init_from) as source:
         layout = is_stacked(source.shapes)
-        if depths(source.shapes) != depths(abstract.params):
+        if depths(source.shapes) != depths(wanted_params):
             layout = False  # compared layer by layer
-        wanted = flatten_dict(relayout_shapes(abstract.params, stacked=layout))
+        wanted = flatten_dict(relayout_shapes(wanted_params, stacked=layout))
         plan = match_weights(flatten_dict(_shapes_in_layout(source.shapes, stacked=layout)), wanted)
         differences = plan.differences()
         if differences and (config.train.init_from_mismatch == "refuse" or not plan.taken):
-            mend = (
+            fix = (
                 "set train.init_from_mismatch=reinitialise to start those weights anew"
                 if plan.taken
                 else "leave train.init_from empty (no weight fits, so nothing would be taken)"
             )
             raise UsageError(
                 f"train.init_from = {config.train.init_from} does not fit the config: "
-                f"{'; '.join(differences)}. Use the config it was trained with, or {mend}"
+                f"{'; '.join(differences)}. Use the config it was trained with, or {fix}"
             )
         taken = {key: wanted[key] for key in wanted if "/".join(key) in plan.taken}
-        _free(state.ema_params)
-        params = flatten_dict(relayout(state.params, stacked=layout))
+        _free(state.ema_params.get(group))
+        params = flatten_dict(relayout(state.params[group], stacked=layout))
         _free([params[key] for key in taken])
         params |= _read(source, taken, stacked=layout)
     params = relayout(unflatten_dict(params), stacked=stacked)
-    if state.ema_params is not None:
-        shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract.params)
+    ema_params = state.ema_params
+    if group in ema_params:
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, wanted_params)
         copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree), out_shardings=shardings)
-        state = dataclasses.replace(state, ema_params=copy(params))
+        ema_params = ema_params | {group: copy(params)}
     record(plan, source.origin, path=workdir / RECORD)
     summary = (
         f"weights of {source.origin}: {len(plan.taken)} taken, {len(plan.reinitialised)} "
         f"re-initialised, {len(plan.skipped)} skipped (all in {RECORD})"
     )
-    return dataclasses.replace(state, params=params), [
+    state = dataclasses.replace(state, params=state.params | {group: params}, ema_params=ema_params)
+    return state, [
         summary,
         *(f"  not taken: {d}" for d in differences),
     ]
@@ -156,47 +146,25 @@ def record(plan: WeightMatch, origin: str, *, path: Path) -> None:
 
 
 @contextlib.contextmanager
-def open_weights(model: str) -> Iterator[WeightSource]:
-    """The weights of a workdir (of a checkpoint, see `references`; the average if it has one) or
-    of an exported folder. Process 0 chooses the checkpoint for all.
+def open_weights(model: str) -> Iterator[SavedModel]:
+    """Opens the weights of train.init_from; process 0 chooses the checkpoint for all.
 
     Raises:
-      UsageError: if it is neither, or damaged.
+      UsageError: if there is no such model or checkpoint, or it is damaged.
     """
-    path, which = split_reference(local_text(model))
-    if is_exported(path):
-        _, params = read_exported(path)
-        stored = flatten_dict(params)
-        yield WeightSource(
-            str(path),
-            params,
-            lambda wanted: {key: _place(stored[key], wanted[key]) for key in wanted},
-        )
-        return
-    checkpoints = Checkpointer.for_reading(path)
-    try:
-        if not checkpoints.steps():
-            raise UsageError(
-                f"train.init_from = {path} has no checkpoint: give a workdir or an exported folder"
-            )
-        best = read_config(path / "config.json").train.best_metric if which == BEST else ""
-        chosen = json.dumps(checkpoints.choose(which, best_metric=best))
-        steps = json.loads(first_says("init_from", chosen, timeout=FIRST_SECONDS))
-        step, shapes = checkpoints.first_readable(steps, checkpoints.saved_params)
-
-        def read(wanted: Flat) -> Flat:
-            tree = unflatten_dict(wanted)
-            return flatten_dict(checkpoints.restore_some_params(step, tree))
-
-        yield WeightSource(f"{path} at step {step}", shapes, read)
-    finally:
-        checkpoints.close()
+    agree = functools.partial(first_says, "init_from", timeout=FIRST_SECONDS)
+    with contextlib.ExitStack() as stack:
+        try:
+            saved = stack.enter_context(open_model(local_text(model), agree=agree))
+        except UsageError as error:
+            raise UsageError(f"train.init_from = {model}: {error}") from None
+        yield saved
 
 
-def _read(source: WeightSource, taken: Flat, *, stacked: bool) -> Flat:
+def _read(source: SavedModel, taken: Flat, *, stacked: bool) -> Flat:
     """The weights `taken`, which are named as in the layout asked for."""
     if is_stacked(source.shapes) == stacked:
-        return source.read(taken)
+        return flatten_dict(source.read(unflatten_dict(taken)))
     count = depths(source.shapes)
     wanted = {}  # as the source has them
     for key in flatten_dict(source.shapes):
@@ -208,7 +176,7 @@ def _read(source: WeightSource, taken: Flat, *, stacked: bool) -> Flat:
         first = (*key[:at], f"{UNSTACKED}0", *key[at + 1 :])
         if first in taken:
             wanted[key] = stacked_struct(taken[first], count[key[:at]])
-    found = relayout(unflatten_dict(source.read(wanted)), stacked=False)
+    found = relayout(source.read(unflatten_dict(wanted)), stacked=False)
     return {key: array for key, array in flatten_dict(found).items() if key in taken}
 
 
@@ -216,11 +184,6 @@ def _shapes_in_layout(shapes, *, stacked: bool):
     """A tree of what has a `.shape`, as ShapeDtypeStructs in the layout asked for."""
     structs = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, np.float32), shapes)
     return relayout_shapes(structs, stacked=stacked)
-
-
-def _place(array: np.ndarray, like: jax.ShapeDtypeStruct) -> jax.Array:
-    values = array.astype(like.dtype)
-    return jax.make_array_from_callback(like.shape, like.sharding, lambda index: values[index])
 
 
 def _free(tree) -> None:

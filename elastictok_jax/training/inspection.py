@@ -7,8 +7,8 @@ import jax
 
 from elastictok_jax.config import read_config
 from elastictok_jax.errors import UsageError
-from elastictok_jax.export.native import is_exported
-from elastictok_jax.models.elastictok.model import abstract_params
+from elastictok_jax.models.open_model import best_metric, is_exported
+from elastictok_jax.models.registry import open_family
 from elastictok_jax.storage.checkpoint import Checkpointer, DamagedCheckpoint
 
 
@@ -25,20 +25,21 @@ def inspect_run(folder: Path) -> dict[str, Any]:
     if is_exported(folder):
         raise UsageError(f"{folder} is an exported model: it has no checkpoints")
     config = read_config(folder / "config.json")
-    metric = config.train.best_metric
+    family = open_family(config)
+    group, metric = family.task.groups[0], best_metric(config, family)
     device = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
     wanted = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device),
-        abstract_params(config),
+        family.codec.params_shapes(),
     )
     checkpoints = Checkpointer.for_reading(folder)
     try:
-        steps = checkpoints.choose(None, best_metric=metric)
+        steps = checkpoints.choose(None, best=metric)
         best = checkpoints.best_steps(metric)[:1]
 
         def damage(step: int) -> str:
             try:
-                checkpoints.restore_params(step, wanted)
+                checkpoints.restore_params(step, group, wanted)
             except DamagedCheckpoint as error:
                 return str(error)
             return ""
@@ -48,7 +49,7 @@ def inspect_run(folder: Path) -> dict[str, Any]:
                 "step": step,
                 "newest": step == steps[0],
                 "best": step in best,
-                "value": checkpoints.metrics(step).get(metric),
+                "value": checkpoints.metrics(step).get(metric.name),
                 "bytes": checkpoints.size(step),
                 "damage": damage(step),
             }
@@ -56,7 +57,7 @@ def inspect_run(folder: Path) -> dict[str, Any]:
         ]
     finally:
         checkpoints.close()
-    return {"run": str(folder), "best_metric": metric, "checkpoints": rows}
+    return {"run": str(folder), "best_metric": metric.name, "checkpoints": rows}
 
 
 def in_lines(found: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""Model floating-point operations, and the peak they are measured against."""
+"""The peak that a model's floating-point operations are measured against."""
 
 import functools
 import math
@@ -6,39 +6,8 @@ import time
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 
-from elastictok_jax.config import block_tokens
-from elastictok_jax.models.elastictok.model import abstract_params
-
-# Dense bf16 peak of one device in FLOP/s, from the vendors' data sheets. Keys start device_kind;
-# of two that do, the first counts.
-PEAK_FLOPS = {
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU7x": 2307e12 / 2,  # two devices a chip
-    "NVIDIA A100": 312e12,
-    "NVIDIA H100 PCIe": 756e12,
-    "NVIDIA H100 NVL": 835e12,
-    "NVIDIA H100": 989e12,
-    "NVIDIA H200 NVL": 835e12,
-    "NVIDIA H200": 989e12,
-}
-
-
-def train_flops_per_token(config: ml_collections.ConfigDict) -> float:
-    """Model operations a token of one training step, rematerialisation not counted.
-
-    6 for each weight of a matrix (2 forward, 4 backward), and 12 x width a visible key a layer
-    for scores and mixing; a token sees (N + 1) / 2 of N blocks on average.
-    """
-    leaves = jax.tree_util.tree_flatten_with_path(abstract_params(config))[0]
-    weights = sum(math.prod(leaf.shape) for path, leaf in leaves if path[-1].key == "kernel")
-    layers = config.model.encoder_layers + config.model.decoder_layers
-    visible_keys = block_tokens(config) * (config.data.sequence_blocks + 1) / 2
-    return 6.0 * weights + 12.0 * layers * config.model.width * visible_keys
+from elastictok_jax.hardware import PEAK_FLOPS
 
 
 @functools.cache

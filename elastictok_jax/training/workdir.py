@@ -14,12 +14,8 @@ from elastictok_jax.errors import UsageError
 from elastictok_jax.parallel.distributed import FIRST_SECONDS, first_says, place
 from elastictok_jax.storage.checkpoint import saved_steps
 
-# What the state and its meaning hang on. Execution (dtype, remat, attention, mesh) may change.
-FIXED_ON_RESUME = (
-    *("model.width", "model.mlp_width", "model.encoder_layers", "model.decoder_layers"),
-    *("model.heads", "model.patch", "model.bottleneck", "model.fsq_levels", "model.vae_dim"),
-    *("model.rope_theta", "model.norm_eps", "model.conditioned", "video."),
-)
+# Config keys that must not change when a run resumes; `compute`, the mesh and the rest may.
+FIXED_ON_RESUME = ("model.", "video.")
 HELD_OUT = "held_out.json"
 SHARED_SECONDS = 30.0  # for a network file system to show a new file
 
@@ -78,9 +74,9 @@ def prepare_workdir(workdir: Path, config: ml_collections.ConfigDict) -> None:
     if path.exists():
         old, new = flatten(read_config(path)), flatten(config)
         changed = [
-            f"{key} {old[key]!r} -> {new[key]!r}"
+            f"{key} {old.get(key)!r} -> {new[key]!r}"
             for key in sorted(new)
-            if key.startswith(FIXED_ON_RESUME) and old[key] != new[key]
+            if key.startswith(FIXED_ON_RESUME) and old.get(key) != new[key]
         ]
         if changed and any((workdir / "checkpoints").glob("[0-9]*")):
             raise UsageError(

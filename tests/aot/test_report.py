@@ -16,7 +16,7 @@ from elastictok_jax.aot.roofline import roofline
 from elastictok_jax.config import override, resolve
 from elastictok_jax.experiment_registry import get_experiment
 from elastictok_jax.hardware import CHIPS, GIB
-from elastictok_jax.parallel.mesh import make_mesh
+from tests.tiny import mesh_of
 
 TINY = {
     "model.width": 16,
@@ -39,7 +39,7 @@ def tiny(**settings):
 
 
 def compiled_programs(config):
-    mesh = make_mesh(config)
+    mesh = mesh_of(config)
     return mesh, {p.name: (p, p.lower().compile()) for p in programs(config, mesh)}
 
 
@@ -76,7 +76,7 @@ def test_training_is_three_times_that_less_the_gradient_of_the_pixels(figures):
 def test_memory_of_the_step_is_its_state_and_its_batch(figures):
     sizes = figures["train_step"]["bytes_per_device"]
     config = tiny()
-    program, *_ = programs(config, make_mesh(config))
+    program, *_ = programs(config, mesh_of(config))
     (state, batch, _, votes), _ = program.lower().args_info
     assert all(leaf.donated for leaf in jax.tree.leaves(state))
     assert not any(leaf.donated for leaf in jax.tree.leaves(batch))
@@ -103,7 +103,7 @@ def test_memory_of_a_known_program():
 def test_more_than_a_chip_holds_does_not_fit():
     big = jax.ShapeDtypeStruct((5 * 2**30,), jnp.float32)
     compiled = jax.jit(lambda x: x[0]).lower(big).compile()
-    mesh = make_mesh(tiny())
+    mesh = mesh_of(tiny())
     found = {
         name: analyse(compiled, mesh=mesh, chip=CHIPS[name], model_flops=1.0)["fits"]
         for name in ("v5e", "v4")
@@ -115,7 +115,7 @@ def test_predictions_are_those_of_the_roofline():
     chip = CHIPS["v4"]
     x = jax.ShapeDtypeStruct((512, 512), jnp.float32)
     compiled = jax.jit(jnp.matmul).lower(x, x).compile()
-    mesh = make_mesh(tiny())
+    mesh = mesh_of(tiny())
     found = analyse(compiled, mesh=mesh, chip=chip, model_flops=mesh.size * 512.0**3)
     guess = found["predicted"]
     flops, moved = 2 * 512**3, 3 * 4 * 512**2
@@ -152,13 +152,13 @@ def test_notes_say_what_is_left_out():
     costs = Costs(flops=2.0, mean_flops=1.0, unknown_loops=("while.3",))
     line = roofline(costs, chip=CHIPS["v4"], slice_of=[0])
     text = " ".join(notes(costs, network_known=line.network is not None))
-    assert "dearest branch" in text and "while.3" in text and "slices" not in text
+    assert "most expensive branch" in text and "while.3" in text and "slices" not in text
     assert "between slices" in " ".join(notes(Costs(), network_known=False))
     assert notes(Costs(), network_known=True) == []
 
 
 def test_loops_of_the_real_step_are_all_known():
-    config = tiny(optimizer__accumulate_steps=2, model__remat="full")
+    config = tiny(optimizer__accumulate_steps=2, compute__remat="full")
     _, found = compiled_programs(config)
     _, compiled = found["train_step"]
     assert " while(" in compiled.as_text()
@@ -190,7 +190,7 @@ def test_table_for_people(figures):
     [
         ("v4", "write CHIP:SHAPE in chips, e.g. v4:8x8x4"),
         ("v4:8*8", "write CHIP:SHAPE in chips"),
-        ("v99:2x2", "chips are v4, v5e, v5p, v6e, tpu7x"),
+        ("v99:2x2", "choose a chip of v4, v5e, v5p, v6e, tpu7x"),
     ],
 )
 def test_bad_topologies(topology, message, capsys):

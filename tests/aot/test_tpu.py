@@ -76,7 +76,7 @@ def test_experiment_that_does_not_fit(capsys):
     [
         (words("mesh.data=3"), "3 devices are asked for and 4 are at hand"),
         (words("data.batch_size=6"), "nearest data.batch_size that fits is"),
-        (words(topology="v4:3x5x1"), "the TPU compiler knows no such pod"),
+        (words(topology="v4:3x5x1"), "unknown to the TPU compiler"),
         ([*words(), "--slices=0"], "--slices 0: must be 1 or more"),
     ],
 )

@@ -11,8 +11,8 @@ from elastictok_jax.errors import UsageError
 from elastictok_jax.experiment_registry import get_experiment
 
 TINY = {
-    "model.attention": "fused",
-    "model.dtype": "bfloat16",
+    "compute.attention": "fused",
+    "compute.dtype": "bfloat16",
     "model.width": 32,
     "model.mlp_width": 48,
     "model.encoder_layers": 1,

@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks import data
 from elastictok_jax.data import media
-from elastictok_jax.data.sources.splits import EMBEDDED
+from elastictok_jax.data.sources.file_source import EMBEDDED
 
 
 def test_quick_run(tmp_path, capsys):

@@ -9,9 +9,9 @@ import pytest
 from benchmarks import rate
 from elastictok_jax.config import default_config, override, resolve, to_json
 from elastictok_jax.data import media
-from elastictok_jax.data.sources.splits import EMBEDDED
+from elastictok_jax.data.sources.file_source import EMBEDDED
 from elastictok_jax.storage.safetensors import save_params
-from elastictok_jax.training.state import init_state
+from tests.tiny import init_state
 
 SMALL = {
     **{"model.width": 32, "model.mlp_width": 48, "model.heads": 2, "model.patch": (2, 16, 16)},
@@ -39,7 +39,7 @@ def test_figures_of_a_tiny_model(tmp_path, capsys):
     override(config, SMALL)
     config = resolve(config)
     (tmp_path / "config.json").write_text(to_json(config))
-    save_params(tmp_path / "model.safetensors", init_state(config).params, metadata={})
+    save_params(tmp_path / "model.safetensors", init_state(config).params["model"], metadata={})
     clip, out = EMBEDDED / "heldout" / "bbb_kite.mp4", tmp_path / "out.json"
     words = ["--model", str(tmp_path), "--input", str(clip), "--frames", "8", "--json", str(out)]
     rate.main([*words, "--targets", "9"])

@@ -13,20 +13,14 @@ import psutil
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from elastictok_jax.config import override, resolve, sequence_tokens
+from elastictok_jax.config import override, resolve
 from elastictok_jax.data import clip_reader, media
-from elastictok_jax.data.pipeline import (
-    BatchReader,
-    DeviceBatches,
-    Part,
-    local_part,
-    read_ahead,
-    to_device,
-)
+from elastictok_jax.data.pipeline import DeviceBatches, Part, local_part, read_ahead, to_device
 from elastictok_jax.data.sources.splits import SourceSplits, open_splits
 from elastictok_jax.data.sources.synthetic import SyntheticSource
 from elastictok_jax.errors import RunError, UsageError
 from elastictok_jax.experiment_registry import get_experiment
+from tests.tiny import codec_of, reader_of, sequence_tokens
 
 BATCHES, ROWS = 6, 4
 
@@ -45,7 +39,7 @@ def tiny(**overrides):
 
 
 def open_reader(config, *, split="train", **part):
-    return BatchReader(config, open_splits(config), split=split, **part)
+    return reader_of(config, open_splits(config), split=split, **part)
 
 
 def stack(batches) -> list[tuple[bytes, bytes]]:
@@ -231,9 +225,7 @@ def test_storage_that_hangs_is_noticed():
     config = tiny(data__sources__main__path="synthetic", data__timeout_seconds=1)
     (feed,) = open_splits(config).train
     feeds = SourceSplits((dataclasses.replace(feed, source=Hanging()),), (), ())
-    batches = DeviceBatches(
-        BatchReader(config, feeds, split="train"), one_device(), start=0, stop=10
-    )
+    batches = DeviceBatches(reader_of(config, feeds, split="train"), one_device(), start=0, stop=10)
     with pytest.raises(RunError, match=r"no batch was read in data\.timeout_seconds = 1: "):
         next(batches)
     release.set()
@@ -244,7 +236,7 @@ def test_storage_that_hangs_is_noticed():
 def test_to_device_places_the_part_of_this_process(from_the_start, axes):
     mesh = jax.make_mesh((1, 1), axes, axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:1])
     sharding, config = NamedSharding(mesh, PartitionSpec("data", "sequence")), tiny()
-    part = local_part(sharding, config)
+    part = local_part(sharding, config, codec_of(config).geometry)
     assert part.needed_BN.all() and part.counted_BN.all() and part.stretch == 3
     placed = to_device(from_the_start[0], open_reader(tiny()), sharding)
     for key in ("patches", "segment_ids"):

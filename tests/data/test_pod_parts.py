@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from elastictok_jax.config import block_tokens, override, resolve
+from elastictok_jax.config import override, resolve
 from elastictok_jax.data.media import MediaError
-from elastictok_jax.data.pipeline import BatchReader, local_part
+from elastictok_jax.data.pipeline import local_part
 from elastictok_jax.data.sources.splits import open_splits
 from elastictok_jax.experiment_registry import get_experiment
-from elastictok_jax.parallel.mesh import make_mesh
 from elastictok_jax.parallel.sharding import batch_sharding
+from tests.tiny import block_tokens, codec_of, mesh_of, reader_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +60,7 @@ STAGES = {
 @pytest.mark.parametrize("name", PODS)
 def test_each_host_of_a_pod_reads_the_blocks_of_its_chips_and_no_other(name, experiment):
     devices, config = PODS[name], resolve(get_experiment(experiment))
-    sharding, per_block = batch_sharding(make_mesh(config, devices)), block_tokens(config)
+    sharding, per_block = batch_sharding(mesh_of(config, devices)), block_tokens(config)
     shape = config.data.batch_size, config.data.sequence_blocks
     held = {device.process_index: set() for device in devices}
     tokens = shape[0], shape[1] * per_block
@@ -68,7 +68,10 @@ def test_each_host_of_a_pod_reads_the_blocks_of_its_chips_and_no_other(name, exp
         rows, columns = (range(*axis.indices(n)) for axis, n in zip(index, tokens, strict=True))
         blocks = {token // per_block for token in (*columns[::per_block], columns[-1])}
         held[device.process_index] |= set(itertools.product(rows, blocks))
-    parts = [local_part(sharding, config, process=process) for process in sorted(held)]
+    parts = [
+        local_part(sharding, config, codec_of(config).geometry, process=process)
+        for process in sorted(held)
+    ]
     for process, part in enumerate(parts):
         assert set(map(tuple, np.argwhere(part.needed_BN).tolist())) == held[process]
         assert not (part.counted_BN & ~part.needed_BN).any()
@@ -116,13 +119,13 @@ def test_parts_of_hosts_are_read_as_in_the_complete_batch_and_damage_once(sizes,
     sharding = jax.NamedSharding(
         jax.sharding.Mesh(grid, tuple(axes)), PartitionSpec(("data", "fsdp"), "sequence")
     )
-    complete = BatchReader(config, feeds, split="train")
+    complete = reader_of(config, feeds, split="train")
     replaced = 0
     for index in range(2):
         expected, faults = complete(index), []
         for process in (0, 1):
-            part = local_part(sharding, config, process=process)
-            reader = BatchReader(config, feeds, split="train", part=part)
+            part = local_part(sharding, config, codec_of(config).geometry, process=process)
+            reader = reader_of(config, feeds, split="train", part=part)
             batch = reader(index)
             faults += batch["faults"].splitlines()
             rows_P, blocks_P = np.nonzero(part.needed_BN)

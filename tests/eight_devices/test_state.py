@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec
 
 from elastictok_jax import masking
 from elastictok_jax.config import default_config, override, resolve
-from elastictok_jax.data.pipeline import BatchReader, local_part, to_device
+from elastictok_jax.data.pipeline import local_part, to_device
 from elastictok_jax.data.sources.splits import open_splits
 from elastictok_jax.errors import UsageError
 from elastictok_jax.experiment_registry import get_experiment
@@ -21,7 +21,7 @@ from elastictok_jax.layers.scan_layout import with_layout
 from elastictok_jax.parallel.sharding import batch_sharding, left_whole, replicated, sharding_notes
 from elastictok_jax.storage.checkpoint import Checkpointer
 from elastictok_jax.training.initialise import initialise
-from elastictok_jax.training.state import abstract_state
+from tests.tiny import abstract_state, codec_of, reader_of
 
 SCRIPT = Path(__file__).parent.parent / "multiprocess" / "train_steps.py"
 run = SimpleNamespace(**runpy.run_path(str(SCRIPT)))
@@ -128,9 +128,9 @@ def test_the_pipeline_delivers_shards_that_are_no_whole_blocks():
     config = resolve(config)
     mesh = run.mesh_for(config)
     sharding = batch_sharding(mesh)
-    part = local_part(sharding, config)
+    part = local_part(sharding, config, codec_of(config).geometry)
     assert part.counted_BN.all() and part.needed_BN.shape == (2, 4)
-    reader = BatchReader(config, open_splits(config), split="train", part=part)
+    reader = reader_of(config, open_splits(config), split="train", part=part)
     batch = reader(0)
     placed = to_device(batch, reader, sharding)
     for key, value in placed.items():
@@ -141,7 +141,7 @@ def test_the_pipeline_delivers_shards_that_are_no_whole_blocks():
 @pytest.mark.parametrize(("saved", "restored"), [(True, False), (False, True)])
 def test_a_state_saved_with_layers_stacked_restores_apart_and_back(saved, restored, tmp_path):
     """On another mesh at that, bit for bit: weights, moments, averages."""
-    config, _, state = started("2x2x2x1", model__scan_layers=saved, **TWO_LAYERS)
+    config, _, state = started("2x2x2x1", compute__scan_layers=saved, **TWO_LAYERS)
     state = jax.tree.map(  # no two numbers alike, in moments either
         lambda leaf: jax.device_put(
             np.random.default_rng(leaf.size).normal(size=leaf.shape).astype(leaf.dtype),
@@ -153,10 +153,10 @@ def test_a_state_saved_with_layers_stacked_restores_apart_and_back(saved, restor
     checkpoints = Checkpointer(tmp_path, keep_last=1, keep_best=0)
     checkpoints.save(1, state, data_position={}, config=config, metrics=None)
     checkpoints.finish()
-    config = run.config_for("1x2x2x2", model__scan_layers=restored, **TWO_LAYERS)
+    config = run.config_for("1x2x2x2", compute__scan_layers=restored, **TWO_LAYERS)
     abstract = abstract_state(config, run.mesh_for(config))
     got, _ = checkpoints.restore(1, abstract)
-    params = checkpoints.restore_params(1, abstract.params)
+    params = checkpoints.restore_params(1, "model", abstract.params["model"])
     checkpoints.close()
     assert jax.tree.structure(got) == jax.tree.structure(abstract)
     for leaf, wanted in zip(jax.tree.leaves(got), jax.tree.leaves(abstract), strict=True):
@@ -180,7 +180,7 @@ def test_a_state_of_another_depth_is_refused_in_either_layout(tmp_path):
     checkpoints.save(1, state, data_position={}, config=config, metrics=None)
     checkpoints.finish()
     for stacked in (True, False):
-        deeper = TWO_LAYERS | {"model__encoder_layers": 3, "model__scan_layers": stacked}
+        deeper = TWO_LAYERS | {"model__encoder_layers": 3, "compute__scan_layers": stacked}
         config = run.config_for("1x2x2x2", **deeper)
         with pytest.raises(UsageError) as caught:
             checkpoints.restore(1, abstract_state(config, run.mesh_for(config)))
@@ -203,7 +203,7 @@ def test_next_stage_on_another_mesh(tmp_path):
         "1x2x2x2",
         **TWO_LAYERS,
         seed=1,
-        model__scan_layers=False,
+        compute__scan_layers=False,
         model__bottleneck="vae",
         train__init_from=str(tmp_path / "one"),
         train__init_from_mismatch="reinitialise",

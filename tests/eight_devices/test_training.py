@@ -14,11 +14,10 @@ import jax
 import numpy as np
 import pytest
 
-from elastictok_jax.config import block_tokens
 from elastictok_jax.parallel.sharding import batch_sharding
 from elastictok_jax.storage.checkpoint import Checkpointer
-from elastictok_jax.training.state import abstract_state
 from elastictok_jax.training.step import random_frames
+from tests.tiny import abstract_state, block_tokens
 
 SCRIPT = Path(__file__).parent.parent / "multiprocess" / "train_steps.py"
 run = SimpleNamespace(**runpy.run_path(str(SCRIPT)))

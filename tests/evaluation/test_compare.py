@@ -51,7 +51,7 @@ def test_compare_in_columns(runs, capsys):
 
 def test_what_is_no_run_is_refused(runs, tmp_path, capsys):
     assert main(["compare", str(tmp_path / "nothing")]) == 2
-    assert "is no training workdir, nor a folder of such" in capsys.readouterr().err
+    assert "is not a training workdir or a folder of them" in capsys.readouterr().err
     (runs / "seed0" / "metrics.jsonl").unlink()
     assert main(["compare", str(runs)]) == 2
     assert "seed0 has no metrics yet" in capsys.readouterr().err
@@ -74,7 +74,7 @@ def test_runs_that_were_judged_on_other_data_are_said_to_be(runs, tmp_path, caps
     first, second = json.loads(said.out)
     assert first["held_out"] != second["held_out"]
     note = f"held_out: {first['held_out']}: seed0; {second['held_out']}: seed1."
-    assert said.err.startswith("note: The runs were judged on different held-out data")
+    assert said.err.startswith("note: The runs were evaluated on different held-out data")
     assert note in said.err
     page = (tmp_path / "out" / "report.html").read_text()
     assert note in page and f"<td>{first['held_out']}</td>" in page
@@ -92,7 +92,7 @@ def test_the_same_files_in_two_places_are_the_same_data(runs, capsys):
     assert "held_out" not in said.out and said.err == ""
     write_held_out(runs / "seed1", "4567")  # as where files were added
     assert main(["compare", str(runs), "--json"]) == 0
-    assert "judged on different held-out data" in capsys.readouterr().err
+    assert "evaluated on different held-out data" in capsys.readouterr().err
 
 
 def test_metrics_without_any_value_are_not_shown(runs, tmp_path, capsys):

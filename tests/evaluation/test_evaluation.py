@@ -19,17 +19,18 @@ from elastictok_jax.config import default_config, override, read_config, resolve
 from elastictok_jax.data import media, packing
 from elastictok_jax.data.clip_reader import ClipReader
 from elastictok_jax.data.mixture import item_blocks
-from elastictok_jax.data.sources.splits import EMBEDDED, open_splits
+from elastictok_jax.data.sources.file_source import EMBEDDED
+from elastictok_jax.data.sources.splits import open_splits
 from elastictok_jax.errors import UsageError
 from elastictok_jax.evaluation.eval_clips import EvalClip, EvaluationOverrides, evaluation_clips
 from elastictok_jax.evaluation.evaluate import REPORT, evaluate_models, pictured
 from elastictok_jax.evaluation.reconstruct import reconstruct_file
-from elastictok_jax.evaluation.ssim import mse, psnr
+from elastictok_jax.pixels import mse, psnr
 from elastictok_jax.storage.atomic import remove_outputs
 from elastictok_jax.storage.safetensors import save_params
 from elastictok_jax.tokenizer.goal import Goal
-from elastictok_jax.training.state import init_state
 from tests.evaluation.report.test_page import PHONE, require_sound
+from tests.tiny import init_state
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +41,7 @@ def model(tmp_path_factory):
         config,
         {
             **{"model.width": 16, "model.mlp_width": 16, "model.heads": 1},
-            **{"model.dtype": "float32", "model.encoder_layers": 1, "model.decoder_layers": 1},
+            **{"compute.dtype": "float32", "model.encoder_layers": 1, "model.decoder_layers": 1},
             **{"model.patch": (2, 8, 8), "video.resolution": 16, "masking.min_tokens": 1},
             **{"data.sequence_blocks": 2, "evaluation.max_blocks": 4},
             **{"evaluation.targets": (0.5, 1.0), "evaluation.search_blocks": 1},
@@ -48,7 +49,7 @@ def model(tmp_path_factory):
     )
     config = resolve(config)
     (folder / "config.json").write_text(to_json(config))
-    params = jax.device_get(init_state(config).params)
+    params = jax.device_get(init_state(config).params["model"])
     save_params(folder / "model.safetensors", params, metadata={})
     return folder
 
@@ -290,7 +291,7 @@ def test_a_model_of_continuous_latents(model, tmp_path):
     folder = tmp_path / "vae"
     folder.mkdir()
     (folder / "config.json").write_text(to_json(config))
-    params = jax.device_get(init_state(resolve(config)).params)
+    params = jax.device_get(init_state(resolve(config)).params["model"])
     save_params(folder / "model.safetensors", params, metadata={})
     limits = EvaluationOverrides(targets="0.7", max_clips=1, max_blocks=1, search_blocks=0)
     results = evaluate_models([folder], output=tmp_path / "out", limits=limits)

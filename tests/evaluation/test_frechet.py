@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from elastictok_jax.data import media
-from elastictok_jax.data.sources.splits import EMBEDDED
+from elastictok_jax.data.sources.file_source import EMBEDDED
 from elastictok_jax.errors import UsageError
 from elastictok_jax.evaluation import frechet
 from elastictok_jax.evaluation.frechet import (
@@ -112,7 +112,7 @@ def test_merging_is_the_same_from_either_side():
 @pytest.mark.parametrize(
     ("a", "b", "told"),
     [
-        (np.zeros((1, 3)), np.zeros((5, 3)), "2 samples a set or more, not 1 and 5"),
+        (np.zeros((1, 3)), np.zeros((5, 3)), "at least 2 samples a set, not 1 and 5"),
         (np.zeros((5, 3)), np.zeros((5, 4)), "features differ: 3 and 4"),
         (np.zeros(5), np.zeros(5), r"\[samples, features\], not \(5,\)"),
         (np.full((5, 3), np.nan), np.zeros((5, 3)), "not all finite"),
@@ -182,7 +182,7 @@ def test_video_distance_is_that_of_the_logits(videos, made_up_i3d):
 
 
 def test_too_few_clips_are_refused(videos):
-    with pytest.raises(UsageError, match="2 clips of 16 frames a set or more, not 0 and 0"):
+    with pytest.raises(UsageError, match="at least 2 clips of 16 frames a set, not 0 and 0"):
         frechet_video_distance([videos[0][:15]] * 3, [], params={})
 
 

@@ -9,14 +9,12 @@ import pytest
 from PIL import Image
 
 from elastictok_jax import cli
-from elastictok_jax.config import block_tokens, override, resolve
-from elastictok_jax.data.pipeline import BatchReader
+from elastictok_jax.config import override, resolve
 from elastictok_jax.data.sources.splits import open_splits
 from elastictok_jax.evaluation.inspect_batch import batch_lengths, evenly
 from elastictok_jax.evaluation.report.drawing import shorten
 from elastictok_jax.experiment_registry import get_experiment
-from elastictok_jax.training.state import init_state
-from elastictok_jax.training.step import make_train_step
+from tests.tiny import block_tokens, init_state, make_train_step, reader_of, task_of
 
 SMALL = {
     "model.width": 16,
@@ -44,13 +42,13 @@ def inspect(output, *words, **overrides) -> int:
 
 def test_lengths_are_those_that_the_step_draws():
     config = resolve(small_config())
-    reader = BatchReader(config, open_splits(config), split="train")
+    reader = reader_of(config, open_splits(config), split="train")
     step = jax.jit(make_train_step(config))
     state = init_state(config)
     for number in range(3):
         batch = {k: jnp.asarray(v) for k, v in reader(number).items() if k != "faults"}
         state, metrics = step(state, batch, {})
-        drawn = batch_lengths(config, number)
+        drawn = batch_lengths(config, task_of(config), number)
         assert drawn.shape == (3, config.data.sequence_blocks)
         expected = drawn.mean() / block_tokens(config)
         assert float(metrics["kept_fraction"]) == pytest.approx(expected, rel=1e-5)
@@ -61,9 +59,9 @@ def test_picture_and_json_are_of_the_real_batch(tmp_path, capsys):
     assert inspect(output, "--batch", 2, "--json") == 0
     shown = json.loads(capsys.readouterr().out)
     config = resolve(small_config())
-    reader = BatchReader(config, open_splits(config), split="train")
+    reader = reader_of(config, open_splits(config), split="train")
     assert [row["row"] for row in shown["rows"]] == [6, 7, 8]
-    lengths = batch_lengths(config, 2)
+    lengths = batch_lengths(config, task_of(config), 2)
     for place, row in enumerate(shown["rows"]):
         clips = reader.mixture.row(row["row"])
         found = [(c["source"], c["item"], c["start"], c["blocks"]) for c in row["clips"]]

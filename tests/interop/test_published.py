@@ -22,8 +22,8 @@ from elastictok_jax.interop.published import (
     import_published,
 )
 from elastictok_jax.interop.published_stream import read_published
-from elastictok_jax.models.elastictok import model as elastictok
 from elastictok_jax.storage.safetensors import load_params
+from tests.tiny import abstract_params
 
 REFERENCE = Path(__file__).parents[1] / "reference_parity"
 FILES = {
@@ -40,7 +40,7 @@ def settings_of(case):
 def abstract_of(case, *, conditioned=True):
     config = config_lib.default_config()
     config_lib.override(config, convert_config(settings_of(case), conditioned=conditioned))
-    return elastictok.abstract_params(config_lib.resolve(config))
+    return abstract_params(config_lib.resolve(config))
 
 
 @pytest.fixture(scope="module")
@@ -371,7 +371,7 @@ def test_missing_file_is_a_usage_error(tmp_path, fsq_abstract):
 def test_config_is_converted():
     assert convert_config(settings_of("vae_video"), conditioned=False) == {
         "model.width": 64,
-        "model.dtype": "float32",
+        "compute.dtype": "float32",
         "model.mlp_width": 96,
         "model.encoder_layers": 2,
         "model.decoder_layers": 2,
@@ -415,7 +415,7 @@ def test_config_lists_unknown_missing_and_ill_typed_keys():
         ({"max_toks": 24}, "max_toks is 24, but .* give 16"),
         ({"patch_size": [1, 8, 7]}, "does not divide"),
         ({"min_toks": 17}, "min_toks 17 is above"),
-        ({"max_sequence_length": 50}, "no multiple"),
+        ({"max_sequence_length": 50}, "not a multiple"),
         ({"theta": float("nan")}, "theta must be"),
         ({"theta": 10**400}, "theta must be"),
         ({"bottleneck_type": ["fsq"]}, "bottleneck_type must be"),
@@ -445,9 +445,7 @@ def test_import_writes_an_exported_folder(tmp_path, case):
     assert config.model.width == 64 and config.model.conditioned
     params, metadata = load_params(output / "model.safetensors")
     assert metadata["source"] == f"published {FILES[case].name}"
-    assert_trees_equal(
-        params, import_params(FILES[case], abstract_params=elastictok.abstract_params(config))
-    )
+    assert_trees_equal(params, import_params(FILES[case], abstract_params=abstract_params(config)))
 
 
 def test_a_model_without_embeds_is_unconditioned(tmp_path, fsq_weights):

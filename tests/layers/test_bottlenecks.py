@@ -27,14 +27,14 @@ def test_codes_are_in_the_codebook_and_give_the_latents_back_exactly(levels, dat
     out = fsq(jnp.asarray(x), None)
     codes = np.asarray(out.codes)
     assert out.codes.dtype == jnp.int32 and out.kl_BS is None
-    assert codes.min() >= 0 and codes.max() < fsq.codebook_size
+    assert codes.min() >= 0 and codes.max() < fsq.code.size
     np.testing.assert_array_equal(fsq.dequantize(out.codes), out.latents)
 
 
 @pytest.mark.parametrize("levels", [(2,), (3, 2), (5, 4, 3), (8, 5)])
 def test_every_code_has_latents_of_its_own_that_give_it_back(levels):
     fsq = FSQ(levels)
-    codes = jnp.arange(fsq.codebook_size)[None]
+    codes = jnp.arange(fsq.code.size)[None]
     latents = np.asarray(fsq.dequantize(codes))[0]
     steps = [[(d - n // 2) / (n // 2) for d in range(n)] for n in levels]
     # First dim fastest: the product runs over the last listed fastest, so both are reversed.
@@ -79,10 +79,10 @@ def test_bfloat16_inputs_are_bottled_in_float32():
 
 
 def test_size_and_bits():
-    assert PUBLISHED.codebook_size == 64_000
-    assert PUBLISHED.bits_per_token == pytest.approx(math.log2(64_000))
-    assert (PUBLISHED.encoder_dims, PUBLISHED.latent_dims) == (6, 6)
-    assert (VAE(8).encoder_dims, VAE(8).latent_dims, VAE(8).bits_per_token) == (16, 8, 256.0)
+    assert PUBLISHED.code.size == 64_000
+    assert PUBLISHED.code.bits == pytest.approx(math.log2(64_000))
+    assert (PUBLISHED.encoder_dims, PUBLISHED.code.shape) == (6, ())
+    assert (VAE(8).encoder_dims, VAE(8).code.shape, VAE(8).code.bits) == (16, (8,), 256.0)
 
 
 def kl_by_integration(mean, log_variance):

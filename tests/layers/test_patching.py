@@ -7,14 +7,8 @@ from einops import EinopsError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from elastictok_jax.layers.patching import (
-    patchify,
-    patchify_into,
-    to_float,
-    to_uint8,
-    tokens_per_block,
-    unpatchify,
-)
+from elastictok_jax.layers.patching import patchify, patchify_into, tokens_per_block, unpatchify
+from elastictok_jax.pixels import to_float, to_uint8
 
 sizes = st.integers(1, 3)
 layouts = st.fixed_dictionaries(

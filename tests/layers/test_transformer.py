@@ -16,8 +16,9 @@ from elastictok_jax import config as config_lib
 from elastictok_jax.layers.attention.api import SequenceLayout
 from elastictok_jax.layers.scan_layout import with_layout
 from elastictok_jax.layers.transformer import LayerSpec, pairs_to_halves, rotate, stacked_layers
-from elastictok_jax.models.elastictok.model import abstract_params, build_model, init_params
+from elastictok_jax.models.elastictok.model import build_model, init_params
 from elastictok_jax.parallel.sharding import LOGICAL_AXIS_RULES
+from tests.tiny import abstract_params
 
 THETA, HEAD_WIDTH = 5e7, 128  # of the published FSQ model
 SPEC = LayerSpec(
@@ -222,8 +223,8 @@ def test_bfloat16_computes_in_bfloat16_on_float32_params(plain):
 def tiny(**overrides):
     config = config_lib.default_config()
     sizes = {"width": 16, "mlp_width": 24, "heads": 2, "encoder_layers": 2, "decoder_layers": 3}
-    sizes |= {"dtype": "float32", "remat": "none"}
-    config_lib.override(config, {f"model.{key}": value for key, value in sizes.items()})
+    sizes = {f"model.{key}": value for key, value in sizes.items()}
+    config_lib.override(config, sizes | {"compute.dtype": "float32", "compute.remat": "none"})
     config_lib.override(config, overrides)
     return config_lib.resolve(config)
 
@@ -297,7 +298,7 @@ QUICK = {"xla_backend_optimization_level": 0}  # compiling is most of the time
 
 def both_layouts():
     sizes = {"model.encoder_layers": 1, "model.decoder_layers": 2}
-    return tiny(**sizes), tiny(**sizes, **{"model.scan_layers": False})
+    return tiny(**sizes), tiny(**sizes, **{"compute.scan_layers": False})
 
 
 def test_layers_stacked_or_apart_are_the_same_model():
@@ -343,7 +344,7 @@ def test_initial_weights_do_not_depend_on_the_layout():
 @pytest.mark.parametrize("remat", ["dots", "full"])
 def test_layers_apart_are_rematerialised_too(remat):
     def saved(remat):
-        config = tiny(**{"model.scan_layers": False, "model.remat": remat})
+        config = tiny(**{"compute.scan_layers": False, "compute.remat": remat})
         model, patches = build_model(config), jnp.zeros((2, 8, 192))
         _, backward = jax.eval_shape(
             lambda params: jax.vjp(

@@ -13,13 +13,13 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from elastictok_jax.config import override, resolve
-from elastictok_jax.data.pipeline import BatchReader, DeviceBatches, local_part
+from elastictok_jax.data.pipeline import DeviceBatches, local_part
 from elastictok_jax.data.sources.splits import open_splits
 from elastictok_jax.experiment_registry import get_experiment
-from elastictok_jax.parallel.mesh import make_mesh
 from elastictok_jax.parallel.sharding import batch_sharding
 from elastictok_jax.storage.checkpoint import Checkpointer
 from elastictok_jax.training.state import TrainState
+from tests.tiny import codec_of, mesh_of, reader_of
 
 OVERRIDES = {
     "video.resolution": 16,
@@ -64,11 +64,11 @@ def main() -> None:
         address = f"localhost:{args.port}"
         jax.distributed.initialize(address, args.processes, args.process)
     config = config_for(args.workers)
-    mesh = make_mesh(config)
+    mesh = mesh_of(config)
     sharding = batch_sharding(mesh)
-    part = local_part(sharding, config)
+    part = local_part(sharding, config, codec_of(config).geometry)
     feeds = open_splits(config)
-    reader = BatchReader(config, feeds, split="train", part=part)
+    reader = reader_of(config, feeds, split="train", part=part)
     checkpoints = Checkpointer(args.workdir, keep_last=1, keep_best=0)
     start = 0
     if args.restore:

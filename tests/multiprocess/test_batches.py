@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from elastictok_jax.data.pipeline import BatchReader
 from elastictok_jax.data.sources.splits import open_splits
 from tests.multiprocess.launched import free_port
+from tests.tiny import reader_of
 
 SCRIPT = Path(__file__).with_name("read_batches.py")
 config_for = runpy.run_path(str(SCRIPT))["config_for"]
@@ -61,7 +61,7 @@ def read(folder, *, processes, options=()):
 def expected():
     """Read here, row after row, with no threads or workers."""
     config = config_for(0)
-    reader = BatchReader(config, open_splits(config), split="train")
+    reader = reader_of(config, open_splits(config), split="train")
     return [reader(index) for index in range(BATCHES)]
 
 

@@ -91,7 +91,7 @@ def test_saved_in_two_processes_and_continued_in_four_and_back_in_one(one_device
         *(tmp_path, "1x2x2x2", "--restore", "--save", "--steps", 20),
         **options,
         processes=4,
-        model__scan_layers=False,
+        compute__scan_layers=False,
     )
     third = launch(tmp_path, "1x1x1x1", "--restore", processes=1, **options)
     losses = [*losses_of(*first), *losses_of(*second), *losses_of(*third)]

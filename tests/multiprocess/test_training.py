@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from elastictok_jax import cli
-from elastictok_jax.data.sources.splits import EMBEDDED
+from elastictok_jax.data.sources.file_source import EMBEDDED
 from elastictok_jax.errors import UsageError
 from elastictok_jax.parallel.distributed import explicit_settings, in_cluster
 from elastictok_jax.parallel.liveness import LOST

@@ -14,14 +14,13 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from elastictok_jax.config import default_config, override, resolve, sequence_tokens
+from elastictok_jax.config import default_config, override, resolve
 from elastictok_jax.parallel.distributed import meet
-from elastictok_jax.parallel.mesh import AXES, make_mesh
+from elastictok_jax.parallel.mesh import AXES
 from elastictok_jax.parallel.sharding import batch_sharding, in_mesh, replicated
 from elastictok_jax.storage.checkpoint import Checkpointer
 from elastictok_jax.training.host_consensus import Votes
-from elastictok_jax.training.state import abstract_state, sharded_init
-from elastictok_jax.training.step import jit_train_step
+from tests.tiny import abstract_state, jit_train_step, mesh_of, sequence_tokens, sharded_init
 
 SETTINGS = {
     "model.width": 32,
@@ -31,8 +30,8 @@ SETTINGS = {
     "model.decoder_layers": 1,
     "model.patch": "1,8,8",
     "model.vae_dim": 4,
-    "model.dtype": "float32",
-    "model.remat": "none",
+    "compute.dtype": "float32",
+    "compute.remat": "none",
     "video.frames_per_block": 1,
     "video.resolution": 32,
     "masking.min_tokens": 3,
@@ -62,7 +61,7 @@ def config_for(sizes="1x1x1x1", **overrides):
 def mesh_for(config):
     """All devices, or the first if that is what the mesh asks for."""
     one = all(config.mesh[axis] == 1 for axis in AXES)
-    return make_mesh(config, jax.devices()[:1] if one else None)
+    return mesh_of(config, jax.devices()[:1] if one else None)
 
 
 def batch_of(step, config, mesh):
@@ -107,7 +106,7 @@ def train(step, state, *, config, mesh, steps):
 
 def moments_of(state):
     """AdamW's first moments."""
-    return next(part.mu for part in state.opt_state[1] if hasattr(part, "mu"))
+    return next(part.mu for part in state.opt_state["model"][1] if hasattr(part, "mu"))
 
 
 def assert_close_norms(got, want, *, rtol, what):

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from elastictok_jax import config as config_lib
 from elastictok_jax.errors import UsageError
-from elastictok_jax.parallel.mesh import AXES, check_fits, make_mesh, mesh_sizes
+from elastictok_jax.parallel.mesh import AXES, check_fits, mesh_sizes
+from tests.tiny import mesh_of, task_of
 
 small = st.integers(1, 6)
 
@@ -66,6 +67,10 @@ def test_fixed_sizes_that_do_not_make_up_the_devices(sizes, devices):
         mesh_sizes(config, devices=devices)
 
 
+def require_fits(config, sizes):
+    check_fits(config, sizes, task_of(config).check_mesh)
+
+
 @pytest.mark.parametrize(
     "sizes",
     [
@@ -91,7 +96,7 @@ def test_batch_that_is_not_divided_names_the_nearest_that_is(batch, pieces, shar
     if batch % unit == 0:
         return
     with pytest.raises(UsageError) as caught:
-        check_fits(config, mesh_sizes(config, devices=shards))
+        require_fits(config, mesh_sizes(config, devices=shards))
     text = str(caught.value)
     assert text.startswith(f"data.batch_size = {batch} ")
     assert f"mesh.data x mesh.fsdp = {shards}" in text
@@ -149,17 +154,17 @@ def test_batch_that_is_not_divided_names_the_nearest_that_is(batch, pieces, shar
 )
 def test_model_and_sequence_that_do_not_divide(sizes, overrides, message):
     with pytest.raises(UsageError) as caught:
-        check_fits(config_of(**overrides), dict.fromkeys(AXES, 1) | sizes)
+        require_fits(config_of(**overrides), dict.fromkeys(AXES, 1) | sizes)
     assert str(caught.value) == message
 
 
 def test_a_sequence_may_be_cut_within_its_blocks():
-    check_fits(config_of(data__sequence_blocks=1), dict.fromkeys(AXES, 1) | {"sequence": 8})
+    require_fits(config_of(data__sequence_blocks=1), dict.fromkeys(AXES, 1) | {"sequence": 8})
 
 
 def test_more_slices_than_are_at_hand():
     with pytest.raises(UsageError) as caught:
-        make_mesh(config_of(mesh__dcn_fsdp=2))
+        mesh_of(config_of(mesh__dcn_fsdp=2))
     assert str(caught.value) == (
         "mesh.dcn_data=1, mesh.dcn_fsdp=2, mesh.dcn_tensor=1, mesh.dcn_sequence=1: 2 processes "
         "are asked for and 1 are at hand; set one to -1 to take what is left"
@@ -168,7 +173,7 @@ def test_more_slices_than_are_at_hand():
 
 def test_one_process_is_a_mesh_of_one_slice():
     config = config_of(data__batch_size=jax.device_count(), mesh__dcn_sequence=-1)
-    assert make_mesh(config) == make_mesh(config_of(data__batch_size=jax.device_count()))
+    assert mesh_of(config) == mesh_of(config_of(data__batch_size=jax.device_count()))
 
 
 TOPOLOGIES = """
@@ -176,13 +181,12 @@ import math, sys
 from jax.experimental import topologies
 from elastictok_jax import config as config_lib
 from elastictok_jax.errors import UsageError
-from elastictok_jax.parallel.mesh import make_mesh
 
 def mesh(devices, **sizes):
     config = config_lib.default_config()
     values = {"data.batch_size": 512, "data.sequence_blocks": 256}
     config_lib.override(config, values | {f"mesh.{axis}": n for axis, n in sizes.items()})
-    return make_mesh(config_lib.resolve(config), devices)
+    return mesh_of(config_lib.resolve(config), devices)
 
 one = topologies.get_topology_desc(
     platform="tpu", topology_name="v4:8x8x4", chips_per_host_bounds=(2, 2, 1),
@@ -233,7 +237,7 @@ def test_meshes_of_described_tpus():
 
 
 def test_mesh_of_the_devices_at_hand():
-    mesh = make_mesh(config_of(data__batch_size=jax.device_count()))
+    mesh = mesh_of(config_of(data__batch_size=jax.device_count()))
     assert mesh.axis_names == AXES
     assert mesh.devices.size == jax.device_count()
     assert dict(mesh.shape) == dict.fromkeys(AXES, 1) | {"data": jax.device_count()}
@@ -241,4 +245,4 @@ def test_mesh_of_the_devices_at_hand():
 
 def test_mesh_of_given_devices_and_no_others():
     given = jax.devices()[:1]
-    assert make_mesh(config_of(data__batch_size=1), devices=given).devices.tolist() == [[[given]]]
+    assert mesh_of(config_of(data__batch_size=1), devices=given).devices.tolist() == [[[given]]]

@@ -3,12 +3,12 @@
 from elastictok_jax import ElasticTokenizer
 from elastictok_jax.config import default_config, override, resolve
 from elastictok_jax.data import media
-from elastictok_jax.data.sources.splits import EMBEDDED
-from elastictok_jax.training.state import init_state
+from elastictok_jax.data.sources.file_source import EMBEDDED
+from tests.tiny import init_state
 
 LENGTH, SIDE = 8, 16  # tokens a block, pixels
 SMALL = {
-    **{"model.width": 32, "model.mlp_width": 48, "model.heads": 2, "model.dtype": "float32"},
+    **{"model.width": 32, "model.mlp_width": 48, "model.heads": 2, "compute.dtype": "float32"},
     **{"model.encoder_layers": 1, "model.decoder_layers": 1, "model.patch": (2, 8, 8)},
     **{"video.resolution": SIDE, "masking.min_tokens": 1, "data.sequence_blocks": 3},
     "loss.lpips_net": "alex",
@@ -19,7 +19,7 @@ def make_tokenizer(**overrides):
     config = default_config()
     override(config, SMALL | overrides)
     config = resolve(config)
-    return ElasticTokenizer(config, init_state(config).params)
+    return ElasticTokenizer(config, init_state(config).params["model"])
 
 
 def moving_clip(*, frames):

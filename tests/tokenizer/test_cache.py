@@ -5,10 +5,11 @@ import numpy as np
 import pytest
 
 from elastictok_jax.layers.attention.api import SequenceLayout
-from elastictok_jax.layers.patching import patchify, to_float, to_uint8
+from elastictok_jax.layers.patching import patchify
 from elastictok_jax.masking import keep_mask
+from elastictok_jax.models.elastictok.codec import Past
+from elastictok_jax.pixels import to_float, to_uint8
 from elastictok_jax.tokenizer.block_codec import CANDIDATES, ClipDecoder, ClipEncoder
-from elastictok_jax.tokenizer.cache import Cache
 from elastictok_jax.tokenizer.tiling import Grid
 from tests.tokenizer.small import LENGTH, make_tokenizer, moving_clip
 
@@ -27,7 +28,9 @@ def whole_pass(tokenizer, clip, lengths):
     tokens = blocks * LENGTH
     places = SequenceLayout(np.arange(tokens), np.ones((1, tokens), np.int32), LENGTH)
     keep = keep_mask(np.asarray([lengths]), tokens_per_block=LENGTH)
-    apply = jax.jit(lambda params, pixels: tokenizer.model.apply(params, pixels, keep, places))
+    apply = jax.jit(
+        lambda params, pixels: tokenizer.codec.model.apply(params, pixels, keep, places)
+    )
     output = apply({"params": tokenizer.params}, to_float(patches[None]))
     codes = np.asarray(output.codes)[0].reshape(blocks, LENGTH, *output.codes.shape[2:])
     return codes, np.asarray(output.reconstruction)[0].reshape(blocks, LENGTH, -1)
@@ -42,7 +45,7 @@ def test_streaming_equals_a_whole_pass_while_the_window_covers_it(
 ):
     tokenizer = make_tokenizer(
         **{"model.bottleneck": bottleneck, "model.conditioned": conditioned},
-        **{"model.scan_layers": scan_layers, "data.sequence_blocks": BLOCKS},
+        **{"compute.scan_layers": scan_layers, "data.sequence_blocks": BLOCKS},
         **{"model.encoder_layers": 2, "model.decoder_layers": 2},
     )
     lengths = [8, 2, 5, 1, 7]
@@ -64,9 +67,9 @@ def test_streaming_equals_a_whole_pass_while_the_window_covers_it(
 
 def test_several_candidates_measure_what_one_does(clip):
     tokenizer = make_tokenizer(**{"data.sequence_blocks": 4})
-    coder = ClipEncoder(tokenizer._programs, window_blocks=4)
-    for patches, inside in blocks_of(tokenizer, clip):
-        block = coder.block(patches, inside)
+    coder = ClipEncoder(tokenizer._compiled, window_blocks=4)
+    for frames, inside in blocks_of(tokenizer, clip):
+        block = coder.block(frames, inside)
         many = block.errors(range(1, LENGTH + 1))
         one = [block.errors([length])[0] for length in range(1, LENGTH + 1)]
         np.testing.assert_allclose(many, one, rtol=1e-5)
@@ -75,12 +78,8 @@ def test_several_candidates_measure_what_one_does(clip):
 
 
 def blocks_of(tokenizer, clip):
-    patches, inside = Grid(clip.shape[:3], tokenizer.config).cut(clip)
-    return zip(
-        patches[0].reshape(-1, LENGTH, patches.shape[-1]),
-        inside[0].reshape(-1, LENGTH, patches.shape[-1]),
-        strict=True,
-    )
+    blocks, inside = Grid(clip.shape[:3], tokenizer.geometry).cut(clip)
+    return zip(blocks[0], inside[0], strict=True)
 
 
 @pytest.mark.parametrize("window", [1, 3])
@@ -89,9 +88,9 @@ def test_a_block_sees_the_window_and_no_more(clip, window):
     block of the window gives the same."""
     tokenizer = make_tokenizer()
     blocks = list(blocks_of(tokenizer, clip))
-    stream = ClipEncoder(tokenizer._programs, window_blocks=window)
+    stream = ClipEncoder(tokenizer._compiled, window_blocks=window)
     for index, newest in enumerate(blocks):
-        short = ClipEncoder(tokenizer._programs, window_blocks=BLOCKS)
+        short = ClipEncoder(tokenizer._compiled, window_blocks=BLOCKS)
         for earlier in blocks[max(0, index + 1 - window) : index]:
             short.block(*earlier).keep(4)
         block = stream.block(*newest)
@@ -99,28 +98,28 @@ def test_a_block_sees_the_window_and_no_more(clip, window):
         block.keep(4)
 
 
-def held(cache):
+def held(past):
     """Tokens that a cache has room for."""
-    return max((leaf.shape[-2] for leaf in jax.tree.leaves(cache.past)), default=0)
+    return max((leaf.shape[-2] for leaf in jax.tree.leaves(past.kv)), default=0)
 
 
 def test_memory_stays_that_of_the_window(clip):
     tokenizer = make_tokenizer(**{"data.sequence_blocks": 3})
-    decoder = ClipDecoder(tokenizer._programs, window_blocks=3)
+    decoder = ClipDecoder(tokenizer._compiled, window_blocks=3)
     sizes = []
     for _ in range(9):
         decoder.block(np.zeros(2, np.int32))
-        sizes.append(held(decoder.cache))
+        sizes.append(held(decoder.pasts))
     assert sizes == [LENGTH] + [2 * LENGTH] * 8
 
 
 def test_a_cache_grows_by_doubling():
     tokenizer = make_tokenizer()
-    decoder = ClipDecoder(tokenizer._programs, window_blocks=12)
+    decoder = ClipDecoder(tokenizer._compiled, window_blocks=12)
     sizes = []
     for _ in range(14):
         decoder.block(np.zeros(2, np.int32))
-        sizes.append(held(decoder.cache) // LENGTH)
+        sizes.append(held(decoder.pasts) // LENGTH)
     assert sizes == [1, 2, 4, 4, 8, 8, 8, 8, 11, 11, 11, 11, 11, 11]
 
 
@@ -129,15 +128,15 @@ def test_positions_wrap_without_a_seam():
     tokenizer = make_tokenizer(**{"data.sequence_blocks": 4})
     seam = 2**32 // LENGTH
     results = []
+    codec = tokenizer.codec
     for start in (0, seam - 2):  # multiples of 3, so that the ring's next slot is the first
-        cache = Cache(window_blocks=4, tokens_per_block=LENGTH)
-        cache.blocks = start
+        past = Past({}, start, window=4)
         for value in range(4):
-            codes, whole = np.full((1, LENGTH), 9999 * value, np.int32), np.asarray([LENGTH])
-            out, present = tokenizer._programs.decode(tokenizer.params, cache, codes, whole)
+            codes, keep = np.full((1, LENGTH), 9999 * value, np.int32), np.ones((1, LENGTH), bool)
+            out, present = codec.decode(tokenizer.params, codes, keep, past, jax.random.key(0))
             results.append(np.asarray(out).astype(int))
-            cache.keep(present)
-        assert cache.blocks * LENGTH > 2**32 or not start
+            past = codec.extend(past, present)
+        assert past.blocks * LENGTH > 2**32 or not start
     assert np.abs(np.subtract(results[:4], results[4:])).max() <= 1
 
 
@@ -148,8 +147,8 @@ def test_there_is_one_program_for_each_size_of_the_cache(clip):
     tokenizer.encode(clip[:9], tokens=[1, 2, 3])
     tokenizer.encode(clip, max_mse=0.3)
     sizes = 4  # of 0, 1, 2 and 3 blocks
-    assert tokenizer._programs.decode._run._cache_size() == sizes
-    assert tokenizer._programs.encode._run._cache_size() == sizes
+    assert tokenizer.codec._decode._cache_size() == sizes
+    assert tokenizer.codec._encode._cache_size() == sizes
     tokenizer.encode(clip, max_mse=0.3, search="full")
     assert CANDIDATES >= LENGTH  # so one more shape
-    assert tokenizer._programs.encode._run._cache_size() == 2 * sizes
+    assert tokenizer.codec._encode._cache_size() == 2 * sizes

@@ -22,17 +22,18 @@ from elastictok_jax.data.clip_reader import ClipReader
 from elastictok_jax.data.frame_stream import Footage, open_footage
 from elastictok_jax.data.media import raw_video
 from elastictok_jax.data.packing import PackedClip
-from elastictok_jax.data.sources.splits import EMBEDDED, FileSource, SourceSplit
-from elastictok_jax.evaluation.ssim import mse
+from elastictok_jax.data.sources.file_source import EMBEDDED, FileSource
+from elastictok_jax.data.sources.splits import SourceSplit
+from elastictok_jax.pixels import mse
 from elastictok_jax.storage.safetensors import save_params
 from elastictok_jax.tokenizer import etok
 from elastictok_jax.tokenizer.file_codec import _encode_in_order
 from elastictok_jax.tokenizer.goal import Goal
 from elastictok_jax.tokenizer.search import SEARCHES
-from elastictok_jax.training.state import init_state
+from tests.tiny import init_state
 
 SMALL = {
-    **{"model.width": 16, "model.mlp_width": 16, "model.heads": 1, "model.dtype": "float32"},
+    **{"model.width": 16, "model.mlp_width": 16, "model.heads": 1, "compute.dtype": "float32"},
     **{"model.encoder_layers": 1, "model.decoder_layers": 1, "model.patch": (2, 8, 8)},
     **{"video.resolution": 16, "masking.min_tokens": 1, "data.sequence_blocks": 2},
 }  # 8 tokens a block of 4 frames
@@ -45,7 +46,7 @@ def model(tmp_path_factory):
     override(config, SMALL)
     config = resolve(config)
     (folder / "config.json").write_text(to_json(config))
-    params = jax.device_get(init_state(config).params)
+    params = jax.device_get(init_state(config).params["model"])
     save_params(folder / "model.safetensors", params, metadata={})
     return folder
 
@@ -448,7 +449,7 @@ def test_bad_files_and_options_are_named(refused, tmp_path):
         ((image, *encode, "--window-blocks", 0), "--window-blocks 0: give at least 1 and"),
         ((image, *encode, "--search", "magic"), "search 'magic': choose one of hybrid"),
         ((image, *encode[:-1], 9), "whole numbers from 1 to 8"),
-        ((image, *encode[:-2], "--budget", 2), "a share of all tokens"),
+        ((image, *encode[:-2], "--budget", 2), "a fraction of all tokens"),
         (("-", *encode[:-2], "--total-tokens", 2), "with a pipe give --budget"),
     ]:
         assert message in refused("encode", *words)

@@ -35,8 +35,9 @@ def test_memory_does_not_grow_with_the_number_of_tiles(tokenizer, monkeypatch):
 
         return call
 
-    for half in (tokenizer._programs.encode, tokenizer._programs.decode):
-        monkeypatch.setattr(half, "_run", watched(half._run))
+    for half in ("_encode", "_decode"):
+        codec = tokenizer.codec
+        monkeypatch.setitem(codec.__dict__, half, watched(getattr(codec, half)))
     most = {}
     for tiles in (1, 3, 6):
         held.clear()
@@ -75,9 +76,9 @@ def make_alone(tokenizer: ElasticTokenizer, video, goal):
 
 def test_a_tile_is_cut_alone_as_with_the_others(tokenizer):
     video = np.pad(clip(2), ((0, 0), (0, 5), (0, 3), (0, 0)), mode="reflect")
-    grid = Grid(video.shape[:3], tokenizer.config)
-    patches, inside = grid.cut(video)
+    grid = Grid(video.shape[:3], tokenizer.geometry)
+    blocks, inside = grid.cut(video)
     for tile in range(grid.tiles):
         alone = grid.cut_tile(video, tile)
-        np.testing.assert_array_equal(alone[0], patches[tile])
+        np.testing.assert_array_equal(alone[0], blocks[tile])
         np.testing.assert_array_equal(alone[1], inside[tile])

@@ -99,23 +99,23 @@ def test_train_router_and_use_it(folder, capsys):
     assert results["blocks"] == 20 and 0 <= results["count_error"] < np.inf
 
     tokenizer = ElasticTokenizer.from_pretrained(folder)
-    grid = Grid(clip.shape[:3], tokenizer.config)
+    grid = Grid(clip.shape[:3], tokenizer.geometry)
     costs = {}
     for search in ("regression", "verified_regression", "hybrid"):
-        chooser = tokenizer.threshold(Goal(max_mse=0.3, search=search))
-        costs[search] = tokenizer.code(clip, grid, [chooser], metric="mse")
+        policy = tokenizer.threshold(Goal(max_mse=0.3, search=search))
+        costs[search] = tokenizer.code(clip, grid, [policy], metric="mse")
     assert [block.evaluations for block in costs["regression"]] == [1] * 5
     # The encoding that the router reads serves for the codes where it knows no length.
-    passes = 2 if tokenizer.model.conditioned else 1
+    passes = 2 if tokenizer.codec.knows_length else 1
     assert [block.encoder_passes for block in costs["regression"]] == [passes] * 5
     assert all(block.met == (block.error <= 0.3) for block in costs["regression"])
     # `hybrid` follows what was measured on the block before, router or not.
-    chooser = without.threshold(Goal(max_mse=0.3, search="hybrid"))
-    plain = without.code(clip, grid, [chooser], metric="mse")
+    policy = without.threshold(Goal(max_mse=0.3, search="hybrid"))
+    plain = without.code(clip, grid, [policy], metric="mse")
     for one, other in zip(plain, costs["hybrid"], strict=True):
         np.testing.assert_array_equal(one.codes, other.codes)
         assert one.evaluations == other.evaluations
-    curve = tokenizer.router(tokenizer.coder("mse").block(*(x[0][:LENGTH] for x in grid.cut(clip))))
+    curve = tokenizer.router(tokenizer.coder("mse").block(*(x[0, 0] for x in grid.cut(clip))))
     assert curve.shape == (LENGTH,) and np.isfinite(curve).all()
     with pytest.raises(UsageError, match="give max_mse or min_psnr"):
         tokenizer.encode(clip, max_lpips=0.3, search="regression")
@@ -144,7 +144,7 @@ def test_train_router_and_use_it(folder, capsys):
 
     # Nor is it of use when the config says that other lengths may be chosen.
     dataclasses.replace(again, lengths=(2, *again.lengths[1:])).save(folder)
-    with pytest.raises(UsageError, match=r"speaks of 2 to 8 tokens, .* train it again"):
+    with pytest.raises(UsageError, match=r"covers 2 to 8 tokens, .* train it again"):
         ElasticTokenizer.from_pretrained(folder)
     again.save(folder)
 

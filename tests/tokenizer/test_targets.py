@@ -9,7 +9,7 @@ import pytest
 
 from elastictok_jax import ElasticTokenizer, Tokens
 from elastictok_jax.data import media
-from elastictok_jax.data.sources.splits import EMBEDDED
+from elastictok_jax.data.sources.file_source import EMBEDDED
 from elastictok_jax.experiment_registry import get_experiment
 from elastictok_jax.layers.attention.api import SequenceLayout
 from elastictok_jax.layers.patching import patchify
@@ -84,7 +84,8 @@ def test_no_reachable_target_is_missed(tokenizer, clips, tmp_path, search):
 
 def test_full_is_what_brute_force_finds(tokenizer, clips):
     """A forward pass over the whole clip for every length of every block, with dense attention."""
-    model = tokenizer.model.clone(spec=dataclasses.replace(tokenizer.model.spec, attention="dense"))
+    model = tokenizer.codec.model
+    model = model.clone(spec=dataclasses.replace(model.spec, attention="dense"))
     checked = 0
 
     @jax.jit

@@ -11,9 +11,9 @@ import pytest
 from elastictok_jax import ElasticTokenizer, Tokens
 from elastictok_jax.config import to_json
 from elastictok_jax.errors import UsageError
-from elastictok_jax.layers.patching import to_float
 from elastictok_jax.perceptual.lpips import lpips
 from elastictok_jax.perceptual.lpips_weights import load_lpips
+from elastictok_jax.pixels import to_float
 from elastictok_jax.storage.safetensors import save_params
 from tests.tokenizer.small import make_tokenizer, moving_clip
 
@@ -230,7 +230,7 @@ def test_a_search_stays_within_the_lengths_trained(clip):
 
 
 def test_execution_settings_are_no_part_of_the_fingerprint(tokenizer, clip):
-    other = make_tokenizer(**{"model.attention": "dense", "model.remat": "full"})
+    other = make_tokenizer(**{"compute.attention": "dense", "compute.remat": "full"})
     assert other.fingerprint == tokenizer.fingerprint
     assert other.decode(tokenizer.encode(clip, tokens=2)).shape == clip.shape
 

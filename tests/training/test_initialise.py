@@ -13,12 +13,11 @@ from elastictok_jax.config import override, read_config, resolve, to_json
 from elastictok_jax.errors import UsageError
 from elastictok_jax.experiment_registry import get_experiment
 from elastictok_jax.layers.scan_layout import with_layout
-from elastictok_jax.parallel.mesh import make_mesh
 from elastictok_jax.storage.safetensors import load_params, save_params
 from elastictok_jax.tokenizer.api import ElasticTokenizer
 from elastictok_jax.training.initialise import initialise
 from elastictok_jax.training.metric_writers import read_metrics
-from elastictok_jax.training.state import abstract_state
+from tests.tiny import abstract_state, mesh_of
 
 OPTIONS = {
     "model.width": 16,
@@ -85,12 +84,12 @@ def begin(source, tmp_path, **options):
     values = OPTIONS | {key.replace("__", "."): value for key, value in options.items()}
     override(config, values | {"train.init_from": str(source), "seed": 1})
     config = resolve(config)
-    abstract = abstract_state(config, make_mesh(config))
+    abstract = abstract_state(config, mesh_of(config))
     state = random_state(abstract)
-    initial = flatten_dict(jax.device_get(state.params), sep="/")
+    initial = flatten_dict(jax.device_get(state.params["model"]), sep="/")
     state, lines = initialise(state, abstract, config=config, workdir=tmp_path)
-    got = flatten_dict(jax.device_get(state.params), sep="/")
-    averages = flatten_dict(jax.device_get(state.ema_params), sep="/")
+    got = flatten_dict(jax.device_get(state.params["model"]), sep="/")
+    averages = flatten_dict(jax.device_get(state.ema_params["model"]), sep="/")
     jax.tree.map(np.testing.assert_array_equal, averages, got)
     return initial, got, json.loads((tmp_path / "init_from.json").read_text()), lines
 
@@ -101,7 +100,7 @@ def test_next_stage_takes_every_weight(trained, kind, scan_layers, tmp_path):
     """With a longer context and another rotary base, from either kind of model."""
     workdir, exported, want = trained
     source = workdir if kind == "workdir" else exported
-    longer = dict(data__sequence_blocks=4, model__rope_theta=1e6, model__scan_layers=scan_layers)
+    longer = dict(data__sequence_blocks=4, model__rope_theta=1e6, compute__scan_layers=scan_layers)
     _, got, record, lines = begin(source, tmp_path, **longer)
     if not scan_layers:
         nested = with_layout(unflatten_dict(want, sep="/"), stacked=False)
@@ -168,7 +167,7 @@ def test_what_does_not_fit_is_named_and_starts_anew_only_when_asked(
 def test_another_depth_takes_layer_by_layer(trained, kind, scan_layers, tmp_path):
     """One encoder layer more than the checkpoint has, one decoder layer fewer."""
     workdir, exported, trained_params = trained
-    depth = dict(model__encoder_layers=2, model__decoder_layers=1, model__scan_layers=scan_layers)
+    depth = dict(model__encoder_layers=2, model__decoder_layers=1, compute__scan_layers=scan_layers)
     initial, got, record, _ = begin(
         workdir if kind == "workdir" else exported,
         tmp_path,
@@ -235,12 +234,12 @@ def test_a_run_goes_on_in_the_other_layout(trained, tmp_path):
     shutil.copytree(trained[0], workdir)
     plain = tmp_path / "plain"
     shutil.copytree(trained[0], plain)
-    assert run(workdir, train__steps=8, model__scan_layers=False) == 0
+    assert run(workdir, train__steps=8, compute__scan_layers=False) == 0
     assert run(plain, train__steps=8) == 0
     got, want = map(losses_of, (workdir, plain))
     assert got.keys() == want.keys() == set(range(1, 9))
     assert got == pytest.approx(want, rel=1e-4)
-    assert not read_config(workdir / "config.json").model.scan_layers
+    assert not read_config(workdir / "config.json").compute.scan_layers
 
 
 @pytest.mark.parametrize("kind", ["workdir", "exported"])
@@ -251,7 +250,7 @@ def test_a_tokenizer_reads_either_layout(trained, kind, tmp_path):
     clip = np.random.default_rng(0).integers(0, 256, (4, 16, 16, 3), dtype=np.uint8)
     want = ElasticTokenizer.from_pretrained(folder)
     config = read_config(folder / "config.json")
-    config.model.scan_layers = False
+    config.compute.scan_layers = False
     (folder / "config.json").write_text(to_json(config))
     got = ElasticTokenizer.from_pretrained(folder)
     assert "layers_1" in got.params["decoder"] and "layers" in want.params["decoder"]
@@ -262,7 +261,7 @@ def test_a_tokenizer_reads_either_layout(trained, kind, tmp_path):
     params = with_layout(jax.device_get(got.params), stacked=False)
     save_params(folder / "model.safetensors", params, metadata={})
     assert "layers_1" in load_params(folder / "model.safetensors")[0]["decoder"]
-    config.model.scan_layers = True
+    config.compute.scan_layers = True
     (folder / "config.json").write_text(to_json(config))
     again = ElasticTokenizer.from_pretrained(folder)
     assert again.fingerprint == want.fingerprint

@@ -15,7 +15,8 @@ from tensorboardX.proto.event_pb2 import Event
 from elastictok_jax import cli
 from elastictok_jax.config import override, read_config
 from elastictok_jax.data import media
-from elastictok_jax.data.sources.splits import EMBEDDED, open_splits
+from elastictok_jax.data.sources.file_source import EMBEDDED
+from elastictok_jax.data.sources.splits import open_splits
 from elastictok_jax.errors import UsageError
 from elastictok_jax.experiment_registry import get_experiment
 from elastictok_jax.tokenizer.api import ElasticTokenizer
@@ -86,7 +87,7 @@ def workdir(finished, tmp_path) -> Path:
 
 def test_step_and_evaluation_compile_once(finished):
     records = json.loads((finished.parent / "compilations.json").read_text())
-    for name in ("train_step", "eval_step"):
+    for name in ("train_step", "evaluate"):
         assert sum(f"Compiling jit({name})" in record for record in records) == 1
 
 
@@ -95,7 +96,7 @@ def test_resumed_run_compiles_once_and_logs_each_step_once(workdir, caplog):
     with jax.log_compiles(), caplog.at_level(logging.WARNING, logger="jax"):
         assert train(config, workdir=workdir)
     assert compilations(caplog, "train_step") == 1
-    assert compilations(caplog, "eval_step") == 1
+    assert compilations(caplog, "evaluate") == 1
     lines = read_metrics(workdir / "metrics.jsonl")
     assert [line["step"] for line in lines if "loss" in line] == [2, 4, 6, 8, 10]
     assert [line["step"] for line in lines if "eval/mse" in line] == [0, 3, 6, 9, 10]
@@ -204,7 +205,7 @@ def test_tensorboard_has_the_same_scalars_and_a_picture(finished):
         assert value == pytest.approx(expected[key], rel=1e-6)
     assert [step for step, _, _ in pictures] == [0, 3, 6]
     for _, tag, image in pictures:
-        assert tag == "eval/original_and_all_half_quarter_tokens"
+        assert tag == "eval/original_and_decoded"
         rows = OPTIONS["data.batch_size"]
         assert (image.height, image.width) == (16 * rows, 16 * 4)
         assert image.encoded_image_string.startswith(b"\x89PNG")

@@ -19,7 +19,7 @@ from elastictok_jax.config import read_config
 from elastictok_jax.parallel.mesh import AXES
 from elastictok_jax.storage.checkpoint import Checkpointer
 from elastictok_jax.training.metric_writers import read_metrics
-from elastictok_jax.training.state import abstract_state
+from tests.tiny import abstract_state
 
 STEPS, EVAL_EVERY = 60, 20
 OPTIONS = {

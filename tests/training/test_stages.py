@@ -7,16 +7,13 @@ import numpy as np
 import pytest
 
 from elastictok_jax import cli
-from elastictok_jax.config import block_tokens, read_config
-from elastictok_jax.data.pipeline import BatchReader
+from elastictok_jax.config import read_config
 from elastictok_jax.data.sources.splits import open_splits
 from elastictok_jax.errors import UsageError
-from elastictok_jax.parallel.mesh import make_mesh
 from elastictok_jax.storage.checkpoint import Checkpointer
 from elastictok_jax.training.loop import train
 from elastictok_jax.training.metric_writers import read_metrics
-from elastictok_jax.training.state import abstract_state
-from elastictok_jax.training.step import make_eval_step
+from tests.tiny import abstract_state, block_tokens, mesh_of, reader_of, task_of
 
 SMALL = {
     "model.width": 32,
@@ -51,8 +48,8 @@ def stages(tmp_path_factory):
 def params_at(workdir, step=None):
     config = read_config(workdir / "config.json")
     checkpoints = Checkpointer.for_reading(workdir)
-    abstract = abstract_state(config, make_mesh(config)).params
-    params = checkpoints.restore_params(step or checkpoints.latest_step(), abstract)
+    abstract = abstract_state(config, mesh_of(config)).params["model"]
+    params = checkpoints.restore_params(step or checkpoints.latest_step(), "model", abstract)
     checkpoints.close()
     return config, params
 
@@ -64,7 +61,7 @@ def test_both_stages_train_and_the_second_starts_with_the_weights_of_the_first(s
     # Held-out error on other data, at the same weights: measured, not guessed.
     _, params = params_at(stages / "images")
     video = read_config(stages / "video" / "config.json")
-    reader = BatchReader(video, open_splits(video), split="heldout")
+    reader = reader_of(video, open_splits(video), split="heldout")
     sums, _ = eval_step_of(video)(params, device(reader(0)), np.float32(1.0))
     assert lines[0]["step"] == 0
     assert lines[0]["eval/mse"] == pytest.approx(float(sums["error"] / sums["tokens"]), rel=1e-5)
@@ -75,13 +72,14 @@ def test_both_stages_train_and_the_second_starts_with_the_weights_of_the_first(s
 def test_first_stage_sees_images_and_the_second_also_video(stages):
     for stage, kinds in (("images", {False}), ("video", {False, True})):
         config = read_config(stages / stage / "config.json")
-        reader = BatchReader(config, open_splits(config), split="train")
+        reader = reader_of(config, open_splits(config), split="train")
         clips = [clip for row in range(16) for clip in reader.mixture.row(row)]
         assert {bool(reader.feeds[c.feed].source.is_video[c.item]) for c in clips} == kinds
 
 
 def eval_step_of(config):
-    return jax.jit(make_eval_step(config))
+    step = jax.jit(task_of(config).evaluate)
+    return lambda params, batch, fraction: step({"model": params}, {}, batch, fraction)
 
 
 def device(batch):
@@ -91,7 +89,7 @@ def device(batch):
 def test_two_clips_of_a_sequence_do_not_see_each_other(stages):
     """Changing all pixels of one changes no bit of the other's reconstruction."""
     config, params = params_at(stages / "video")
-    reader = BatchReader(config, open_splits(config), split="train")
+    reader = reader_of(config, open_splits(config), split="train")
     row = next(n for n in range(64) if 1 < len(reader.mixture.row(n)) < 6)
     batch = {key: np.asarray(reader.read_row(row)[key])[None] for key in ("patches", "segment_ids")}
     segments = batch["segment_ids"][0]
@@ -127,7 +125,7 @@ def test_weights_of_another_shape_or_run_are_refused(stages, tmp_path):
     with pytest.raises(UsageError, match=r"encoder.* saved, .* asked for"):
         train(config, workdir=tmp_path / "run")
     config.train.init_from = str(tmp_path / "nothing")
-    with pytest.raises(UsageError, match=r"train\.init_from = .*nothing has no checkpoint"):
+    with pytest.raises(UsageError, match=r"train\.init_from = .*nothing does not exist"):
         train(config, workdir=tmp_path / "run")
     assert not (tmp_path / "nothing").exists()
 

@@ -15,13 +15,13 @@ import pytest
 from elastictok_jax.config import override, resolve
 from elastictok_jax.experiment_registry import get_experiment
 from elastictok_jax.layers.patching import patchify, unpatchify
+from elastictok_jax.losses.perceptual import random_frames
 from elastictok_jax.masking import keep_mask
 from elastictok_jax.models.elastictok.model import build_model
 from elastictok_jax.perceptual.lpips import lpips
 from elastictok_jax.perceptual.lpips_weights import load_lpips
 from elastictok_jax.training.optimizer import decayed, make_schedule
-from elastictok_jax.training.state import init_state
-from elastictok_jax.training.step import make_train_step, random_frames, sequence_layout
+from tests.tiny import codec_of, init_state, make_train_step
 
 F, SIDE, PATCH = 4, 16, (2, 8, 8)
 L, D = 8, 2 * 8 * 8 * 3
@@ -104,7 +104,7 @@ def test_microbatches_add_up_to_the_batch(bottleneck):
         assert cut_metrics.keys() == metrics.keys()
         assert_close(cut_metrics, metrics, rtol=1e-6, atol=1e-6)
         # AdamW's first moment after one step is (1 - b1) times the clipped gradient.
-        moments, expected = (s.opt_state[1][0].mu for s in (state, whole))
+        moments, expected = (s.opt_state["model"][1][0].mu for s in (state, whole))
         assert max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(expected)) > 1e-3
         assert_close(moments, expected, rtol=1e-4, atol=1e-7)
         # AdamW's first step is the sign of the gradient: where that is not mere rounding, the
@@ -113,7 +113,7 @@ def test_microbatches_add_up_to_the_batch(bottleneck):
             lambda a, b, moment: np.testing.assert_allclose(
                 a[abs(moment) > 1e-6], b[abs(moment) > 1e-6], rtol=0, atol=1e-5
             ),
-            *jax.tree.map(np.asarray, (state.params, whole.params, expected)),
+            *jax.tree.map(np.asarray, (state.params["model"], whole.params["model"], expected)),
         )
 
 
@@ -141,6 +141,10 @@ def test_weight_decay_touches_kernels_alone():
     assert sum(jax.tree.leaves(decayed(start))) == sum(p[-1].key == "kernel" for p, _ in leaves[0])
 
 
+def schedule_of(config):
+    return make_schedule(config.optimizer, config)
+
+
 def test_schedules():
     peak, warmup, steps, final = 2e-3, 10, 50, 0.1
     keys = dict(
@@ -149,8 +153,8 @@ def test_schedules():
         optimizer__final_fraction=final,
         train__steps=steps,
     )
-    cosine = make_schedule(tiny(optimizer__schedule="cosine", **keys))
-    constant = make_schedule(tiny(optimizer__schedule="constant", **keys))
+    cosine = schedule_of(tiny(optimizer__schedule="cosine", **keys))
+    constant = schedule_of(tiny(optimizer__schedule="constant", **keys))
     for step in (0, 1, 5, 9, 10, 11, 30, 49, 50, 80):
         if step < warmup:
             expected = constant_expected = peak * step / warmup
@@ -195,10 +199,10 @@ def test_mse_is_of_valid_pixels_alone():
     step = jitted(config)
     new_state, metrics = step(state, batch, {})
 
-    keep_BS, places = kept(1.0), sequence_layout(batch, tokens_per_block=L)
+    keep_BS, places = kept(1.0), codec_of(config).row_layout(batch["segment_ids"])
     target_BSD = to_pixels(batch["patches"])
     output = build_model(config).apply(
-        {"params": state.params}, jnp.asarray(target_BSD, jnp.float32), keep_BS, places
+        {"params": state.params["model"]}, jnp.asarray(target_BSD, jnp.float32), keep_BS, places
     )
     error_BSD = (np.asarray(output.reconstruction, np.float64) - target_BSD) ** 2
     expected = error_BSD[SEGMENTS_BS != 0].mean()
@@ -227,9 +231,9 @@ def test_vae_kl_sums_over_kept_tokens_and_averages_over_blocks():
     state = start_of(config)
     new_state, metrics = run_step(config, batch)
 
-    keep_BS, places = kept(0.5), sequence_layout(batch, tokens_per_block=L)
+    keep_BS, places = kept(0.5), codec_of(config).row_layout(batch["segment_ids"])
     encoded_BSZ = build_model(config).apply(
-        {"params": state.params},
+        {"params": state.params["model"]},
         jnp.asarray(to_pixels(batch["patches"]), jnp.float32),
         keep_BS,
         places,
@@ -265,6 +269,15 @@ def test_masks_and_noise_follow_seed_and_step():
         assert float(changed["kept_fraction"]) != float(first["kept_fraction"])
 
 
+def frames_of(config, key, rows, videos, valid_BN):
+    return random_frames(
+        *(key, rows, videos, jnp.asarray(valid_BN)),
+        every_blocks=config.loss.lpips_every_blocks,
+        block_frames=F,
+        unpack=codec_of(config).unpack,
+    )
+
+
 @pytest.mark.parametrize("every", [1, 2, 3, 9])
 def test_frames_that_lpips_looks_at_stand_for_all_frames_of_valid_blocks(every):
     """For any number of blocks a frame: the mean over draws of the weighted sum over drawn frames
@@ -276,13 +289,10 @@ def test_frames_that_lpips_looks_at_stand_for_all_frames_of_valid_blocks(every):
     number_BT = np.arange(rows * blocks * F).reshape(rows, -1)
     video = np.broadcast_to(number_BT[..., None, None, None], (rows, blocks * F, SIDE, SIDE, 3))
     patches_BSD = jnp.asarray(patchify(video, patch=PATCH, frames_per_block=F), jnp.float32)
-    segments_BS = jnp.asarray(np.repeat(valid_BN, L, axis=1))
 
     def draw(key):
         videos = patches_BSD, -patches_BSD
-        (one, other), weight = random_frames(
-            key, jnp.arange(rows), videos, segments_BS, config=config
-        )
+        (one, other), weight = frames_of(config, key, jnp.arange(rows), videos, valid_BN > 0)
         return one[:, :, 0, 0, 0], jnp.ptp(one, axis=(2, 3, 4)), jnp.abs(one + other).max(), weight
 
     numbers_KBG, spread, differ, weight_KBG = jax.jit(jax.vmap(draw))(
@@ -306,12 +316,11 @@ def test_frames_that_lpips_looks_at_follow_the_global_row():
     """So that microbatches, meshes and hosts see the same."""
     config = tiny(loss__lpips_every_blocks=2, data__sequence_blocks=4)
     patches_BSD = np.random.default_rng(0).random((4, 4 * L, D), np.float32)
-    segments_BS = np.ones((4, 4 * L), np.int32)
+    valid_BN = np.ones((4, 4), bool)
 
     def draw(rows):
-        (frames,), weights = random_frames(
-            jax.random.key(3), rows, (patches_BSD[rows],), segments_BS[rows], config=config
-        )
+        key = jax.random.key(3)
+        (frames,), weights = frames_of(config, key, rows, (patches_BSD[rows],), valid_BN[rows])
         return frames, weights
 
     complete, rows = draw(np.arange(4)), np.array([1, 3])
@@ -344,9 +353,12 @@ def test_lpips_compares_one_frame_of_a_block_and_ignores_padding():
 
     batch = {"patches": jnp.asarray(patches_BSD), "segment_ids": jnp.asarray(segments_BS)}
     target_BSD = jnp.asarray(to_pixels(patches_BSD), jnp.float32)
-    everything, places = jnp.ones((2, BLOCKS * L), bool), sequence_layout(batch, tokens_per_block=L)
+    everything, places = (
+        jnp.ones((2, BLOCKS * L), bool),
+        codec_of(config).row_layout(batch["segment_ids"]),
+    )
     apply = jax.jit(lambda *x: build_model(config).apply(*x, everything, places).reconstruction)
-    reconstruction_BSD = apply({"params": state.params}, target_BSD)
+    reconstruction_BSD = apply({"params": state.params["model"]}, target_BSD)
     frames = [
         unpatchify(x[0, :L], patch=PATCH, frames_per_block=F, height=SIDE, width=SIDE)
         for x in (reconstruction_BSD, target_BSD)

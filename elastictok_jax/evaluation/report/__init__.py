@@ -1,1 +1,1 @@
-"""Pictures, plots and pages of an evaluation."""
+"""Renders an evaluation as pictures, plots and HTML pages."""

@@ -1,4 +1,4 @@
-"""matplotlib as every plot uses it: no display, no markup, and names shown as they are."""
+"""The matplotlib setup of every plot: no display, no markup, and names shown verbatim."""
 
 import functools
 import io
@@ -17,23 +17,24 @@ from elastictok_jax.storage.atomic import write_whole
 
 __all__ = ["label", "log_ticks", "plt", "save", "shorten"]
 
-LETTERS = 48  # of a name in a plot
-# With more letters than matplotlib's own font; those that are installed help it out.
+LETTERS = 48  # maximum length of a name in a plot
+# Fallbacks with more glyphs than matplotlib's own font, used if installed.
 WIDE_FONTS = ("Noto Sans CJK JP", "Noto Sans CJK SC", "WenQuanYi Zen Hei", "Noto Emoji")
 
 _installed = {font.name for font in font_manager.fontManager.ttflist}
 FONTS = ["DejaVu Sans", *(name for name in WIDE_FONTS if name in _installed)]
-# A name may hold a `$`, which would begin a formula.
+# A name may contain a `$`, which would start a formula.
 matplotlib.rcParams.update(
     {"text.parse_math": False, "text.usetex": False, "font.family": FONTS, "svg.hashsalt": "plot"}
 )
 
 
 def label(name: str) -> str:
-    """A name from outside (a file, a folder, a config) as text of a plot.
+    """Converts an external name (of a file, a folder, a config) to text for a plot.
 
-    What no font has, or is no letter, is written as in Python (`\\n`, `\\u4e2d`); long names lose
-    their middle. A legend leaves out what begins with `_`, so that gets a space before it.
+    Characters that are not printable or in no font are escaped as in Python (`\\n`, `\\u4e2d`);
+    long names lose their middle. Legends skip names that begin with `_`, so these get a leading
+    space.
     """
     known = _letters()
     text = "".join(
@@ -47,7 +48,7 @@ def label(name: str) -> str:
 
 
 def save(figure: Figure, path: Path, **options) -> None:
-    """Writes a figure in the format of the suffix, atomically; `options` of savefig.
+    """Writes a figure atomically, in the format of the suffix, with `options` of savefig.
 
     Raises:
       RunError: if it cannot be written.
@@ -58,7 +59,7 @@ def save(figure: Figure, path: Path, **options) -> None:
 
 
 def shorten(text: str, letters: int) -> str:
-    """`text` in at most `letters` letters, its middle left out."""
+    """Shortens `text` to at most `letters` characters by cutting its middle."""
     if len(text) <= letters:
         return text
     head = max(0, letters - 1) // 3
@@ -67,13 +68,13 @@ def shorten(text: str, letters: int) -> str:
 
 @functools.cache
 def _letters() -> frozenset[int]:
-    """All that FONTS can show."""
+    """Returns the code points of all glyphs in FONTS."""
     paths = [font_manager.findfont(name, fallback_to_default=False) for name in FONTS]
     return frozenset().union(*(font_manager.get_font(path).get_charmap() for path in paths))
 
 
 def log_ticks(*axes: Axis) -> None:
-    """Labels of logarithmic axes that do not run into each other. After what is drawn in them."""
+    """Sets tick labels of log axes that do not overlap. Call it after drawing."""
     for axis in axes:
         low, high = axis.get_view_interval()
         axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 50 * low else (1,)))

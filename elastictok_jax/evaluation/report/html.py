@@ -1,4 +1,4 @@
-"""One self-contained HTML page: text, tables, plots and video inline, no script, no network."""
+"""Writes self-contained HTML pages: inline text, tables, plots and video, no script or network."""
 
 import base64
 import io
@@ -28,12 +28,12 @@ code { font-size: 0.85rem; } pre { overflow-x: auto; padding: 0.5rem; border: 1p
 """
 
 DPI = 110  # of plots
-LEGIBLE = 0.7  # of its own size, a plot's smallest at which its text is read
+LEGIBLE = 0.7  # smallest scale of a plot at which its text is legible
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A plot, scrolled where the screen is too narrow for its text to be read."""
+    """A plot, which scrolls if the screen is too narrow for its text to be legible."""
 
     image: Figure
     alt: str
@@ -41,7 +41,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Video:
-    """An MP4's bytes."""
+    """The bytes of an MP4 file."""
 
     data: bytes
     label: str
@@ -49,7 +49,7 @@ class Video:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows, whose keys may differ."""
+    """A table of rows whose keys may differ."""
 
     rows: Sequence[dict[str, Any]]
     caption: str
@@ -57,7 +57,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Section:
-    """A heading, what it shows, and its parts in order."""
+    """A heading, an explanation, and the parts in order."""
 
     title: str
     text: str
@@ -65,7 +65,7 @@ class Section:
 
 
 def write_page(path: Path, *, title: str, summary: str, command: str, sections: Sequence[Section]):
-    """Writes the page whole or not at all. Plots are closed by the caller."""
+    """Writes the page atomically. The caller closes the plots."""
     index = "".join(
         f'<li><a href="#s{number}">{escape(section.title)}</a></li>'
         for number, section in enumerate(sections)
@@ -110,7 +110,7 @@ def _part(part: Picture | Video | Table) -> str:
 
 
 def webp(figure: Figure) -> bytes:
-    """A figure as WebP, a fifth of what it takes as PNG."""
+    """Renders a figure as WebP, at a fifth of the size of a PNG."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="webp", dpi=DPI, pil_kwargs={"quality": 90})
     return buffer.getvalue()
@@ -131,7 +131,7 @@ def _table(table: Table) -> str:
 
 
 def text(value: Any) -> str:
-    """A cell: four digits of a number, a dash for none."""
+    """Formats a cell: four digits of a number, a dash for None."""
     if value is None:
         return "-"
     return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,4 +1,4 @@
-"""What people look at: plots, tables and report.html of an evaluation."""
+"""Writes the plots, tables and report.html of an evaluation."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -36,8 +36,8 @@ def write_report(
     """Writes report.html, tables/*.csv and plots/*.png and .svg below `output`.
 
     Args:
-      results: of `figures.summarise`; clips: all that were measured; shown: those of them in
-        pictures; video: an MP4 to show, if any.
+      results: from `figures.summarise`; clips: all measured clips; shown: the clips to picture;
+        video: an MP4 to show, if any.
     """
     tables, figures = output / "tables", output / "plots"
     for folder in (tables, figures):
@@ -48,7 +48,7 @@ def write_report(
         measured, results, kind_of=kind_of, shown=shown, plan=plan, video=video
     ):
         parts = [part for part in section.parts if not isinstance(part, Table) or part.rows]
-        counts = {Table: 0, Picture: 0, Video: 0}  # a table's name says nothing of plots before it
+        counts = {Table: 0, Picture: 0, Video: 0}  # numbered separately by type
         for part in parts:
             number = counts[type(part)]
             counts[type(part)] += 1
@@ -64,8 +64,8 @@ def write_report(
     numbers = ", ".join(f"{first[kind]['clips']} {kind}" for kind in CLIP_KINDS if kind in first)
     blocks = sum(first[kind]["blocks"] for kind in CLIP_KINDS if kind in first)
     summary = (
-        f"{numbers} ({limits['max_clips']} of each source and {limits['max_blocks']} blocks of "
-        f"each clip at most), {blocks} blocks of {first['frames_per_block']} frames at "
+        f"{numbers} (at most {limits['max_clips']} per source and {limits['max_blocks']} blocks "
+        f"per clip), {blocks} blocks of {first['frames_per_block']} frames at "
         f"{first['resolution']} pixels{_at_rates(limits['fps'])}; MSE is on the [-1, 1] scale."
     )
     write_page(
@@ -100,19 +100,19 @@ def _sections(
         Section("Models", "", [Table([_facts(model) for model in models], "the models measured")]),
         Section(
             "Targets met by tokens used",
-            "Tokens go first to the blocks that need fewest for the target; a fixed tokenizer is a "
-            "dot. The ratio is how many times fewer tokens the elastic tokenizer needs for the "
-            f"same share of blocks; {PAPER_RATIOS}. Blocks that are given up take the fewest "
-            "tokens or, in the last column, what the fixed tokenizer spends on them. "
+            "Tokens go first to the blocks that need fewest for the target; a dot is a fixed "
+            "tokenizer. The ratio is how many times fewer tokens the elastic tokenizer needs for "
+            f"the same fraction of blocks; {PAPER_RATIOS}. Blocks that are given up take the "
+            "fewest tokens or, in the last column, what the fixed tokenizer spends on them. "
             "Paper: Fig. 4.",
             [
                 *_pictures([(plots.share_met(measured, kind_of, plan), "blocks under a target")]),
-                Table(results["comparisons"], "tokens at an equal share of blocks met"),
+                Table(results["comparisons"], "tokens at an equal fraction of blocks met"),
             ],
         ),
         Section(
             "Tokens over time",
-            "Tokens that each block used, under the frames. Paper: Fig. 1.",
+            "Tokens used by each block, below the frames. Paper: Fig. 1.",
             [
                 *_pictures([(_strips(first, shown, plan), "tokens of each block over time")]),
                 *([Video(video.read_bytes(), "original and reconstructions")] if video else []),
@@ -128,24 +128,24 @@ def _sections(
         ),
         Section(
             "Thresholds",
-            "Tokens that blocks used for each target, and how many met it; at half of all tokens "
-            "in the mean, the share that could. Paper: Tables 3, 4 and 5.",
-            [Table(_rows(models, "thresholds"), "by model, kind of clip and target")],
+            "Tokens used for each target and the fraction of blocks that met it; also the fraction "
+            "that could meet it with a mean of half the tokens. Paper: Tables 3, 4 and 5.",
+            [Table(_rows(models, "thresholds"), "by model, clip kind and target")],
         ),
         Section(
             "Rate and distortion",
-            "Every block with the same number of tokens; nominal and entropy-coded bits per pixel "
-            f"x 16. {FVD_METRIC} compares logits of stretches of 16 frames, and is too large where "
-            "there are few.",
+            "All blocks with the same number of tokens; nominal and entropy-coded bits per pixel "
+            f"x 16. {FVD_METRIC} compares logits of 16-frame clips and is biased upwards if there "
+            "are few.",
             [
                 *_pictures([(plot(models), label) for plot, label in RATE_PLOTS]),
-                Table(_rows(models, "rates"), "by model, kind of clip and share of tokens"),
+                Table(_rows(models, "rates"), "by model, clip kind and fraction of tokens"),
             ],
         ),
         Section(
             "Context",
-            "Quality at half of all tokens against how many frames see each other, of blocks that "
-            "have the longest context before them. Paper: Fig. 6.",
+            "Quality at half of all tokens against frames of context, over the blocks that have "
+            "the longest context. Paper: Fig. 6.",
             [
                 *_pictures([(plots.context(models), "PSNR against frames of context")]),
                 Table(_rows(models, "context"), "by model and context"),
@@ -161,7 +161,8 @@ def _sections(
         ),
         Section(
             "Searches",
-            "Lengths measured a block, and how far the count is from the exact one (Table 2).",
+            "Lengths measured per block, and the error of the count against the full search "
+            "(Table 2).",
             [Table(_rows(models, "searches"), "by search")],
         ),
     ]

@@ -1,4 +1,4 @@
-"""Plots of an evaluation's figures (`figures.py`), after those of the paper."""
+"""Plots the figures of an evaluation (`figures.py`) in the manner of the paper."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -12,8 +12,9 @@ from elastictok_jax.evaluation.measure import MeasurementPlan, Record
 from elastictok_jax.evaluation.report.drawing import log_ticks, plt
 from elastictok_jax.evaluation.report.reconstructions import drawing
 
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # for all eyes
-FILM_FRAMES = 8  # of a video, above its tokens
+# Safe for colour-blind readers.
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+FILM_FRAMES = 8  # frames of a video shown above its tokens
 Models = Sequence[dict[str, Any]]
 
 
@@ -27,14 +28,14 @@ def _figure(columns: int, *, height: float = 3.4) -> tuple[Figure, list[Any]]:
 
 
 def kinds_of(models: Models) -> list[str]:
-    """The kinds of clips that there are."""
+    """Returns the clip kinds that were measured."""
     return [kind for kind in CLIP_KINDS if kind in models[0]]
 
 
 def share_met(
     measured: Sequence[Measured], kind_of: Mapping[str, str], plan: MeasurementPlan
 ) -> Figure | None:
-    """Share of blocks that meet each target against share of tokens used (Fig. 4)."""
+    """Plots the fraction of blocks that meet each target against token use (Fig. 4)."""
     kinds = [kind for kind in CLIP_KINDS if kind in kind_of.values()]
     figure, axes = _figure(len(kinds), height=3.8)
     for one, kind in zip(axes, kinds, strict=True):
@@ -53,15 +54,15 @@ def share_met(
                 tokens, shares = share_met_by_tokens(lengths, met.astype(bool), least=least)
                 label = f"{drawing.label(model.name)}, MSE {target:g}" if one is axes[0] else None
                 one.plot(tokens / most, shares, line, color=colour, label=label, linewidth=1.6)
-        one.set(xlabel="share of tokens used", title=kind, xlim=(0, 1.02), ylim=(-0.02, 1.02))
-    axes[0].set_ylabel("share of blocks that meet the target")
+        one.set(xlabel="fraction of tokens used", title=kind, xlim=(0, 1.02), ylim=(-0.02, 1.02))
+    axes[0].set_ylabel("fraction of blocks that meet the target")
     if axes[0].get_legend_handles_labels()[0]:
         axes[0].legend(fontsize=7, title="dots: fixed tokenizers", title_fontsize=7)
     return figure
 
 
 def rate_plot(key: str, label: str) -> Callable[[Models], Figure | None]:
-    """A plot of one metric of `rates` against bits per pixel x 16."""
+    """Returns a function that plots one metric of `rates` against bits per pixel x 16."""
 
     def draw(models: Models) -> Figure | None:
         kinds = [
@@ -95,7 +96,7 @@ def rate_plot(key: str, label: str) -> Callable[[Models], Figure | None]:
 
 
 def loss_by_tokens(models: Models) -> Figure | None:
-    """Error against tokens (Fig. 5)."""
+    """Plots error against tokens (Fig. 5)."""
     kinds = kinds_of(models)
     figure, axes = _figure(len(kinds))
     for one, kind in zip(axes, kinds, strict=True):
@@ -112,7 +113,7 @@ def loss_by_tokens(models: Models) -> Figure | None:
 
 
 def context(models: Models) -> Figure | None:
-    """Quality against frames of context (Fig. 6)."""
+    """Plots quality against frames of context (Fig. 6)."""
     some = [m for m in models if m.get("videos", {}).get("context")]
     if not some:
         return None
@@ -122,13 +123,13 @@ def context(models: Models) -> Figure | None:
         axes[0].plot(
             *zip(*points, strict=True), "o-", color=colour, label=drawing.label(model["name"])
         )
-    axes[0].set(xlabel="frames that see each other", ylabel="PSNR, dB, at half of the tokens")
+    axes[0].set(xlabel="frames of context", ylabel="PSNR, dB, at half of the tokens")
     axes[0].legend(fontsize=7)
     return figure
 
 
 def energy(measured: Measured, kind_of: Mapping[str, str], plan: MeasurementPlan) -> Figure | None:
-    """Tokens used against high-frequency energy, each block alone and in context (Fig. 9)."""
+    """Plots tokens used against high-frequency energy, per block alone and in context (Fig. 9)."""
     if measured.facts["fixed_tokens"] is not None:
         return None
     figure, axes = _figure(2)
@@ -140,7 +141,7 @@ def energy(measured: Measured, kind_of: Mapping[str, str], plan: MeasurementPlan
             records = [r for name, r in measured.records.items() if kind_of[name] == kind]
             if records:
                 x, y = joined(records, "energy"), joined(records, key)
-                x = np.maximum(x, least)  # flat blocks have none, and the axis no zero
+                x = np.maximum(x, least)  # flat blocks have zero energy, and the axis is log
                 one.plot(x, y, ".", color=colour, label=kind, alpha=0.6)
         one.set(
             xscale="log",
@@ -154,7 +155,7 @@ def energy(measured: Measured, kind_of: Mapping[str, str], plan: MeasurementPlan
 
 
 def crops(clip: EvalClip, pictures: Sequence[tuple[str, np.ndarray]]) -> Figure:
-    """One frame at several lengths (Fig. 5): the original, then `pictures`, named."""
+    """Shows one frame at several lengths (Fig. 5): the original, then the named `pictures`."""
     every = [("original", clip.frames[0]), *pictures]
     figure, axes = plt.subplots(
         1, len(every), figsize=(1.5 * len(every), 1.9), squeeze=False, layout="constrained"
@@ -174,7 +175,7 @@ def tokens_over_time(
     frames_per_block: int,
     tokens_per_block: int,
 ) -> Figure | None:
-    """Tokens of each block under the frames of each video, scene cuts marked (Fig. 1)."""
+    """Plots the tokens of each block below the frames of each video, with scene cuts (Fig. 1)."""
     videos = [clip for clip in clips if len(clip.frames) > 1]
     if not videos:
         return None
@@ -206,6 +207,6 @@ def tokens_over_time(
         strip.set_ylabel("tokens", fontsize=7)
     axes[1, 0].legend(fontsize=6, ncols=4)
     axes[-1, 0].set_xlabel(
-        "frame (x: the target is missed, the least error kept; dotted: scene cut)", fontsize=7
+        "frame (x: target missed, least error kept; dotted: scene cut)", fontsize=7
     )
     return figure

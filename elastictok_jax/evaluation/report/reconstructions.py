@@ -1,4 +1,4 @@
-"""Pictures of a tokenizer at work: frames side by side, and the tokens that each block used."""
+"""Draws reconstructions: frames side by side, and the tokens that each block used."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,9 +10,10 @@ from elastictok_jax.data import media
 from elastictok_jax.evaluation.eval_clips import Coded, EvalClip
 from elastictok_jax.evaluation.report import drawing
 from elastictok_jax.evaluation.report.drawing import log_ticks, plt
-from elastictok_jax.evaluation.ssim import mse, psnr
+from elastictok_jax.pixels import mse, psnr
 
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00")  # safe for colour-blind eyes
+# Safe for colour-blind readers.
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00")
 FRAMES_SHOWN = 10
 STRIP_HEIGHT = 24  # pixels, in the side-by-side video
 LABEL_HEIGHT = 14
@@ -91,15 +92,14 @@ def _draw_video(figure, item: CodedClip, frames_per_block: int, most: int) -> No
     strip.set_ylim(0, most * 1.08)
     strip.set_ylabel("tokens", fontsize=8)
     strip.set_xlabel(
-        f"{drawing.label(clip.name)}: tokens used in each block, by frame (x: the target is "
-        "missed)",
+        f"{drawing.label(clip.name)}: tokens used in each block, by frame (x: target missed)",
         fontsize=8,
     )
     strip.tick_params(labelsize=7)
 
 
 def _over_time(values: np.ndarray, coded: Coded, frames_per_block: int) -> np.ndarray:
-    """Values of all blocks as [time, tiles]."""
+    """Reshapes the values of all blocks to [time, tiles]."""
     return values.reshape(-(-coded.tokens.frames // frames_per_block), -1)
 
 
@@ -158,7 +158,10 @@ def _draw_curves(figure, curve: Sequence[dict[str, float]], coded: Sequence[Code
 def side_by_side(
     item: CodedClip, *, frames_per_block: int, tokens_per_block: int, scale: int
 ) -> np.ndarray:
-    """uint8 [T, H', W', 3]: original and reconstructions, token strips below, now marked."""
+    """Renders original and reconstructions above token strips, uint8 [T, H', W', 3].
+
+    The strips highlight the block of each frame.
+    """
     clip, results = item
     panes: list[tuple[str, np.ndarray, Coded | None]] = [("original", clip.frames, None)]
     panes += [
@@ -213,7 +216,7 @@ def _draw_strip(
 def write_side_by_side(
     path: Path, coded: Sequence[CodedClip], *, frames_per_block: int, tokens_per_block: int
 ) -> None:
-    """Writes the videos of `coded`, one after another, as one MP4."""
+    """Writes the videos of `coded`, concatenated, as one MP4."""
     videos = [item for item in coded if len(item[0].frames) > 1]
     if not videos:
         return
@@ -225,6 +228,6 @@ def write_side_by_side(
         )
         for item in videos
     ]
-    # Small frames drawn large are smooth: a finer quality only makes report.html larger.
+    # Enlarged frames are smooth, so higher quality would only make report.html larger.
     crf = 24 if scale > 1 else 18
     media.write_video(path, np.concatenate(pictures), fps=videos[0][0].fps or 24.0, crf=crf)

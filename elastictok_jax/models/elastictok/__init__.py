@@ -1,1 +1,17 @@
-"""ElasticTok (arXiv 2410.08368)."""
+"""ElasticTok (arXiv 2410.08368): an autoencoder of blocks of frames with a variable token count."""
+
+import ml_collections
+
+from elastictok_jax.models.base import Family
+from elastictok_jax.models.elastictok.sections import SECTIONS, check
+
+__all__ = ["SECTIONS", "check", "family"]
+
+
+def family(config: ml_collections.FrozenConfigDict) -> Family:
+    """Returns the task and the codec of a resolved config."""
+    from elastictok_jax.models.elastictok.codec import ElasticTokCodec
+    from elastictok_jax.models.elastictok.task import ElasticTokTask
+
+    codec = ElasticTokCodec(config)
+    return Family(ElasticTokTask(codec), codec)

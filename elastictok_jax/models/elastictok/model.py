@@ -122,20 +122,20 @@ class ElasticTok(nn.Module):
         return self.decoder(latents_BSZ, places)
 
 
-def build_model(config: ml_collections.ConfigDict) -> ElasticTok:
+def build_model(config: ml_collections.FrozenConfigDict | ml_collections.ConfigDict) -> ElasticTok:
     """The model that a resolved config describes."""
-    model = config.model
+    model, compute = config.model, config.compute
     spec = LayerSpec(
         width=model.width,
         mlp_width=model.mlp_width,
         heads=model.heads,
         rope_theta=model.rope_theta,
         norm_eps=model.norm_eps,
-        attention=model.attention,
-        remat=model.remat,
-        mlp_chunk_tokens=model.mlp_chunk_tokens,
-        dtype=jnp.dtype(model.dtype),
-        scan_layers=model.scan_layers,
+        attention=compute.attention,
+        remat=compute.remat,
+        mlp_chunk_tokens=compute.mlp_chunk_tokens,
+        dtype=jnp.dtype(compute.dtype),
+        scan_layers=compute.scan_layers,
     )
     pt, ph, pw = model.patch
     return ElasticTok(
@@ -173,10 +173,3 @@ def init_params(model: ElasticTok, key: Array):
         unstack=unbox_layers,
         is_leaf=lambda leaf: isinstance(leaf, nn.Partitioned),
     )
-
-
-def abstract_params(config: ml_collections.ConfigDict):
-    """Shapes and dtypes of the parameters as a nested dict, without computing any."""
-    model = build_model(config)
-    boxed = jax.eval_shape(lambda key: init_params(model, key), jax.random.key(0))
-    return nn.meta.unbox(boxed)

@@ -10,9 +10,11 @@ import pytest
 from elastictok_jax import config as config_lib
 from elastictok_jax.interop.published import import_published
 from elastictok_jax.layers.attention.api import SequenceLayout
-from elastictok_jax.layers.patching import patchify, to_float
+from elastictok_jax.layers.patching import patchify
 from elastictok_jax.models.elastictok.model import build_model
+from elastictok_jax.pixels import to_float
 from elastictok_jax.storage.safetensors import load_params
+from tests.tiny import block_tokens
 
 REFERENCE = Path(__file__).parents[2] / "reference_parity"
 FILES = {"fsq_image": "streaming_params", "vae_video": "streaming_train_state"}
@@ -35,11 +37,11 @@ def case(request, tmp_path_factory):
 
 def forward(case, *, backend, segments):
     config, params, io = case
-    config_lib.override(config, {"model.attention": backend})
+    config_lib.override(config, {"compute.attention": backend})
     places = SequenceLayout(
         positions_S=jnp.arange(segments.shape[1], dtype=jnp.int32),
         segments_BS=jnp.asarray(segments, jnp.int32),
-        tokens_per_block=config_lib.block_tokens(config),
+        tokens_per_block=block_tokens(config),
     )
     model = build_model(config)
     target = to_float(jnp.asarray(io["patches"]))
@@ -80,7 +82,7 @@ def test_patches_are_the_published_ones(case):
 
 def test_keep_counts_are_the_published_ones(case):
     config, _, io = case
-    per_block = config_lib.block_tokens(config)
+    per_block = block_tokens(config)
     kept = io["encoding_mask"].reshape(-1, per_block)
     np.testing.assert_array_equal(kept.sum(axis=1), io["keep"])
     np.testing.assert_array_equal(kept, np.arange(per_block) < io["keep"][:, None])

@@ -1,0 +1,84 @@
+"""The one tiny config of tests, and what tests make of a config."""
+
+from typing import Any
+
+from elastictok_jax.config import default_config, override, resolve
+from elastictok_jax.data.pipeline import BatchReader
+from elastictok_jax.models.registry import open_family
+from elastictok_jax.parallel.mesh import make_mesh
+from elastictok_jax.training import state, step
+
+SIDE = 16  # pixels
+TINY = {
+    **{"model.width": 32, "model.mlp_width": 48, "model.heads": 2, "compute.dtype": "float32"},
+    **{"model.encoder_layers": 1, "model.decoder_layers": 1, "model.patch": (2, 8, 8)},
+    **{"video.resolution": SIDE, "masking.min_tokens": 1, "data.sequence_blocks": 3},
+    "loss.lpips_net": "alex",
+}
+
+
+def tiny_config(**overrides: Any):
+    """Returns a resolved config of 8 tokens a block; `__` stands for a dot in `overrides`."""
+    config = default_config()
+    override(config, TINY | {key.replace("__", "."): value for key, value in overrides.items()})
+    return resolve(config)
+
+
+def task_of(config):
+    """Returns the task that a config describes."""
+    return open_family(config).task
+
+
+def codec_of(config):
+    """Returns the codec that a config describes."""
+    return open_family(config).codec
+
+
+def mesh_of(config, devices=None):
+    """Returns the checked mesh of a config."""
+    return make_mesh(config, devices, check_model=task_of(config).check_mesh)
+
+
+def init_state(config):
+    """Returns the state at step 0."""
+    return state.init_state(task_of(config), config)
+
+
+def abstract_state(config, mesh):
+    """Returns the shapes and shardings of a state."""
+    return state.abstract_state(task_of(config), config, mesh)
+
+
+def sharded_init(config, abstract):
+    """Returns the state at step 0, placed as `abstract` says."""
+    return state.sharded_init(task_of(config), config, abstract)
+
+
+def make_train_step(config):
+    """Returns the step of a config's task."""
+    return step.make_train_step(task_of(config), config)
+
+
+def jit_train_step(config, abstract):
+    """Returns the step of a config's task as it is run."""
+    return step.jit_train_step(task_of(config), config, abstract)
+
+
+def abstract_params(config):
+    """Returns the shapes of the model's parameters."""
+    return codec_of(config).params_shapes()
+
+
+def block_tokens(config) -> int:
+    """Returns the tokens of a block."""
+    return codec_of(config).geometry.tokens
+
+
+def sequence_tokens(config) -> int:
+    """Returns the tokens of a row."""
+    return config.data.sequence_blocks * block_tokens(config)
+
+
+def reader_of(config, splits, *, split: str, **options):
+    """Returns the reader of a config's batches."""
+    return BatchReader(config, splits, codec=codec_of(config), split=split, **options)

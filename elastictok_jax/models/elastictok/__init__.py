@@ -10,8 +10,9 @@ __all__ = ["SECTIONS", "check", "family"]
 
 def family(config: ml_collections.FrozenConfigDict) -> Family:
     """Returns the task and the codec of a resolved config."""
+    from elastictok_jax.models.autoencoder import AutoencoderTask
     from elastictok_jax.models.elastictok.codec import ElasticTokCodec
-    from elastictok_jax.models.elastictok.task import ElasticTokTask
+    from elastictok_jax.models.elastictok.network import ElasticTokNetwork
 
     codec = ElasticTokCodec(config)
-    return Family(ElasticTokTask(codec), codec)
+    return Family(AutoencoderTask(config, codec, ElasticTokNetwork(codec)), codec)

@@ -17,8 +17,9 @@ import numpy as np
 
 from elastictok_jax.layers.attention.api import SequenceLayout
 from elastictok_jax.layers.codes import Code
-from elastictok_jax.layers.patching import patchify, patchify_into, tokens_per_block, unpatchify
+from elastictok_jax.layers.patching import patchify, patchify_into, unpatchify
 from elastictok_jax.layers.transformer import PAST, PRESENT
+from elastictok_jax.models.autoencoder import patch_geometry
 from elastictok_jax.models.base import Geometry
 from elastictok_jax.models.elastictok.model import ElasticTok, build_model, init_params
 from elastictok_jax.pixels import to_float, to_uint8
@@ -62,22 +63,7 @@ class ElasticTokCodec:
 
     @functools.cached_property
     def geometry(self) -> Geometry:
-        video, patch = self.config.video, tuple(self.config.model.patch)
-        tokens = tokens_per_block(
-            video.frames_per_block, video.resolution, video.resolution, patch=patch
-        )
-        masking = self.config.masking
-        is_fixed = masking.kind == "fixed"
-        return Geometry(
-            frames=video.frames_per_block,
-            side=video.resolution,
-            inputs=tokens,
-            input_values=3 * math.prod(patch),
-            tokens=tokens,
-            min_tokens=min(masking.min_tokens, tokens),
-            window=self.config.data.sequence_blocks,
-            fixed_tokens=max(1, round(masking.fraction * tokens)) if is_fixed else None,
-        )
+        return patch_geometry(self.config, tuple(self.config.model.patch))
 
     @property
     def code(self) -> Code:

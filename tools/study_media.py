@@ -192,7 +192,7 @@ def make(out: Path, *, packages: Path | None) -> None:
                 for name, film in FILMS.items()
                 for clip in write_clips(name, film, paths[film.work], out=out)
             ]
-        write_whole(sources, describe(clips, out=out).encode("utf-8"))
+        write_atomically(sources, describe(clips, out=out).encode("utf-8"))
     print(
         *(line for line in sources.read_text(encoding="utf-8").splitlines() if line[:2] == "- "),
         sep="\n",
@@ -235,7 +235,7 @@ def write_clips(prefix: str, film: Film, path: Path, *, out: Path) -> Iterator[C
                         data = media.encode_video(
                             frames[begin - start : end - start], fps=clip.fps, crf=CRF, gop=16
                         )
-                        write_whole(out / clip.name, data)
+                        write_atomically(out / clip.name, data)
                     yield clip
 
 
@@ -272,7 +272,7 @@ def pieces(start: int, count: int, *, fps: float) -> list[tuple[int, int]]:
     return list(pairwise(edges))
 
 
-def write_whole(path: Path, data: bytes) -> None:
+def write_atomically(path: Path, data: bytes) -> None:
     temporary = path.with_name(f".{path.name}.part")
     temporary.write_bytes(data)
     os.replace(temporary, path)

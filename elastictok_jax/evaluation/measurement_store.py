@@ -24,7 +24,7 @@ from elastictok_jax.evaluation.measure import (
     Record,
     measure_clip,
 )
-from elastictok_jax.storage.atomic import write_whole
+from elastictok_jax.storage.atomic import write_atomically
 from elastictok_jax.tokenizer import entropy
 from elastictok_jax.tokenizer.api import ElasticTokenizer
 
@@ -82,7 +82,7 @@ def measure_all(
                     record |= {k: np.asarray(np.nan) for k in record if k.endswith("/seconds")}
                 buffer = io.BytesIO()
                 np.savez_compressed(buffer, **record)  # type: ignore[arg-type]
-                write_whole(path, buffer.getvalue())
+                write_atomically(path, buffer.getvalue())
             except BaseException as error:
                 failures.append(error)
                 return

@@ -14,7 +14,6 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -24,6 +23,7 @@ import safetensors.numpy
 from safetensors import SafetensorError
 
 from elastictok_jax.errors import RunError, UsageError
+from elastictok_jax.storage.atomic import replacing
 
 Shapes = Mapping[str, Mapping[str, tuple[int, ...]]]
 Params = dict[str, dict[str, np.ndarray]]
@@ -273,14 +273,10 @@ def _unpickle(data: bytes, *, archive: Archive) -> dict:
 
 def _write(path: Path, data: bytes) -> None:
     """Writes `data` to `path` atomically."""
-    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
+        with replacing(path) as part:
             part.write_bytes(data)
-            os.replace(part, path)
-        finally:
-            part.unlink(missing_ok=True)
     except OSError as error:
         raise RunError(
             f"cannot write {path} ({one_line(error)}): free space, or choose another "

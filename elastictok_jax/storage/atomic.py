@@ -1,12 +1,14 @@
-"""Tables and figures that an evaluation writes: each file whole or not at all."""
+"""Writes files atomically, and checks before the work that they can be written."""
 
+import contextlib
 import csv
 import errno
 import io
 import json
 import os
 import shutil
-from collections.abc import Sequence
+import uuid
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,28 +62,41 @@ def require_file(path: Path, *, change: str) -> None:
         raise UsageError(f"{path} cannot be written ({error.strerror}): {change}") from None
 
 
-def write_whole(path: Path, data: bytes) -> None:
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yields a name in the folder of `path` to write to; it replaces `path` on success only.
+
+    This is the one atomic write: a reader sees the old file or the new one, and a killed process
+    leaves at most a hidden file. Its suffix is that of `path`, for writers that go by it.
+    """
+    temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex}{path.suffix}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        with contextlib.suppress(OSError):  # for example if its parent is not a folder
+            temporary.unlink(missing_ok=True)
+
+
+def write_atomically(path: Path, data: bytes) -> None:
     """Writes a file atomically.
 
     Raises:
       RunError: if it cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        temporary.write_bytes(data)
-        os.replace(temporary, path)
+        with replacing(path) as temporary:
+            temporary.write_bytes(data)
     except OSError as error:
         raise RunError(
             f"{path} cannot be written ({error.strerror}): make room or choose another place, then "
             "run the same command again"
         ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: object) -> None:
     """Raises ValueError at a number that JSON does not know."""
-    write_whole(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
+    write_atomically(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
 
 
 def columns(rows: Sequence[dict[str, Any]]) -> list[str]:
@@ -97,4 +112,4 @@ def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     writer = csv.DictWriter(text, keys, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    write_whole(path, text.getvalue().encode(errors="backslashreplace"))
+    write_atomically(path, text.getvalue().encode(errors="backslashreplace"))

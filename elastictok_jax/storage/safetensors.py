@@ -11,6 +11,7 @@ import safetensors.numpy
 from flax import traverse_util
 
 from elastictok_jax.errors import UsageError
+from elastictok_jax.storage.atomic import replacing
 
 _DTYPES = {
     "F32": np.dtype(np.float32),
@@ -44,14 +45,11 @@ def save_params(path: str | os.PathLike, params: dict, *, metadata: dict[str, st
                 f"{path}: weight {name} is {flat[name].dtype}; "
                 "cast it to float32, float16 or bfloat16 before saving"
             )
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        safetensors.numpy.save_file(flat, temporary, metadata=metadata)
-        os.replace(temporary, path)
+        with replacing(path) as temporary:
+            safetensors.numpy.save_file(flat, temporary, metadata=metadata)
     except (OSError, safetensors.SafetensorError) as error:
         raise UsageError(f"cannot write {path}: {error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def load_params(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, str]]:

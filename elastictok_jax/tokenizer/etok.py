@@ -8,7 +8,6 @@ Arrays: `codes` (the smallest unsigned type [S] of an FSQ, float32 [S, Z] of a V
 against each other, before memory is allocated for them.
 """
 
-import contextlib
 import json
 import math
 import os
@@ -22,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from elastictok_jax.errors import UsageError
+from elastictok_jax.storage.atomic import replacing
 from elastictok_jax.tokenizer import entropy
 from elastictok_jax.tokenizer.block_codes import BlockCodes, block_lengths
 
@@ -64,15 +64,11 @@ def write_fields(path: str | Path, fields: Mapping[str, Any], *, coding: str) ->
             f"{path} would have {len(data)} bytes, more than the limit of {MAX_FILE_BYTES}: "
             "save the clip in pieces"
         )
-    temporary = Path(f"{path}.tmp")
     try:
-        temporary.write_bytes(data)
-        os.replace(temporary, path)
+        with replacing(Path(path)) as temporary:
+            temporary.write_bytes(data)
     except OSError as error:
         raise UsageError(f"{path} cannot be written ({error}): choose another place") from None
-    finally:
-        with contextlib.suppress(OSError):  # for example if its parent is not a folder
-            temporary.unlink(missing_ok=True)
 
 
 def read_fields(path: str | Path) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 import contextlib
 import importlib.util
 import json
-import os
 import re
 import sys
 import uuid
@@ -16,6 +15,7 @@ import numpy as np
 from tqdm import tqdm
 
 from elastictok_jax.errors import UsageError
+from elastictok_jax.storage.atomic import replacing
 
 
 class MetricWriter:
@@ -193,9 +193,8 @@ def _cut_back(path: Path, step: int) -> None:
     if path.is_dir():
         raise UsageError(f"{path} is a folder: move it away, as the metrics go there")
     kept = [line for line in read_metrics(path) if line["step"] <= step]
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
 
 
 def _first_line(error: Exception) -> str:

@@ -1,7 +1,6 @@
 """The folder of a run: made and checked by process 0, and the same one in all processes."""
 
 import json
-import os
 import time
 import uuid
 from pathlib import Path
@@ -12,6 +11,7 @@ import ml_collections
 from elastictok_jax.config import flatten, read_config, to_json
 from elastictok_jax.errors import UsageError
 from elastictok_jax.parallel.distributed import FIRST_SECONDS, first_says, place
+from elastictok_jax.storage.atomic import replacing
 from elastictok_jax.storage.checkpoint import saved_steps
 
 # Config keys that must not change when a run resumes; `compute`, the mesh and the rest may.
@@ -96,11 +96,10 @@ def prepare_workdir(workdir: Path, config: ml_collections.ConfigDict) -> None:
 
 
 def write_config(workdir: Path, config: ml_collections.ConfigDict) -> None:
-    """Writes config.json whole or not at all; process 0 does so for all."""
+    """Writes config.json atomically; process 0 does so for all."""
     if place()[0] == 0:
-        temporary = workdir / "config.tmp"
-        temporary.write_text(to_json(config))
-        os.replace(temporary, workdir / "config.json")
+        with replacing(workdir / "config.json") as temporary:
+            temporary.write_text(to_json(config))
 
 
 def write_held_out(workdir: Path, fingerprint: str) -> None:

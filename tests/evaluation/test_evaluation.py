@@ -356,8 +356,8 @@ def test_a_full_disk_names_the_file_and_leaves_none(tmp_path):
         "import resource, sys\n"
         "from pathlib import Path\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))\n"
-        "from elastictok_jax.storage.atomic import write_whole\n"
-        "write_whole(Path(sys.argv[1]) / 'a.png', bytes(1000))\n"
+        "from elastictok_jax.storage.atomic import write_atomically\n"
+        "write_atomically(Path(sys.argv[1]) / 'a.png', bytes(1000))\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=False

@@ -29,7 +29,7 @@ def site(tmp_path_factory):
 def run(site, *words, status=0):
     """Runs a verb where the toy is installed; returns its standard output."""
     path = os.pathsep.join([str(site), str(ROOT)])
-    done = subprocess.run(
+    done = subprocess.run(  # noqa: PLW1510
         [sys.executable, "-m", "elastictok_jax", *map(str, words)],
         capture_output=True,
         text=True,

@@ -43,7 +43,7 @@ def small_state(mesh) -> TrainState:
     whole = NamedSharding(mesh, PartitionSpec())
     zero = jax.make_array_from_callback((), whole, lambda _: np.zeros((), np.int32))
     weights = jax.make_array_from_callback((2,), whole, lambda _: np.zeros(2, np.float32))
-    return TrainState(step=zero, params={"w": weights}, opt_state=(), ema_params=None)
+    return TrainState(step=zero, params={"model": {"w": weights}}, opt_state={}, ema_params={})
 
 
 def main() -> None:
@@ -78,7 +78,7 @@ def main() -> None:
         )
         _, position = checkpoints.restore(start, abstract)
         assert position["files"] == feeds.fingerprint()
-        reader.first_row = position["next_row"]
+        reader = reader.from_row(position["next_row"])
     stop = args.batches if args.save_at is None else args.save_at
     batches = DeviceBatches(reader, sharding, start=0, stop=stop - start)
     shards = {}

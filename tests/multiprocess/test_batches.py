@@ -34,7 +34,7 @@ def read(folder, *, processes, options=()):
             [sys.executable, SCRIPT, "--process", str(process), *map(str, words)],
             stderr=subprocess.PIPE,
             text=True,
-            env=environment,
+            env=environment | {"PYTHONPATH": str(Path(__file__).parents[2])},
         )
         for process in range(processes)
     ]

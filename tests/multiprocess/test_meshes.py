@@ -37,7 +37,7 @@ def launch(folder, mesh, *options, processes, workdir="run", **overrides):
             [sys.executable, SCRIPT, "--process", str(process), *map(str, words)],
             stderr=subprocess.PIPE,
             text=True,
-            env=environment,
+            env=environment | {"PYTHONPATH": str(Path(__file__).parents[2])},
         )
         for process in range(processes)
     ]

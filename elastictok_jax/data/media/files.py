@@ -1,7 +1,6 @@
 """Defines the errors, limits and checks of images and videos."""
 
 import os
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from elastictok_jax.errors import UsageError
+from elastictok_jax.storage.atomic import replacing
 
 
 class MediaError(UsageError):
@@ -55,12 +55,8 @@ def written_atomically(path) -> Iterator[str]:
     path = Path(path)
     if not path.parent.is_dir():
         raise UsageError(f"{path}: its folder does not exist; make it first")
-    temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex}{path.suffix}")
-    try:
+    with replacing(path) as temporary:
         yield str(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def require_sane_size(path, height: int, width: int, *, limits: MediaLimits) -> None:

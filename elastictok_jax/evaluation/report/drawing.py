@@ -13,7 +13,7 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from elastictok_jax.storage.atomic import write_whole
+from elastictok_jax.storage.atomic import write_atomically
 
 __all__ = ["label", "log_ticks", "plt", "save", "shorten"]
 
@@ -55,7 +55,7 @@ def save(figure: Figure, path: Path, **options) -> None:
     """
     buffer = io.BytesIO()
     figure.savefig(buffer, format=path.suffix[1:], **options)
-    write_whole(path, buffer.getvalue())
+    write_atomically(path, buffer.getvalue())
 
 
 def shorten(text: str, letters: int) -> str:

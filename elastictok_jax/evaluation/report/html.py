@@ -10,7 +10,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from elastictok_jax.storage.atomic import columns, write_whole
+from elastictok_jax.storage.atomic import columns, write_atomically
 
 STYLE = """
 :root { color-scheme: light dark; }
@@ -78,7 +78,7 @@ def write_page(path: Path, *, title: str, summary: str, command: str, sections: 
 <body><header><h1>{escape(title)}</h1><p>{escape(summary)}</p></header>
 <nav aria-label="Contents"><ol>{index}</ol></nav><main>{body}</main></body></html>
 """
-    write_whole(path, page.encode(errors="backslashreplace"))
+    write_atomically(path, page.encode(errors="backslashreplace"))
 
 
 def _section(section: Section, number: int, command: str) -> str:

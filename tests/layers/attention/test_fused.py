@@ -132,7 +132,7 @@ def test_half_precision_uses_its_own_tiles():
     ("shape", "dtype", "mend"),
     [
         ((1, 16, 1, 192), "float32", r"width 192.*model\.heads"),
-        ((1, 16, 1, 16), "float64", r"float64.*model\.dtype"),
+        ((1, 16, 1, 16), "float64", r"float64.*compute\.dtype"),
         ((1, 2**20, 17, 128), "bfloat16", r"mesh\.\*.*blockwise"),
     ],
 )

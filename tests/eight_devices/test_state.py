@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from elastictok_jax import masking
-from elastictok_jax.config import default_config, override, resolve
+from elastictok_jax.config import default_config, override, resolve, to_json
 from elastictok_jax.data.pipeline import local_part, to_device
 from elastictok_jax.data.sources.splits import open_splits
 from elastictok_jax.errors import UsageError
@@ -45,7 +45,8 @@ def started(sizes, **overrides):
 )
 def test_every_device_holds_its_shard_alone(sizes, fsdp, tensor, sequence):
     _, mesh, state = started(sizes)
-    got = {name: leaf.addressable_shards[0].data.shape for name, leaf in flat(state.params).items()}
+    params = state.params["model"]
+    got = {name: leaf.addressable_shards[0].data.shape for name, leaf in flat(params).items()}
     width = 32 // (fsdp * sequence)
     want = {
         "encoder/in_proj/kernel": (192, width),
@@ -58,7 +59,8 @@ def test_every_device_holds_its_shard_alone(sizes, fsdp, tensor, sequence):
         "decoder/out_proj/kernel": (width, 192),
     }
     assert {name: got[name] for name in want} == want
-    for part in (state.ema_params, state.opt_state[1][0].mu, state.opt_state[1][0].nu):
+    adam = state.opt_state["model"][1][0]
+    for part in (state.ema_params["model"], adam.mu, adam.nu):
         assert {n: leaf.addressable_shards[0].data.shape for n, leaf in flat(part).items()} == got
     config = run.config_for(sizes)
     shard = run.batch_of(0, config, mesh)["patches"].addressable_shards[0].data.shape
@@ -87,7 +89,7 @@ def test_what_stays_whole_is_named_with_its_size():
     abstract = abstract_state(config, mesh)
     assert left_whole(abstract) == [] and sharding_notes(abstract) == []
     small = left_whole(abstract, above_mebibytes=0.001)
-    assert {array.name for array in small} >= {"params/encoder/layers/mlp_norm/scale"}
+    assert {array.name for array in small} >= {"params/model/encoder/layers/mlp_norm/scale"}
     assert {array.shape for array in small} == {(1, 512), (512,)}
 
     large = jax.ShapeDtypeStruct((512, 1024), np.float32, sharding=replicated(mesh))
@@ -101,7 +103,7 @@ def test_a_width_that_fsdp_and_sequence_do_not_divide_together_is_noted_and_work
     config = run.config_for("1x2x1x4", model__width=36, model__heads=2)
     mesh = run.mesh_for(config)
     abstract = abstract_state(config, mesh)
-    assert abstract.params["encoder"]["in_proj"]["kernel"].sharding.spec == PartitionSpec(
+    assert abstract.params["model"]["encoder"]["in_proj"]["kernel"].sharding.spec == PartitionSpec(
         None, "fsdp"
     )
     (note,) = sharding_notes(abstract)
@@ -162,13 +164,13 @@ def test_a_state_saved_with_layers_stacked_restores_apart_and_back(saved, restor
     for leaf, wanted in zip(jax.tree.leaves(got), jax.tree.leaves(abstract), strict=True):
         assert leaf.sharding.is_equivalent_to(wanted.sharding, leaf.ndim)
         assert (leaf.shape, leaf.dtype) == (wanted.shape, wanted.dtype)
-    adam, want_adam = got.opt_state[1][0], want.opt_state[1][0]
+    adam, want_adam = got.opt_state["model"][1][0], want.opt_state["model"][1][0]
     for tree, expected in (
         (got.params, want.params),
         (got.ema_params, want.ema_params),
         (adam.mu, want_adam.mu),
         (adam.nu, want_adam.nu),
-        (params, want.ema_params),
+        (params, want.ema_params["model"]),
     ):
         same = with_layout(jax.device_get(tree), stacked=saved)
         jax.tree.map(np.testing.assert_array_equal, same, expected)
@@ -184,9 +186,8 @@ def test_a_state_of_another_depth_is_refused_in_either_layout(tmp_path):
         config = run.config_for("1x2x2x2", **deeper)
         with pytest.raises(UsageError) as caught:
             checkpoints.restore(1, abstract_state(config, run.mesh_for(config)))
-        assert "params/encoder/layers/mlp/up/kernel: (2, 32, 32) saved, (3, 32, 32) asked for" in (
-            str(caught.value)
-        )
+        name = "params/model/encoder/layers/mlp/up/kernel"
+        assert f"{name}: (2, 32, 32) saved, (3, 32, 32) asked for" in str(caught.value)
         assert "decoder" not in str(caught.value)
     checkpoints.close()
 
@@ -194,11 +195,12 @@ def test_a_state_of_another_depth_is_refused_in_either_layout(tmp_path):
 def test_next_stage_on_another_mesh(tmp_path):
     """Another mesh, layout and bottleneck: what fits is taken, and lies where it has to."""
     config, _, state = started("8x1x1x1", **TWO_LAYERS)
-    want = jax.device_get(state.ema_params)
+    want = jax.device_get(state.ema_params["model"])
     checkpoints = Checkpointer(tmp_path / "one", keep_last=1, keep_best=0)
     checkpoints.save(1, state, data_position={}, config=config, metrics=None)
     checkpoints.finish()
     checkpoints.close()
+    (tmp_path / "one" / "config.json").write_text(to_json(config))
     config = run.config_for(
         "1x2x2x2",
         **TWO_LAYERS,
@@ -210,16 +212,16 @@ def test_next_stage_on_another_mesh(tmp_path):
     )
     mesh = run.mesh_for(config)
     abstract, fresh = abstract_state(config, mesh), run.start(config, mesh)
-    initial = jax.device_get(fresh.params)
+    initial = jax.device_get(fresh.params["model"])
     state, lines = initialise(fresh, abstract, config=config, workdir=tmp_path)
     anew = {"encoder/out_proj/kernel": (32, 8), "decoder/in_proj/kernel": (4, 32)}
     assert len(lines) == 3 and all(name in "".join(lines) for name in anew)
     taken = flat(with_layout(want, stacked=False))
-    for params in (state.params, state.ema_params):
+    for params in (state.params["model"], state.ema_params["model"]):
         for name, leaf in flat(params).items():
             expected = flat(initial)[name] if name in anew else taken[name]
             np.testing.assert_array_equal(leaf, expected)
-            place = flat(abstract.params)[name].sharding
+            place = flat(abstract.params["model"])[name].sharding
             assert leaf.sharding.is_equivalent_to(place, leaf.ndim)
     recorded = json.loads((tmp_path / "init_from.json").read_text())
     assert {n: tuple(v["model"]) for n, v in recorded["reinitialised"].items()} == anew

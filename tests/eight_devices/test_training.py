@@ -14,10 +14,10 @@ import jax
 import numpy as np
 import pytest
 
+from elastictok_jax.losses.perceptual import random_frames
 from elastictok_jax.parallel.sharding import batch_sharding
 from elastictok_jax.storage.checkpoint import Checkpointer
-from elastictok_jax.training.step import random_frames
-from tests.tiny import abstract_state, block_tokens
+from tests.tiny import abstract_state, block_tokens, codec_of
 
 SCRIPT = Path(__file__).parent.parent / "multiprocess" / "train_steps.py"
 run = SimpleNamespace(**runpy.run_path(str(SCRIPT)))
@@ -119,9 +119,21 @@ def test_frames_that_lpips_looks_at_are_those_of_one_device(every):
         patches, segments = jax.device_put(
             (patches, segments), batch_sharding(run.mesh_for(config))
         )
-        (frames,), weights = jax.jit(partial(random_frames, config=config))(
-            jax.random.key(1), np.arange(4), (patches,), segments
+        codec = codec_of(config)
+        draw = partial(
+            random_frames,
+            every_blocks=every,
+            block_frames=codec.geometry.frames,
+            unpack=codec.unpack,
         )
+        (frames,), weights = jax.jit(
+            lambda patches, segments, draw=draw, codec=codec: draw(
+                jax.random.key(1),
+                np.arange(4),
+                (patches,),
+                segments[:, :: codec.geometry.inputs] != 0,
+            )
+        )(patches, segments)
         drawn[sizes] = np.asarray(frames), np.asarray(weights)
     (want, want_weights), *others = drawn.values()
     for frames, weights in others:

@@ -1,4 +1,10 @@
-"""The errors that a user is meant to read; the command line prints their one line."""
+"""The errors that a user is meant to read, and the exit statuses of the program.
+
+The command line prints the one line of an error and ends with its `status`; without one it ends
+with 0 when done, or with STOPPED.
+"""
+
+STOPPED = 75  # stopped in order with everything saved: run the same command again (EX_TEMPFAIL)
 
 
 class UsageError(ValueError):

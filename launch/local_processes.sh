@@ -6,11 +6,12 @@
 #
 # With N or more NVIDIA GPUs each process gets one of them; otherwise each gets one CPU device
 # (JAX_NUM_CPU_DEVICES for more). Lines of process I go to DIR/process-I.log, those of process 0
-# also here. A signal to this script goes to all processes. Exits 0 if all of them did.
+# also here. A signal to this script goes to all processes. Exits 0 if all of them did, and 75 if
+# they were stopped in order: run it again to go on.
 set -uo pipefail
 
 if [ $# -lt 2 ] || ! [[ $1 =~ ^[1-9][0-9]*$ ]]; then
-    sed -n '2,10s/^# \{0,1\}//p' "$0" >&2
+    sed -n '2,11s/^# \{0,1\}//p' "$0" >&2
     exit 2
 fi
 processes=$1

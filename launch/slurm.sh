@@ -4,7 +4,7 @@
 #   sbatch launch/slurm.sh EXPERIMENT --workdir DIR [--config.KEY=VALUE ...]
 #
 # DIR must be on storage that all nodes share. Slurm warns two minutes before the time limit, and at
-# preemption: the run saves, ends with status 0, and this job is queued again, and goes on from
+# preemption: the run saves, ends with status 75, and this job is queued again, and goes on from
 # there until `train.steps`. A lost node ends the run with status 1; it is queued again as well,
 # unless it has been RESTARTS times (10) for whatever reason.
 #
@@ -41,18 +41,15 @@ if [ -n "$weights" ] && ! { JAX_PLATFORMS=cpu elastictok fetch-weights "$weights
     exit 2
 fi
 
-# Lines of each process go to its own file, so that the last line of each can be read.
+# Lines of each process go to its own file.
 # --kill-on-bad-exit=0: the processes end each other, each with its reason.
 srun --kill-on-bad-exit=0 --error="slurm-%j-%t.log" \
     --open-mode=append elastictok train "$@"
 status=$?
 
-# What a run says last of itself; a single process makes a report after that.
-word=$(grep -oE '(finished|stopped) at step' "slurm-$SLURM_JOB_ID-0.log" | tail -n 1)
-if [ "$status" -eq 2 ] || [ "$status $word" = '0 finished at step' ]; then
-    exit "$status" # done, or nothing that another try would change
-fi
-if [ "$status $word" = '0 stopped at step' ] || [ "${SLURM_RESTART_COUNT:-0}" -lt "$restarts" ]; then
-    scontrol requeue "$SLURM_JOB_ID"
-fi
+case $status in
+0 | 2) ;; # done, or nothing that another try would change
+75) scontrol requeue "$SLURM_JOB_ID" ;; # stopped in order, everything saved
+*) [ "${SLURM_RESTART_COUNT:-0}" -ge "$restarts" ] || scontrol requeue "$SLURM_JOB_ID" ;;
+esac
 exit "$status"

@@ -310,3 +310,25 @@ def test_nothing_held_out_trains_and_is_not_evaluated(tmp_path, capsys):
     capsys.readouterr()
     assert cli.main(["evaluate", str(tmp_path / "run"), "-o", str(tmp_path / "out")]) == 2
     assert "nothing held out" in capsys.readouterr().err
+
+
+def test_config_shows_every_key_with_what_it_means(capsys):
+    assert (
+        cli.main(["config", "quickstart", "--config.model.width=64", "--config.model.heads=1"]) == 0
+    )
+    lines = capsys.readouterr().out.splitlines()
+    assert "model.width = 64  # features of a token between layers" in lines
+    assert (
+        'data.sources.main.path = "embedded"  # a TFDS data set, a folder, a glob, embedded, synthetic'
+        in lines
+    )
+    assert cli.main(["config", "quickstart", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert len(found) == len(lines) and all(of_key["doc"] for of_key in found.values())
+
+
+def test_config_shows_how_two_experiments_differ(capsys):
+    assert cli.main(["config", "elastictok_fsq", "--diff", "elastictok_vae"]) == 0
+    assert 'model.bottleneck: "fsq" -> "vae"' in capsys.readouterr().out.splitlines()
+    assert cli.main(["config", "quickstart", "--diff", "quickstart", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {}

@@ -15,12 +15,16 @@ FETCH, TRAIN = "elastictok fetch-weights lpips-vgg", "elastictok train elasticto
 def run(tmp_path):
     """Runs a command with stand-ins on PATH; gives status, stderr, and what they were called with.
 
-    Each notes its words; one whose words hold FAIL_ON fails.
+    Each notes its words; one whose words hold FAIL_ON fails; the trainings that are started one
+    after the other end with STATUSES.
     """
     stand_in = (
         '#!/bin/bash\necho "${0##*/} $*" >>"$CALLS"\n'
         '[ -z "${FAIL_ON:-}" ] || [[ "$*" != *"$FAIL_ON"* ]] || exit 1\n'
-        'case "$*" in *grep*) echo "finished at step" ;; esac\n'
+        'case "${0##*/} $*" in *"elastictok train"*)\n'
+        '    turn=$(grep -c "elastictok train" "$CALLS")\n'
+        '    set -- ${STATUSES:-0}; exit "${!turn:-0}" ;;\n'
+        "esac\n"
     )
     (tmp_path / "bin").mkdir()
     for name in ("gcloud", "srun", "scontrol", "elastictok"):
@@ -29,7 +33,6 @@ def run(tmp_path):
 
     def run(*command, **variables):
         (tmp_path / "calls").unlink(missing_ok=True)
-        (tmp_path / "slurm-7-0.log").write_text("finished at step 3\n")
         environment = {
             **{"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "HOME": str(tmp_path)},
             **{"CALLS": str(tmp_path / "calls"), "TPU": "pod", "ZONE": "z"},
@@ -88,3 +91,32 @@ def test_pods_fetch_weights_into_their_volume_before_training(run):
     assert status == 0 and 0 <= place(calls, FETCH) < place(calls, "elastictok train")
     status, _, calls = run(*container["command"], FAIL_ON="fetch-weights")
     assert status == 2 and place(calls, "elastictok train") < 0
+
+
+@pytest.mark.parametrize(("status", "queued"), [(0, False), (2, False), (75, True), (1, True)])
+def test_slurm_queues_again_what_was_stopped_or_lost(run, status, queued):
+    words = ("bash", str(LAUNCH / "slurm.sh"), *TRAIN.split()[2:])
+    ended, _, calls = run(*words, STATUSES=str(status))
+    assert ended == status and (place(calls, "scontrol requeue 7") >= 0) == queued
+    if status:  # often enough: only a run that was stopped in order goes on
+        _, _, calls = run(*words, STATUSES=str(status), SLURM_RESTART_COUNT="10")
+        assert (place(calls, "scontrol requeue 7") >= 0) == (status == 75)
+
+
+def test_a_tpu_run_is_started_again_until_it_has_finished(run, tmp_path):
+    (tmp_path / "bin" / "sleep").write_text("#!/bin/bash\n")
+    (tmp_path / "bin" / "sleep").chmod(0o755)
+    words = ("bash", str(LAUNCH / "tpu_vm.sh"), *TRAIN.split()[2:])
+    for statuses, ended in (("75 1 0", 0), ("75 2", 2)):
+        status, _, calls = run(*words, STATUSES=statuses)
+        trained = [call for call in calls if "elastictok train" in call]
+        assert status == ended and len(trained) == len(statuses.split())
+
+
+def test_a_pod_ends_as_its_run_does(run):
+    job = yaml.safe_load((LAUNCH / "gke.yaml").read_text())["spec"]["replicatedJobs"][0]
+    (container,) = job["template"]["spec"]["template"]["spec"]["containers"]
+    for status in (0, 1, 2, 75):
+        assert run(*container["command"], STATUSES=str(status))[0] == status
+    (rule,) = job["template"]["spec"]["podFailurePolicy"]["rules"]
+    assert rule["onExitCodes"]["values"] == [2]  # others start again

@@ -6,6 +6,7 @@ import signal
 import numpy as np
 import pytest
 
+from elastictok_jax.errors import STOPPED
 from elastictok_jax.training.metric_writers import read_metrics
 from tests.multiprocess.launched import Processes, saved_steps
 from tests.training.test_resume import TIMINGS, final_state
@@ -62,7 +63,7 @@ def disturbed(workdir, *, victim, number):
         run.signal(victim, number)
         stops = number == signal.SIGTERM
         codes = run.wait(seconds=IN_TIME, but=None if stops else victim)
-        assert codes == ([0] * 4 if stops else [1] * 3), run.report
+        assert codes == ([STOPPED] * 4 if stops else [1] * 3), run.report
     return run
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from elastictok_jax import cli
 from elastictok_jax.data.sources.file_source import EMBEDDED
-from elastictok_jax.errors import UsageError
+from elastictok_jax.errors import STOPPED, UsageError
 from elastictok_jax.parallel.distributed import explicit_settings, in_cluster
 from elastictok_jax.parallel.liveness import LOST
 from elastictok_jax.training.metric_writers import read_metrics
@@ -35,7 +35,7 @@ def test_sigterm_to_one_stops_both_at_one_step_and_they_go_on(tmp_path):
     with Processes(workdir, processes=2, options=often | {"train.steps": 1000}) as run:
         run.until(lambda: run.steps_logged() >= 3)
         run.signal(1, signal.SIGTERM)
-        assert run.wait() == [0, 0], run.report
+        assert run.wait() == [STOPPED, STOPPED], run.report
         (stopped,) = saved_steps(workdir)
         assert 3 <= stopped < 1000
         assert (

@@ -16,6 +16,7 @@ import pytest
 from jax.sharding import Mesh
 
 from elastictok_jax.config import read_config
+from elastictok_jax.errors import STOPPED
 from elastictok_jax.parallel.mesh import AXES
 from elastictok_jax.storage.checkpoint import Checkpointer
 from elastictok_jax.training.metric_writers import read_metrics
@@ -180,7 +181,7 @@ def test_sigterm_saves_stops_and_goes_on(undisturbed, tmp_path):
     run = Run(workdir)
     run.until(lambda: run.steps_logged >= 13)
     run.process.send_signal(signal.SIGTERM)
-    assert run.wait() == 0, run.text
+    assert run.wait() == STOPPED, run.text
     stopped = int(
         re.search(r"^stopped at step (\d+): step \1 is saved in", run.text, flags=re.M)[1]
     )
@@ -200,7 +201,7 @@ def test_ctrl_c_saves_and_exits_well(tmp_path):
     run = Run(tmp_path / "run")
     run.until(lambda: run.steps_logged >= 3)
     run.process.send_signal(signal.SIGINT)
-    assert run.wait() == 0, run.text
+    assert run.wait() == STOPPED, run.text
     stopped = int(
         re.search(r"^stopped at step (\d+): step \1 is saved in", run.text, flags=re.M)[1]
     )

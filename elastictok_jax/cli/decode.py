@@ -1,0 +1,41 @@
+"""An .etok file as a picture or a video."""
+
+import argparse
+import sys
+
+from elastictok_jax.cli.options import LOCAL, LOCAL_TEXT, print_results
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("input", type=LOCAL, help="an .etok file")
+    parser.add_argument(
+        "-o",
+        "--output",
+        type=LOCAL,
+        required=True,
+        help="a .png or .jpg, an .mp4, an .mkv (lossless), or pictures frame-%%05d.png",
+    )
+    parser.add_argument(
+        "--model", type=LOCAL_TEXT, required=True, help="the model that made the tokens"
+    )
+    parser.add_argument(
+        "--window-blocks", type=int, metavar="N", help="most blocks that may see each other"
+    )
+    parser.add_argument(
+        "--fps", type=float, metavar="F", help="of the video; else as the tokens say"
+    )
+    parser.add_argument("--json", action="store_true", help="print the results")
+
+
+def run(args: argparse.Namespace, overrides: dict[str, str]) -> None:
+    from elastictok_jax.tokenizer.file_codec import decode_file
+
+    results = decode_file(
+        args.input,
+        model=args.model,
+        output=args.output,
+        window_blocks=args.window_blocks,
+        fps=args.fps,
+    )
+    print(f"{args.output}: {results['frames']} frames", file=sys.stderr)
+    print_results(results, args)

@@ -1,0 +1,115 @@
+"""`elastictok VERB`: one module a verb, with its options and what it runs.
+
+A verb's module has a docstring that is its help, `add_options(parser)`, and `run(args, overrides)`,
+which returns an exit status or None for 0 and imports what it needs when it runs. It may have
+EPILOG; TAKES_CONFIG, if it takes `--config.KEY=VALUE`; and WITHOUT_JAX, if it does without jax.
+"""
+
+import argparse
+import importlib
+import logging
+import sys
+
+from elastictok_jax import __version__
+from elastictok_jax.errors import STOPPED, ReaderGone, RunError, UsageError
+
+OVERRIDE = "--config."
+VERBS = (
+    "train",
+    "evaluate",
+    "compare",
+    "inspect",
+    "encode",
+    "decode",
+    "reconstruct",
+    "train-router",
+    "prepare",
+    "import-published",
+    "fetch-weights",
+    "inspect-data",
+    "compile",
+    "config",
+    "experiments",
+)
+STATUSES = (
+    f"exit status: 0 done; {STOPPED} stopped in order with everything saved, run the same command "
+    "again; 2 bad usage, config or input; 1 a failure while running"
+)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs a verb.
+
+    Returns the exit status: as STATUSES says, or 141 if the reader of standard output has gone.
+    Ctrl-C where nothing can be saved (130) is `__main__`'s.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    # orbax warns of its options, and logs with a traceback what it then raises: that is ours to say
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    try:
+        try:
+            return run_verb(argv)
+        finally:
+            sys.stdout.flush()  # a full disk is noticed here, not when Python ends
+    except ReaderGone as gone:
+        return gone.status
+    except (UsageError, RunError) as error:
+        print(f"elastictok: error: {error}", file=sys.stderr)
+        return error.status
+    except OSError as error:  # a full or failing disk, most likely
+        print(f"elastictok: error: {error}: fix that and run it again", file=sys.stderr)
+        return RunError.status
+
+
+def run_verb(argv: list[str]) -> int:
+    """Parses a command line, runs its verb, and returns the exit status."""
+    words, overrides = split_overrides(argv)
+    parser = build_parser()
+    args = parser.parse_args(words)
+    verb = args.module
+    if overrides and not getattr(verb, "TAKES_CONFIG", False):
+        parser.error(f"{args.verb} takes no {OVERRIDE}KEY options")
+    if getattr(verb, "WITHOUT_JAX", False):
+        return verb.run(args, overrides) or 0
+    from elastictok_jax.parallel.backend import jax_started
+
+    with jax_started():
+        return verb.run(args, overrides) or 0
+
+
+def split_overrides(argv: list[str]) -> tuple[list[str], dict[str, str]]:
+    """Takes `--config.KEY=VALUE` out of a command line.
+
+    Raises:
+      UsageError: if one has no `=VALUE`.
+    """
+    words: list[str] = []
+    overrides: dict[str, str] = {}
+    for word in argv:
+        if word.startswith(OVERRIDE):
+            key, equals, value = word.removeprefix(OVERRIDE).partition("=")
+            if not equals:
+                raise UsageError(f"{word} has no value: write {word}=VALUE")
+            overrides[key] = value
+        else:
+            words.append(word)
+    return words, overrides
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Returns the parser of all verbs."""
+    parser = argparse.ArgumentParser(
+        prog="elastictok",
+        description="Pretrain adaptive visual tokenizers in JAX, and use them.",
+        epilog=STATUSES,
+    )
+    parser.add_argument("--version", action="version", version=f"elastictok {__version__}")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    for name in VERBS:
+        verb = importlib.import_module(f"elastictok_jax.cli.{name.replace('-', '_')}")
+        says = " ".join((verb.__doc__ or "").split()).removesuffix(".")
+        says = says[:1].lower() + says[1:]
+        of_verb = verbs.add_parser(name, help=says, epilog=getattr(verb, "EPILOG", None))
+        verb.add_options(of_verb)
+        of_verb.set_defaults(module=verb)
+    return parser

@@ -1,0 +1,20 @@
+"""List the checkpoints of a run: RUN@STEP and RUN@best name them wherever a MODEL goes."""
+
+import argparse
+
+from elastictok_jax.cli.options import LOCAL, print_results
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", type=LOCAL, metavar="RUN", help="a training workdir")
+    parser.add_argument("--json", action="store_true", help="print the results")
+
+
+def run(args: argparse.Namespace, overrides: dict[str, str]) -> None:
+    from elastictok_jax.training.inspection import in_lines, inspect_run
+
+    found = inspect_run(args.folder)
+    if args.json:
+        print_results(found, args)
+    else:
+        print(in_lines(found))

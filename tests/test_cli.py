@@ -318,10 +318,8 @@ def test_config_shows_every_key_with_what_it_means(capsys):
     )
     lines = capsys.readouterr().out.splitlines()
     assert "model.width = 64  # features of a token between layers" in lines
-    assert (
-        'data.sources.main.path = "embedded"  # a TFDS data set, a folder, a glob, embedded, synthetic'
-        in lines
-    )
+    path = "a TFDS data set, a folder, a glob, embedded, synthetic"
+    assert f'data.sources.main.path = "embedded"  # {path}' in lines
     assert cli.main(["config", "quickstart", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert len(found) == len(lines) and all(of_key["doc"] for of_key in found.values())

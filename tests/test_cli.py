@@ -1,4 +1,4 @@
-"""The command line: light help, exit statuses, and one line that says the mend."""
+"""The command line: light help, exit statuses, and one line that says the fix."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Overrides take the default's type, and every wrong value is named with its mend."""
+"""Overrides take the default's type, and every wrong value is named with its fix."""
 
 import json
 

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 
 from elastictok_jax import __version__
+from elastictok_jax.evaluation.codebook_statistics import codebook_statistics
 from elastictok_jax.evaluation.eval_clips import EvalClip
 from elastictok_jax.evaluation.frechet import FVD_METRIC, Moments, frechet_distance
 from elastictok_jax.evaluation.measure import MeasurementPlan, Record
-from elastictok_jax.evaluation.ssim import codebook_statistics
 from elastictok_jax.pixels import psnr
 from elastictok_jax.tokenizer.search import SEARCHES
 

@@ -9,14 +9,14 @@ import numpy as np
 
 from elastictok_jax.errors import UsageError
 from elastictok_jax.evaluation.frechet import FVD_METRIC, clip_logits
-from elastictok_jax.evaluation.measure import FrameMetrics
-from elastictok_jax.evaluation.ssim import (
+from elastictok_jax.evaluation.image_quality import (
     MIN_SIDE,
     MIN_SIDE_MULTISCALE,
     frame_psnr,
     ms_ssim,
     ssim,
 )
+from elastictok_jax.evaluation.measure import FrameMetrics
 from elastictok_jax.perceptual.i3d import CLASSES
 from elastictok_jax.perceptual.i3d_weights import load_i3d
 from elastictok_jax.perceptual.lpips import NETS, lpips

@@ -30,7 +30,7 @@ from elastictok_jax.config.schema import (
 from elastictok_jax.data.pipeline import BatchReader, Part
 from elastictok_jax.data.sources.splits import SourceSplits
 from elastictok_jax.errors import UsageError
-from elastictok_jax.layers.bottlenecks import codebook_counts, codebook_statistics
+from elastictok_jax.layers.codebook import codebook_counts, codebook_use
 from elastictok_jax.layers.patching import tokens_per_block
 from elastictok_jax.losses.base import Reconstruction, Term, Weight, weighted_sum
 from elastictok_jax.losses.perceptual import PerceptualLoss
@@ -319,7 +319,7 @@ class AutoencoderTask:
         for point, total in zip(self.points, sums, strict=True):
             results[mse_name(point, self.points)] = float(total["error"] / total["tokens"])
             if point == self.points[0] and "codebook_counts" in total:
-                statistics = codebook_statistics(total["codebook_counts"])
+                statistics = codebook_use(total["codebook_counts"])
                 results |= {f"codebook_{name}": value for name, value in statistics.items()}
         tokens_K = np.maximum(1, np.round(np.asarray(self.points) * self.codec.geometry.tokens))
         errors_KN = np.stack([total["block_error"] for total in sums])

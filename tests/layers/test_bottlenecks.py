@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from jax.extend.core import jaxprs_in_params
 
-from elastictok_jax.layers.bottlenecks import FSQ, VAE, codebook_counts, codebook_statistics
+from elastictok_jax.layers.bottlenecks import FSQ, VAE
+from elastictok_jax.layers.codebook import codebook_counts, codebook_use
 
 PUBLISHED = FSQ((8, 8, 8, 5, 5, 5))
 level_lists = st.sampled_from([(2,), (3, 2), (5, 4), (8, 8, 8, 5, 5, 5), (7, 2, 6)])
@@ -151,11 +152,11 @@ def test_vae_is_finite_for_absurd_log_variances():
     weights=hnp.arrays(np.bool_, (2, 6)),
 )
 @settings(max_examples=40)
-def test_codebook_statistics_equal_numpy(codes, weights):
+def test_codebook_use_equals_numpy(codes, weights):
     counts = np.bincount(codes[weights], minlength=10)
     counted = codebook_counts(jnp.asarray(codes), jnp.asarray(weights), codebook_size=10)
     np.testing.assert_array_equal(counted, counts)
-    got = codebook_statistics(np.asarray(counted))
+    got = codebook_use(np.asarray(counted))
     share = counts[counts > 0] / max(counts.sum(), 1)
     assert float(got["usage"]) == pytest.approx(np.mean(counts > 0), abs=1e-6)
     entropy = -np.sum(share * np.log(share))

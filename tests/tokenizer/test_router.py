@@ -133,7 +133,7 @@ def test_train_router_and_use_it(folder, capsys):
             chosen.append(int(length))
     tokenizer.router = right
 
-    # After more training the router is stale; the mend that is named works.
+    # After more training the router is stale; the fix that is named works.
     stale = dataclasses.replace(tokenizer.router, fingerprint="0" * 16)
     stale.save(folder)
     with pytest.raises(UsageError, match="train it again"):

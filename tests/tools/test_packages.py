@@ -1,4 +1,4 @@
-"""Packages: a good file is used, any other is refused with the mend, members are found."""
+"""Packages: a good file is used, any other is refused with the fix, members are found."""
 
 import hashlib
 import io

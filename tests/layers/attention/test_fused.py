@@ -129,16 +129,16 @@ def test_half_precision_uses_its_own_tiles():
 
 
 @pytest.mark.parametrize(
-    ("shape", "dtype", "mend"),
+    ("shape", "dtype", "fix"),
     [
         ((1, 16, 1, 192), "float32", r"width 192.*model\.heads"),
         ((1, 16, 1, 16), "float64", r"float64.*compute\.dtype"),
         ((1, 2**20, 17, 128), "bfloat16", r"mesh\.\*.*blockwise"),
     ],
 )
-def test_what_it_cannot_take_is_named_with_the_mend(shape, dtype, mend):
+def test_what_it_cannot_take_is_named_with_the_fix(shape, dtype, fix):
     array = jax.ShapeDtypeStruct((shape[0], shape[2], shape[1], shape[3]), np.dtype(dtype))
-    with pytest.raises(UsageError, match=mend):
+    with pytest.raises(UsageError, match=fix):
         fused.check(array, array)
 
 

@@ -1,13 +1,11 @@
-"""Per-frame quality metrics (MSE, PSNR, SSIM, MS-SSIM) and codebook statistics.
+"""Per-frame quality metrics: MSE, PSNR, SSIM, MS-SSIM.
 
-Frame metrics take a batch of frames, work under `jax.jit` and with the batch axis sharded over
+They take a batch of frames, work under `jax.jit` and with the batch axis sharded over
 devices, and return one value per frame. Pixels are those of the project: uint8, or floats in
 [-1, 1] (x / 127.5 - 1), whose data range is 2.
 
 Shape suffixes: B frames, H and W pixels, C = 3 colours.
 """
-
-from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +13,6 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from elastictok_jax.errors import UsageError
-from elastictok_jax.layers import bottlenecks
 from elastictok_jax.pixels import PEAK
 
 _RADIUS = 5  # of the SSIM window, which is 11 pixels wide
@@ -84,47 +81,6 @@ def ms_ssim(x: ArrayLike, y: ArrayLike) -> jax.Array:
         x_BHWC, y_BHWC = _halve(x_BHWC), _halve(y_BHWC)
     luminance, contrast = _similarities(_reflect(x_BHWC), _reflect(y_BHWC))
     return result_B * _positive_power(jnp.mean(luminance * contrast, axis=(1, 2, 3)), coarsest)
-
-
-def codebook_statistics(
-    codes: np.ndarray | jax.Array | Iterable[np.ndarray | jax.Array], *, size: int
-) -> dict[str, float]:
-    """Computes exact usage statistics of a codebook of `size` codes.
-
-    `codes` are integers in [0, size): one array of any shape, or an iterable of arrays (such as
-    `Tokens.codes`, or a generator over many clips). Returns
-
-    - `tokens`: the number of codes, and `codes_used`: the number of distinct ones;
-    - `codebook_usage`: `codes_used` / `size`, which is bounded by the number of tokens;
-    - `code_entropy_bits`: the Shannon entropy of their frequencies, in bits per token;
-    - `codebook_perplexity`: 2 to that power; `size` if all codes are equally frequent.
-
-    Raises UsageError if there are no codes, or any is not such an integer.
-    """
-    counts = np.zeros(size, np.int64)
-    for array in [codes] if isinstance(codes, np.ndarray | jax.Array) else codes:
-        counts += _count(np.asarray(array), size=size)
-    tokens = int(counts.sum())
-    if not tokens:
-        raise UsageError("there are no codes to count")
-    use = bottlenecks.codebook_statistics(counts)
-    return {
-        "tokens": tokens,
-        "codes_used": int(np.count_nonzero(counts)),
-        "codebook_usage": use["usage"],
-        "code_entropy_bits": float(np.log2(use["perplexity"])),
-        "codebook_perplexity": use["perplexity"],
-    }
-
-
-def _count(codes: np.ndarray, *, size: int) -> np.ndarray:
-    if not np.issubdtype(codes.dtype, np.integer):
-        raise UsageError(f"codes are integers, not {codes.dtype}: a VAE has no codebook")
-    if codes.size and not (codes.min() >= 0 and codes.max() < size):
-        raise UsageError(
-            f"codes from {codes.min()} to {codes.max()} do not fit a codebook of {size} codes"
-        )
-    return np.bincount(codes.reshape(-1).astype(np.int64), minlength=size)
 
 
 def _frames(x: ArrayLike, y: ArrayLike, *, min_side: int) -> tuple[jax.Array, jax.Array]:

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from elastictok_jax.errors import UsageError
-from elastictok_jax.evaluation.ssim import codebook_statistics, frame_mse, frame_psnr, ms_ssim, ssim
+from elastictok_jax.evaluation.codebook_statistics import codebook_statistics
+from elastictok_jax.evaluation.image_quality import frame_mse, frame_psnr, ms_ssim, ssim
 from elastictok_jax.pixels import mse, psnr
 
 SKIMAGE_PSNR = [26.0205999, 18.7599600]

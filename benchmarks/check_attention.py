@@ -53,7 +53,7 @@ def reference(arrays, places: SequenceLayout) -> tuple[jax.Array, ...]:
             *(query, key, value),
             query_segments_BS=places.segments_BS,
             key_segments_BT=places.segments_BS,
-            block_mask_ST=block_S[None, :] <= block_S[:, None],
+            rank_mask_BST=block_S[None, :] <= block_S[:, None],
         )
 
     out, pull = jax.vjp(dense, *qkv)

@@ -230,6 +230,7 @@ class SelfAttention(nn.Module):
             *past.values(),
             past_ids_T=places.past_ids_T,
             backend=self.spec.attention,
+            ranks_CS=places.ranks_BS,
         )
 
 

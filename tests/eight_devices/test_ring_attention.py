@@ -1,11 +1,14 @@
 """Attention on a mesh equals the dense reference on one device: forward and gradient."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from elastictok_jax.errors import UsageError
 from elastictok_jax.layers.attention.api import SequenceLayout, attention
 from elastictok_jax.layers.attention.dense import dense_attention
 from elastictok_jax.layers.attention.ring import reach
@@ -39,7 +42,7 @@ def reference(arrays, segments, length):
             *(query, key, value),
             query_segments_BS=segments,
             key_segments_BT=segments,
-            block_mask_ST=block_S[None, :] <= block_S[:, None],
+            rank_mask_BST=block_S[None, :] <= block_S[:, None],
         )
 
     @jax.jit
@@ -189,3 +192,22 @@ def test_no_device_computes_what_blocks_hide(devices):
     got = score_products(mesh_of(sequence=devices), tokens, 8)
     half = 8 * 8
     assert got == (2 * devices + 1) * half
+
+
+def test_ranks_on_a_mesh_equal_dense_and_a_ring_refuses_them():
+    arrays, segments = inputs(4, 24)
+    ranks = np.random.default_rng(1).integers(0, 5, segments.shape).astype(np.int32)
+
+    @functools.partial(jax.jit, static_argnames="backend")
+    def run(arrays, segments, ranks, backend="blockwise"):
+        *qkv, cotangent = arrays
+        places = SequenceLayout(jnp.arange(24), segments, 4, ranks_BS=ranks)
+        out, pull = jax.vjp(lambda *qkv: attention(*qkv, places=places, backend=backend), *qkv)
+        return out, *pull(cotangent)
+
+    results = in_mesh(run, mesh_of(data=2, fsdp=2, tensor=2))(arrays, segments, ranks)
+    wanted = run(arrays, segments, ranks, backend="dense")
+    for got, want in zip(results, wanted, strict=True):
+        np.testing.assert_allclose(got, want, atol=1e-5, rtol=0)
+    with pytest.raises(UsageError, match=r"by ranks of tokens cannot be cut .* mesh.sequence=1"):
+        in_mesh(run, mesh_of(sequence=2))(arrays, segments, ranks)

@@ -27,18 +27,22 @@ class SequenceLayout:
       tokens_per_block: L; token i of the sequence is in block i // L.
       past_ids_T: int32 [T], 1 for filled and 0 for empty slots of the KV cache of earlier blocks
         (`attend_to_past`), or None without a cache.
+      ranks_BS: int32 [B, S]; token i then sees token j of its clip iff rank(j) <= rank(i), in place
+        of blocks. With a cache, of the tokens of the block, which all see the cache.
     """
 
     positions_S: Array
     segments_BS: Array
     tokens_per_block: int = struct.field(pytree_node=False)
     past_ids_T: Array | None = None
+    ranks_BS: Array | None = None
 
 
 def attention(
     query_BSHK: Array, key_BSHK: Array, value_BSHK: Array, *, places: SequenceLayout, backend: str
 ) -> Array:
-    """Computes attention in which query i sees key j iff clips are equal and block(j) <= block(i).
+    """Computes attention in which query i sees key j iff clips are equal and block(j) <= block(i),
+    or rank(j) <= rank(i) if `places` has ranks.
 
     Padding (segment 0) sees only padding, so no row is ever empty. Scores are scaled by
     K ** -0.5 and normalised in float32 whatever the dtype of the inputs. If a mesh is set, batch
@@ -52,22 +56,33 @@ def attention(
 
     Returns:
       [B, S, H, K] in the dtype of `value_BSHK`.
+
+    Raises:
+      UsageError: for ranks of a sequence that is cut over devices.
     """
     mesh = jax.sharding.get_abstract_mesh()
     segments_BS, per_block = places.segments_BS, places.tokens_per_block
+    ranks_BS = places.ranks_BS
     inputs = [x.swapaxes(1, 2) for x in (query_BSHK, key_BSHK, value_BSHK)]
     kernel = make_kernel(backend, platform_of(mesh))
     if not mesh.empty and mesh.size > 1:
         kernel = on_mesh(kernel, inputs[0].shape)
     elif backend == "dense":
-        block_S = jnp.arange(segments_BS.shape[1]) // per_block
+        rank_BS = ranks_BS
+        if rank_BS is None:
+            rank_BS = jnp.arange(segments_BS.shape[1])[None] // per_block
         return dense_attention(
             *(query_BSHK, key_BSHK, value_BSHK),
             query_segments_BS=segments_BS,
             key_segments_BT=segments_BS,
-            block_mask_ST=block_S[None, :] <= block_S[:, None],
+            rank_mask_BST=rank_BS[:, None, :] <= rank_BS[:, :, None],
         )
-    visibility = Visibility(segments_BS, segments_BS, per_block)
+    if ranks_BS is None:
+        visibility = Visibility(segments_BS, segments_BS, per_block)
+    else:
+        visibility = Visibility(
+            *(segments_BS, segments_BS), query_ranks_BS=ranks_BS, key_ranks_BT=ranks_BS
+        )
     return flash_attention(kernel, *inputs, visibility).swapaxes(1, 2)
 
 
@@ -80,6 +95,7 @@ def attend_to_past(
     *,
     past_ids_T: Array,
     backend: str,
+    ranks_CS: Array | None = None,
 ) -> Array:
     """Computes attention of one block to itself and to the KV cache of the earlier blocks.
 
@@ -92,7 +108,8 @@ def attend_to_past(
     kernel = make_kernel(backend, platform_of(jax.sharding.get_abstract_mesh()))
     count, tokens, heads, _ = query_CSHK.shape
     query_CHSK, ids_CS = query_CSHK.swapaxes(1, 2), jnp.ones((count, tokens), jnp.int32)
-    out = kernel.forward(query_CHSK, key_CHSK, value_CHSK, Visibility(ids_CS, ids_CS))
+    own = Visibility(ids_CS, ids_CS, query_ranks_BS=ranks_CS, key_ranks_BT=ranks_CS)
+    out = kernel.forward(query_CHSK, key_CHSK, value_CHSK, own)
     if past_ids_T.size:
         # Candidates are concatenated into one long row of queries.
         query_HSK = jnp.concatenate(list(query_CHSK), axis=1)

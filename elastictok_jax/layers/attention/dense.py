@@ -51,9 +51,9 @@ def dense_attention(
     *,
     query_segments_BS: Array,
     key_segments_BT: Array,
-    block_mask_ST: Array | None,
+    rank_mask_BST: Array | None,
 ) -> Array:
-    """Computes softmax attention within segments, further limited by `block_mask_ST` if given.
+    """Computes softmax attention within segments, further limited by `rank_mask_BST` if given.
 
     Scores and softmax are float32. Every query must see at least one key.
 
@@ -65,8 +65,8 @@ def dense_attention(
     )
     scores_BHST *= query_BSHK.shape[-1] ** -0.5
     visible_BST = query_segments_BS[:, :, None] == key_segments_BT[:, None, :]
-    if block_mask_ST is not None:
-        visible_BST &= block_mask_ST
+    if rank_mask_BST is not None:
+        visible_BST &= rank_mask_BST
     scores_BHST = jnp.where(visible_BST[:, None], scores_BHST, -jnp.inf)
     weights_BHST = jax.nn.softmax(scores_BHST, axis=-1).astype(value_BTHK.dtype)
     return jnp.einsum("bhst,bthk->bshk", weights_BHST, value_BTHK)

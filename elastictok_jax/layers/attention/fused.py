@@ -322,21 +322,28 @@ def _spec(shape: tuple[int, ...], tokens: int, index_of: Callable) -> pl.BlockSp
 
 
 def _places(visibility: Visibility, multiple: int) -> tuple[Array, Array]:
-    """Returns padded ids and blocks of queries and keys, int32 [B, 2, S] and [B, 2, T]."""
+    """Returns padded ids and blocks or ranks, int32 [B, 2, S] and [B, 2, T]."""
 
-    def one(ids: Array) -> Array:
+    def one(ids: Array, ranks: Array | None) -> Array:
         ids = fill(ids, axis=1, multiple=multiple, value=FILLING)
+        if ranks is not None:
+            return jnp.stack([ids, fill(ranks, axis=1, multiple=multiple)], axis=1)
         blocks = jnp.zeros_like(ids)
         if visibility.tokens_per_block is not None:
             first = 0 if visibility.first_B is None else visibility.first_B[:, None]
             blocks += (first + jnp.arange(ids.shape[1])) // visibility.tokens_per_block
         return jnp.stack([ids, blocks], axis=1)
 
-    return one(visibility.query_ids_BS), one(visibility.key_ids_BT)
+    return (
+        one(visibility.query_ids_BS, visibility.query_ranks_BS),
+        one(visibility.key_ids_BT, visibility.key_ranks_BT),
+    )
 
 
 def _needed(places: Array, visibility: Visibility, tiles: Tiles) -> Array:
     """Drops the blocks if no tile spans several."""
+    if visibility.query_ranks_BS is not None:
+        return places
     length = visibility.tokens_per_block
     aligned = visibility.first_B is None and length is not None and length % tiles.multiple == 0
     return places[:, :1] if aligned or length is None else places

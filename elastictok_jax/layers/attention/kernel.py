@@ -30,17 +30,24 @@ SAVED_NAMES = ("attention_out", "attention_lse")
 class Visibility:
     """A mask in which query i sees key j iff their ids are equal and block(j) <= block(i).
 
+    With ranks, i sees j iff their ids are equal and rank(j) <= rank(i): patches of rank 0 and
+    registers of ranks 1, 2, ... let patches see all patches, and register k patches and registers
+    up to k. Uniform blocks are the fast path: what they hide is known when tiles are chosen.
+
     Attributes:
       query_ids_BS, key_ids_BT: int32. Only equality counts.
       tokens_per_block: L, if queries and keys are the same tokens: token i is then in block
         (first_B + i) // L. None disables the block mask.
       first_B: int32 [B], offset of token 0 within its block; None if it is 0 in every row.
+      query_ranks_BS, key_ranks_BT: int32 in any order, in place of blocks; None for both or none.
     """
 
     query_ids_BS: Array
     key_ids_BT: Array
     tokens_per_block: int | None = struct.field(pytree_node=False, default=None)
     first_B: Array | None = None
+    query_ranks_BS: Array | None = None
+    key_ranks_BT: Array | None = None
 
     def blocks_hide(self, queries: range, keys: range) -> bool:
         """Returns whether blocks may hide any of `keys` from any of `queries`."""

@@ -10,6 +10,7 @@ import flax.linen as nn
 import jax
 from jax.sharding import PartitionSpec
 
+from elastictok_jax.errors import UsageError
 from elastictok_jax.layers.attention.kernel import FILLING, Array, Kernel, Visibility, fill
 from elastictok_jax.layers.attention.ring import Ring
 from elastictok_jax.parallel.sharding import logical_axis_shards
@@ -44,24 +45,31 @@ class Sharded:
 
     def _call(self, method, inputs, visibility: Visibility, more: dict[str, Array], outputs):
         tokens, per_block = inputs[0].shape[2], visibility.tokens_per_block
+        ranks_BS = visibility.query_ranks_BS
+        if ranks_BS is not None and self.sequence_shards > 1:
+            raise UsageError(
+                "attention by ranks of tokens cannot be cut over mesh.sequence: a ring knows "
+                "uniform blocks alone. Set mesh.sequence=1, and use data, fsdp or tensor instead"
+            )
         arrays = [*inputs, *more.values()]
         specs = [PartitionSpec(*self.spec[: x.ndim]) for x in arrays]
         arrays = [fill(x, axis=2, multiple=self.sequence_shards) for x in arrays]
         ids_BS = visibility.query_ids_BS
         ids_BS = fill(ids_BS, axis=1, multiple=self.sequence_shards, value=FILLING)
 
-        def on_device(ids_BS, *arrays):
-            seen = Visibility(ids_BS, ids_BS, per_block)
+        def on_device(ids_BS, ranks_BS, *arrays):
+            ranks = dict(query_ranks_BS=ranks_BS, key_ranks_BT=ranks_BS)
+            seen = Visibility(ids_BS, ids_BS, per_block, **ranks)
             named = dict(zip(more, arrays[3:], strict=True))
             return method(*arrays[:3], seen, **named)
 
         ids_spec = PartitionSpec(self.spec[0], self.spec[2])
         results = jax.shard_map(
             on_device,
-            in_specs=(ids_spec, *specs),
+            in_specs=(ids_spec, ids_spec, *specs),
             out_specs=outputs,
             check_vma=False,  # it does not support conds that differ between devices
-        )(ids_BS, *arrays)
+        )(ids_BS, ranks_BS, *arrays)
         return tuple(x[:, :, :tokens] for x in results)
 
 

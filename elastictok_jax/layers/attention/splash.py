@@ -35,7 +35,7 @@ class Splash:
 
     def forward(self, query_BHSK, key_BHTK, value_BHTK, visibility):
         """As `Kernel.forward`."""
-        if visibility.first_B is not None:
+        if not _is_static(visibility):
             return Blockwise().forward(query_BHSK, key_BHTK, value_BHTK, visibility)
         *inputs, ids = self._inputs(query_BHSK, key_BHTK, value_BHTK, visibility)
         kernel = self._kernel(inputs[0].shape, inputs[1].shape[2], visibility.tokens_per_block)
@@ -47,7 +47,7 @@ class Splash:
         self, query_BHSK, key_BHTK, value_BHTK, visibility, *, out_BHSK, lse_BHS, grad_BHSK
     ):
         """As `Kernel.backward`."""
-        if visibility.first_B is not None:
+        if not _is_static(visibility):
             return Blockwise().backward(
                 *(query_BHSK, key_BHTK, value_BHTK, visibility),
                 out_BHSK=out_BHSK,
@@ -85,6 +85,11 @@ class Splash:
     def _kernel(self, query_shape: tuple[int, ...], keys: int, tokens_per_block: int | None):
         _, heads, queries, _ = query_shape
         return _make_kernel(heads, queries, keys, tokens_per_block, self.interpret)
+
+
+def _is_static(visibility: Visibility) -> bool:
+    """Returns whether the kernel's mask, which is a function of indices, can express blocks."""
+    return visibility.first_B is None and visibility.query_ranks_BS is None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -30,6 +30,10 @@ def tile_mask(visibility: Visibility, queries: Stretch, keys: Stretch) -> Array:
     query_ids_BS = queries.of(visibility.query_ids_BS, axis=1)
     key_ids_BT = keys.of(visibility.key_ids_BT, axis=1)
     mask_BST = query_ids_BS[:, :, None] == key_ids_BT[:, None, :]
+    if visibility.query_ranks_BS is not None and visibility.key_ranks_BT is not None:
+        query_ranks_BS = queries.of(visibility.query_ranks_BS, axis=1)
+        key_ranks_BT = keys.of(visibility.key_ranks_BT, axis=1)
+        return mask_BST & (key_ranks_BT[:, None, :] <= query_ranks_BS[:, :, None])
     length = visibility.tokens_per_block
     if length is None:
         return mask_BST

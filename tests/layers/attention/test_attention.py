@@ -1,5 +1,7 @@
 """Every backend against a float64 brute force, forward and gradient, and what may see what."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from elastictok_jax.layers.attention.api import SequenceLayout, attention
+from elastictok_jax.layers.attention.api import SequenceLayout, attend_to_past, attention
 
 BACKENDS = ("dense", "blockwise")
 B, S, H, K = 2, 12, 2, 4
@@ -196,3 +198,38 @@ def test_errors_name_the_mend():
     qkv = inputs(13)
     with pytest.raises(ValueError, match=r"'flash'.*auto, dense, blockwise, splash"):
         attention(*qkv, places=places_of(PACKED, 4), backend="flash")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_registers_see_patches_and_earlier_registers(backend):
+    """Four patches of rank 0 and registers of ranks 1 to 4 a clip, two clips a row."""
+    ranks = np.array([[0, 0, 0, 0, 1, 2] * 2, [0, 1, 2, 3, 4, 0] * 2])
+    segments = np.array([[1] * 6 + [2] * 6] * 2)
+    query, key, value = inputs(5)
+    places = dataclasses.replace(places_of(segments, S), ranks_BS=jnp.asarray(ranks, jnp.int32))
+    got = run(query, key, value, places=places, backend=backend)
+    for b, i in np.ndindex(B, S):
+        sees = (segments[b] == segments[b, i]) & (ranks[b] <= ranks[b, i])
+        for h in range(H):
+            scores = np.asarray(key[b, sees, h]) @ np.asarray(query[b, i, h]) / np.sqrt(K)
+            weights = np.exp(scores - scores.max())
+            want = weights @ np.asarray(value[b, sees, h]) / weights.sum()
+            np.testing.assert_allclose(got[b, i, h], want, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_block_with_ranks_sees_all_of_the_cache(backend):
+    query, key, value = inputs(6)
+    ranks = jnp.asarray(np.random.default_rng(0).integers(0, 3, (1, 6)), jnp.int32)
+    blocks = jnp.concatenate([jnp.zeros((1, 6), jnp.int32), ranks + 1], axis=1)
+    places = dataclasses.replace(places_of(np.ones((1, S)), S), ranks_BS=blocks)
+    want = run(query[:1], key[:1], value[:1], places=places, backend=backend)[:, 6:]
+    got = attend_to_past(
+        query[:1, 6:],
+        *(x[:1, 6:].swapaxes(1, 2) for x in (key, value)),
+        *(x[0, :6].swapaxes(0, 1) for x in (key, value)),
+        past_ids_T=jnp.ones(6, jnp.int32),
+        backend=backend,
+        ranks_CS=ranks,
+    )
+    np.testing.assert_allclose(got, want, atol=1e-5)

@@ -39,7 +39,7 @@ def reference(query, key, value, ids, mask_ST):
         *(x.swapaxes(1, 2) for x in (query, key, value)),
         query_segments_BS=ids,
         key_segments_BT=ids,
-        block_mask_ST=mask_ST,
+        rank_mask_BST=mask_ST,
     )
     return out.swapaxes(1, 2)
 
@@ -177,3 +177,34 @@ def temporary_bytes(tokens):
 
 def test_memory_grows_with_the_sequence_not_with_its_square():
     assert temporary_bytes(32768) < 2.2 * temporary_bytes(16384)
+
+
+def some_ranks(seed=0):
+    """Patches of rank 0, and registers that are mixed among them."""
+    ranks = np.random.default_rng(seed).integers(0, 7, (B, S))
+    return jnp.asarray(np.where(ranks > 3, 0, ranks), jnp.int32)
+
+
+@pytest.mark.parametrize("kernel", KERNELS.values(), ids=KERNELS)
+def test_ranks_forward_and_gradient_equal_the_reference(kernel):
+    *qkv, cotangent = arrays(4)
+    ids, ranks = some_ids(), some_ranks()
+    seen = Visibility(ids, ids, query_ranks_BS=ranks, key_ranks_BT=ranks)
+    mask_BST = ranks[:, None, :] <= ranks[:, :, None]
+    got = value_and_pull(lambda *qkv: flash_attention(kernel, *qkv, seen), qkv, cotangent)
+    want = value_and_pull(lambda *qkv: reference(*qkv, ids, mask_BST), qkv, cotangent)
+    assert_close(got, want)
+
+
+@pytest.mark.parametrize("kernel", KERNELS.values(), ids=KERNELS)
+@pytest.mark.parametrize("length", [64, 100])
+def test_blocks_as_ranks_are_blocks(kernel, length):
+    *qkv, cotangent = arrays(4)
+    ids = some_ids()
+    ranks = jnp.broadcast_to(jnp.arange(S, dtype=jnp.int32) // length, (B, S))
+    by_rank = Visibility(ids, ids, query_ranks_BS=ranks, key_ranks_BT=ranks)
+    results = [
+        value_and_pull(lambda *qkv, v=v: flash_attention(kernel, *qkv, v), qkv, cotangent)
+        for v in (by_rank, Visibility(ids, ids, length))
+    ]
+    assert_close(*results)

@@ -1,24 +1,24 @@
-"""The program: `elastictok`, and the same as `python -m elastictok_jax`."""
+"""The program `elastictok`, also run as `python -m elastictok_jax`."""
 
 from elastictok_jax import ctrl_c
 from elastictok_jax.streams import prepare_streams
 
 
 def main() -> None:
-    """Runs the command line of this process and ends it; see `cli.main` for the exit status."""
+    """Runs the command line of this process and exits; see `cli.main` for the exit status."""
     try:
         prepare_streams()  # before another file gets the number of a closed one
         ctrl_c.install()  # before anything slow is imported
         from elastictok_jax.cli import main
 
         status = main()
-    except BaseException:  # also what C++ or an import has made of a KeyboardInterrupt
+    except BaseException:  # also what C++ or an import turned a KeyboardInterrupt into
         if not ctrl_c.interrupted():
             raise
     finally:
         ctrl_c.end_at_once()
     if ctrl_c.interrupted():
-        ctrl_c.end()  # not by SystemExit: what libraries do at exit takes long, or prints
+        ctrl_c.end()  # not by SystemExit: exit handlers of libraries are slow, or print
     raise SystemExit(status)
 
 

@@ -1,9 +1,11 @@
-"""Ctrl-C: one line that says how to go on, and exit status 130, whatever the program is doing.
+"""Turns Ctrl-C into one line that says how to go on and status INTERRUPTED, at any moment.
 
 The first Ctrl-C raises KeyboardInterrupt in the main thread, so that temporary files are removed
-and worker processes end. C++ can delay that and a callback can swallow it, so a thread ends the
-process after GRACE seconds; a second Ctrl-C ends it at once. From the first on, stderr is closed
-to everything else: libraries print tracebacks while they are torn down.
+and worker processes exit. C++ can delay the exception and a callback can swallow it, so a thread
+ends the process after GRACE seconds; a second Ctrl-C ends it at once. After the first one, nothing
+else can write to stderr, since libraries print tracebacks while they are torn down.
+
+The training loop handles Ctrl-C itself (training/stop_signal.py): it saves and exits with STOPPED.
 """
 
 import atexit
@@ -15,9 +17,10 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import NoReturn
 
-STATUS = 128 + signal.SIGINT
-GRACE = 5.0  # seconds for the main thread to end in order
-ECHO = 0.3  # seconds within which a second signal is the same Ctrl-C, passed on by a launcher
+from elastictok_jax.errors import INTERRUPTED
+
+GRACE = 5.0  # seconds for the main thread to clean up and exit
+ECHO = 0.3  # seconds within which a second signal is the same Ctrl-C, forwarded by a launcher
 ADVICE = {
     "train": "run the same command again to go on from the newest checkpoint",
     "evaluate": "measured clips are kept; run the same command again to go on",
@@ -27,52 +30,53 @@ OTHER_ADVICE = "nothing is left half-written; run the same command again"
 
 
 class _State:
-    interrupted = False
-    finished = False  # before it was interrupted
-    taken_over = False  # by code that ends in order and says how to go on
-    held = False  # while a process is started
-    pending = False  # since then
-    swallowed = False  # the KeyboardInterrupt, by a finalizer or a callback
-    said = False
-    stderr = 2
+    interrupted = False  # by a first Ctrl-C
+    finished = False  # the command has returned
+    taken_over = False  # by code that cleans up and reports by itself
+    held = False  # while a child process starts
+    pending = False  # a Ctrl-C came while held
+    swallowed = False  # a finalizer or a callback ate the KeyboardInterrupt
+    said = False  # the line is printed
+    stderr = 2  # a descriptor that still leads to the terminal
 
 
 def install() -> None:
-    """Handles SIGINT from here on, in the main thread of a program's own process."""
+    """Installs the SIGINT handler; must be called in the main thread of the program."""
     _State.stderr = os.dup(2)
     signal.signal(signal.SIGINT, _handle)
-    import threading  # only now: a signal may come during imports
+    import threading  # imported after the handler is set, since a signal may arrive during imports
 
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     sys.unraisablehook = _unraisable
-    # Processes that end at once leave semaphores: multiprocessing removes them, and would say so.
+    # Processes that exit at once leak semaphores: multiprocessing removes them and would warn.
     sys.warnoptions.append("ignore:resource_tracker:UserWarning")
-    # Registered first, so called last: from there on Python would fall back on dying of SIGINT.
+    # Registered first, so called last: after it, Python would restore the default action of SIGINT.
     atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_watch, args=(reader,), name="ctrl-c", daemon=True).start()
 
 
 def interrupted() -> bool:
+    """Returns whether a first Ctrl-C has arrived."""
     return _State.interrupted
 
 
 def take_over() -> None:
-    """Called where KeyboardInterrupt is caught to end in order: no deadline, and stderr works."""
+    """Lifts the deadline and reopens stderr, for code that handles a KeyboardInterrupt itself."""
     if _State.interrupted:
         _State.taken_over = True
         os.dup2(_State.stderr, 2)
 
 
 def end_at_once() -> None:
-    """Has a later Ctrl-C end the process where it is: the command has done its work."""
+    """Makes a later Ctrl-C end the process at once, since the command has done its work."""
     _State.finished = True
     signal.signal(signal.SIGINT, lambda number, frame: end())
 
 
 def say() -> None:
-    """Prints the one line, unless it or another has been printed."""
+    """Prints the line once, unless the code that took over prints its own."""
     if _State.said or _State.taken_over:
         return
     _State.said = True
@@ -87,15 +91,15 @@ def say() -> None:
 
 @contextlib.contextmanager
 def kept_from_children() -> Iterator[None]:
-    """While inside, processes that this thread starts are deaf to Ctrl-C: this one ends them.
+    """Makes processes that this thread starts inside ignore Ctrl-C: this process ends them.
 
-    A terminal sends it to all processes, and theirs may not have loaded Python's modules yet. One
-    that comes here is held until the end, so that no process is left half started.
+    A terminal sends Ctrl-C to all processes, and a child may not have loaded Python's modules yet.
+    A Ctrl-C that arrives here is held until the context exits, so that no child is half started.
     """
     import threading
     from multiprocessing import resource_tracker
 
-    resource_tracker.ensure_running()  # its own start, with the first process, unblocks SIGINT
+    resource_tracker.ensure_running()  # if the first child started it, that would unblock SIGINT
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     here = threading.current_thread() is threading.main_thread()
     _State.held, _State.pending = here, False
@@ -111,7 +115,7 @@ def kept_from_children() -> Iterator[None]:
 def _handle(number: int, frame: FrameType | None) -> None:
     if _State.interrupted or _State.held:
         _State.pending = True
-        return  # the watching thread counts
+        return  # the watching thread counts signals
     _State.interrupted = True
     with open(os.devnull, "wb") as nowhere:
         os.dup2(nowhere.fileno(), 2)
@@ -121,7 +125,7 @@ def _handle(number: int, frame: FrameType | None) -> None:
 
 
 def _loads_extension(frame: FrameType | None) -> bool:
-    """Whether a C extension is being loaded: jaxlib's crashes if that raises."""
+    """Returns whether a C extension is being loaded: loading jaxlib's crashes if that raises."""
     while frame is not None:
         code = frame.f_code
         if code.co_filename.endswith("_bootstrap_external>") and code.co_name.endswith("_module"):
@@ -133,7 +137,7 @@ def _loads_extension(frame: FrameType | None) -> bool:
 
 
 def _watch(reader: int) -> None:
-    """Ends the process if the main thread does not. A signal writes a byte to `reader` at once."""
+    """Ends the process if the main thread does not; each signal writes a byte to `reader`."""
     import ctypes
     import select
     import threading
@@ -158,13 +162,13 @@ def _watch(reader: int) -> None:
 
 
 def end() -> NoReturn:
-    """Ends the process at once with one line and STATUS, and the processes it has started."""
+    """Kills child processes, prints the line, and exits at once with INTERRUPTED."""
     with contextlib.suppress(Exception):
         processes = sys.modules.get("multiprocessing.process")
         for child in processes.active_children() if processes else ():
             child.kill()
     say()
-    os._exit(STATUS)
+    os._exit(INTERRUPTED)
 
 
 def _unraisable(unraisable: "sys.UnraisableHookArgs") -> None:

@@ -1,10 +1,11 @@
-"""The errors that a user is meant to read, and the exit statuses of the program.
+"""Errors that are meant for the user, and the exit statuses of the program.
 
-The command line prints the one line of an error and ends with its `status`; without one it ends
-with 0 when done, or with STOPPED.
+The command line prints the message of such an error on one line and exits with its `status`.
+Without an error it exits with 0, STOPPED or INTERRUPTED.
 """
 
 STOPPED = 75  # stopped in order with everything saved: run the same command again (EX_TEMPFAIL)
+INTERRUPTED = 130  # by Ctrl-C where nothing could be saved, as of a program that SIGINT ends
 
 
 class UsageError(ValueError):
@@ -20,6 +21,6 @@ class RunError(RuntimeError):
 
 
 class ReaderGone(RunError):
-    """The reader of standard output has gone, as in `elastictok experiments | head -1`."""
+    """The reader of standard output is gone, as in `elastictok experiments | head -1`."""
 
     status = 141  # as of a program that SIGPIPE ends

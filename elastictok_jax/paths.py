@@ -1,4 +1,4 @@
-"""Paths as users write them: `~` is expanded, and what cannot be meant is refused at once."""
+"""Paths as users write them: `~` is expanded, and empty paths and unusable URLs are refused."""
 
 import os
 import re
@@ -6,16 +6,16 @@ from pathlib import Path
 
 from elastictok_jax.errors import UsageError
 
-_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # of `Path`, too, which drops a slash
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # `Path` drops one of the two slashes
 
 
 def has_scheme(text: str) -> bool:
-    """Whether `text` is a URL such as `gs://bucket/folder`."""
+    """Returns whether `text` is a URL such as `gs://bucket/folder`."""
     return _SCHEME.match(text) is not None
 
 
 def input_path(text: str) -> str:
-    """A path or URL to read, with `~` expanded.
+    """Returns a path or URL to read, with `~` expanded.
 
     Raises:
       UsageError: if it is empty.
@@ -26,7 +26,7 @@ def input_path(text: str) -> str:
 
 
 def local_path(text: str) -> Path:
-    """A path on this machine, with `~` expanded.
+    """Returns a path on this machine, with `~` expanded.
 
     Raises:
       UsageError: if it is empty or a URL.
@@ -42,13 +42,13 @@ def local_path(text: str) -> Path:
 
 
 def local_text(text: str) -> str:
-    """`local_path` as text."""
+    """Returns `local_path` as text."""
     return os.fspath(local_path(text))
 
 
 def path_text(path: str | os.PathLike) -> str:
-    r"""A path as text that is the same under every locale, and valid UTF-8.
+    r"""Returns a path as text that is valid UTF-8 and the same under every locale.
 
-    Names are bytes on disk. Those that are not UTF-8 are written as \xNN.
+    File names are bytes on disk. Bytes that are not UTF-8 are written as \xNN.
     """
     return os.fsencode(path).decode("utf-8", "backslashreplace")

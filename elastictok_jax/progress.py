@@ -1,4 +1,4 @@
-"""How far a long work is: a bar on a terminal, now and then a line in a log."""
+"""Progress of long work: a bar on a terminal, an occasional line in a log."""
 
 import sys
 import time
@@ -9,7 +9,7 @@ SECONDS_BETWEEN_LINES = 30
 
 
 class Progress:
-    """Use as a context; `unit` is what is counted, in the singular."""
+    """Shows the progress of `what`, as a context; `unit` is what is counted, in the singular."""
 
     def __init__(self, what: str, *, unit: str) -> None:
         self._what, self._unit = what, unit
@@ -25,7 +25,7 @@ class Progress:
             self._bar.close()
 
     def show(self, done: int, total: int | None) -> None:
-        """So many are done, of `total` or of nobody knows how many."""
+        """Updates the count; `total` is None if unknown."""
         if self._terminal:
             if self._bar is None:
                 self._bar = tqdm(

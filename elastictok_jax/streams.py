@@ -1,4 +1,4 @@
-"""The standard streams of the program: closed ones are replaced, and no failure is lost at exit."""
+"""Standard streams that work: closed ones are replaced, and no failed write is lost at exit."""
 
 import contextlib
 import io
@@ -10,11 +10,11 @@ from elastictok_jax.errors import ReaderGone, RunError
 
 
 def prepare_streams() -> None:
-    """Makes stdin, stdout and stderr usable, whatever the shell has made of them.
+    """Makes stdin, stdout and stderr usable, however the shell has set them up.
 
-    A closed one becomes /dev/null: the next file opened would otherwise take its number, and get
-    what C++ prints. What cannot be written to stderr is dropped, since no work should fail for its
-    messages. What cannot be written to stdout raises RunError, or ReaderGone.
+    A closed stream becomes /dev/null: otherwise the next file opened would take its descriptor and
+    receive what C++ prints. A failed write to stderr is ignored, since no work should fail because
+    of its messages. A failed write to stdout raises RunError, or ReaderGone for a broken pipe.
     """
     for number, mode in ((0, os.O_RDONLY), (1, os.O_WRONLY), (2, os.O_WRONLY)):
         try:
@@ -37,7 +37,7 @@ def _options(number: int, stream) -> tuple[io.BufferedWriter, str]:
 
 class _Stdout(io.TextIOWrapper):
     def __init__(self, buffer: io.BufferedWriter, encoding: str):
-        # A file's name may hold bytes that are no text of this encoding.
+        # A file name may contain bytes that this encoding cannot represent.
         super().__init__(buffer, encoding, "backslashreplace", line_buffering=os.isatty(1))
 
     def write(self, text: str, /) -> int:
@@ -69,7 +69,7 @@ def _failure_of_stdout() -> Iterator[None]:
         yield
     except OSError as error:
         nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, 1)  # for what is in the buffer, which is written again at exit
+        os.dup2(nowhere, 1)  # for the rest of the buffer, which is flushed again at exit
         os.close(nowhere)
         if isinstance(error, BrokenPipeError):
             raise ReaderGone("the reader of standard output is gone") from None

@@ -6,8 +6,8 @@
 #
 # With N or more NVIDIA GPUs each process gets one of them; otherwise each gets one CPU device
 # (JAX_NUM_CPU_DEVICES for more). Lines of process I go to DIR/process-I.log, those of process 0
-# also here. A signal to this script goes to all processes. Exits 0 if all of them did, and 75 if
-# they were stopped in order: run it again to go on.
+# also here. A signal to this script goes to all processes. Exits with 0 if all processes did, with
+# 75 if they were stopped in order (run it again to go on), else with the status of a failed one.
 set -uo pipefail
 
 if [ $# -lt 2 ] || ! [[ $1 =~ ^[1-9][0-9]*$ ]]; then
@@ -53,7 +53,7 @@ for pid in "${pids[@]}"; do
         code=$?
         kill -0 "$pid" 2>/dev/null || break
     done
-    [ "$code" -eq 0 ] || [ "$status" -ne 0 ] || status=$code
+    case $status in 0 | 75) [ "$code" -eq 0 ] || status=$code ;; esac # a failure outranks a stop
 done
 sleep 1 # for the last lines
 kill "$tail" 2>/dev/null

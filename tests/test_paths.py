@@ -1,4 +1,4 @@
-"""Paths of users: empty ones and URLs are refused at once, `~` is a home, any bytes have a name."""
+"""Paths of users: empty ones and URLs are refused, `~` is expanded, and any bytes have a text."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""The process of a command: Ctrl-C, closed and failing standard streams, what jax starts with."""
+"""The process of a command: Ctrl-C, closed and failing standard streams, and how jax starts."""
 
 import os
 import signal
@@ -13,7 +13,7 @@ from elastictok_jax.data.sources.file_source import EMBEDDED
 
 INTERRUPT = "import os, signal; os.kill(os.getpid(), signal.SIGINT)"
 PROGRAM = [sys.executable, "-m", "elastictok_jax"]
-# Where a Ctrl-C may come, as an experiment file that `train` runs.
+# Moments at which a Ctrl-C may arrive, as experiment files that `train` runs.
 MOMENTS = {
     "in Python": INTERRUPT,
     "in a finalizer": f"""
@@ -109,7 +109,7 @@ def test_ctrl_c_to_all_processes_of_prepare_is_one_line(tmp_path):
     assert error == f"elastictok: interrupted: {ctrl_c.ADVICE['prepare']}\n"
 
 
-def test_a_reader_that_has_gone_ends_the_program_silently():
+def test_a_reader_that_is_gone_ends_the_program_silently():
     for words in ("experiments", "--help"):
         done = shell(f"(sleep 0.1; $E {words}) | exec true")
         assert (done.returncode, done.stderr) == (141, "")

@@ -1,6 +1,6 @@
 """Writes the tables of docs/config.md: every config key, from the lines that declare it.
 
-    python -m tools.config_table -o docs/config.md
+python -m tools.config_table -o docs/config.md
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Settings, metrics and curves of several runs."""
+"""Compare settings, metrics and curves of several runs."""
 
 import argparse
 import sys

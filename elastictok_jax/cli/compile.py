@@ -1,4 +1,4 @@
-"""Will an experiment fit a TPU pod, and how fast could it be? Needs no TPU."""
+"""Report whether an experiment fits a TPU pod, and how fast it could be; needs no TPU."""
 
 import argparse
 

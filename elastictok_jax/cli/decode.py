@@ -1,4 +1,4 @@
-"""An .etok file as a picture or a video."""
+"""Decode an .etok file into a picture or a video."""
 
 import argparse
 import sys
@@ -19,10 +19,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--model", type=LOCAL_TEXT, required=True, help="the model that made the tokens"
     )
     parser.add_argument(
-        "--window-blocks", type=int, metavar="N", help="most blocks that may see each other"
+        "--window-blocks", type=int, metavar="N", help="maximum of blocks that see each other"
     )
     parser.add_argument(
-        "--fps", type=float, metavar="F", help="of the video; else as the tokens say"
+        "--fps",
+        type=float,
+        metavar="F",
+        help="frame rate of the video (default: as in the tokens)",
     )
     parser.add_argument("--json", action="store_true", help="print the results")
 

@@ -1,8 +1,9 @@
-"""`elastictok VERB`: one module a verb, with its options and what it runs.
+"""Dispatches `elastictok VERB` to the module of the verb.
 
-A verb's module has a docstring that is its help, `add_options(parser)`, and `run(args, overrides)`,
-which returns an exit status or None for 0 and imports what it needs when it runs. It may have
-EPILOG; TAKES_CONFIG, if it takes `--config.KEY=VALUE`; and WITHOUT_JAX, if it does without jax.
+A verb is a name in VERBS and a module with a docstring, which is its help; `add_options(parser)`;
+and `run(args, overrides)`, which imports what it needs and returns an exit status, or None for 0.
+The module may define EPILOG; TAKES_CONFIG, if the verb accepts `--config.KEY=VALUE`; and
+WITHOUT_JAX, if it runs without jax.
 """
 
 import argparse
@@ -38,19 +39,19 @@ STATUSES = (
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs a verb.
+    """Runs a verb and returns the exit status.
 
-    Returns the exit status: as STATUSES says, or 141 if the reader of standard output has gone.
-    Ctrl-C where nothing can be saved (130) is `__main__`'s.
+    It is one of STATUSES, or 141 if the reader of standard output is gone. A Ctrl-C where nothing
+    can be saved (130) is handled by `__main__`.
     """
     argv = sys.argv[1:] if argv is None else argv
-    # orbax warns of its options, and logs with a traceback what it then raises: that is ours to say
+    # orbax warns about its options and logs a traceback of what it then raises; `main` reports both
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     try:
         try:
             return run_verb(argv)
         finally:
-            sys.stdout.flush()  # a full disk is noticed here, not when Python ends
+            sys.stdout.flush()  # so that a full disk is noticed here, not when Python exits
     except ReaderGone as gone:
         return gone.status
     except (UsageError, RunError) as error:
@@ -78,7 +79,7 @@ def run_verb(argv: list[str]) -> int:
 
 
 def split_overrides(argv: list[str]) -> tuple[list[str], dict[str, str]]:
-    """Takes `--config.KEY=VALUE` out of a command line.
+    """Splits a command line into its other words and {KEY: VALUE} of `--config.KEY=VALUE`.
 
     Raises:
       UsageError: if one has no `=VALUE`.

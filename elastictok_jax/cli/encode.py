@@ -1,4 +1,4 @@
-"""An image or a video as an .etok file of tokens."""
+"""Encode an image or a video as an .etok file of tokens."""
 
 import argparse
 
@@ -29,7 +29,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add_clip_options(parser)
     parser.add_argument("--window-blocks", type=int, metavar="N", help="blocks that see each other")
     parser.add_argument("--compress", action="store_true", help="entropy-code the file")
-    parser.add_argument("--size", metavar="WxH", help="of raw rgb24 frames on standard input")
+    parser.add_argument("--size", metavar="WxH", help="size of raw rgb24 frames on standard input")
     parser.add_argument("--json", action="store_true", help="print the results")
 
 

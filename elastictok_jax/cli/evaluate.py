@@ -1,4 +1,4 @@
-"""The paper's figures and tables on held-out clips; run again to resume."""
+"""Measure the paper's figures and tables on held-out clips; run again to resume."""
 
 import argparse
 
@@ -22,20 +22,23 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--fps",
         type=float,
         metavar="F",
-        help="frames a second to measure at, 0 for all; else as MODEL's sources are trained on",
+        help="frames per second to measure at, 0 for all (default: as MODEL's sources in training)",
     )
     parser.add_argument(
         "--targets", metavar="X,...", help="MSE on the [-1, 1] scale, e.g. 0.003,0.015"
     )
     parser.add_argument(
-        "--max-clips", type=int, metavar="N", help="videos, and images, of each source"
+        "--max-clips",
+        type=int,
+        metavar="N",
+        help="maximum of videos, and of images, per source",
     )
-    parser.add_argument("--max-blocks", type=int, metavar="N", help="of each clip")
+    parser.add_argument("--max-blocks", type=int, metavar="N", help="maximum of blocks per clip")
     parser.add_argument(
         "--search-blocks",
         type=int,
         metavar="N",
-        help="of each clip, coded by every search, `full` with all lengths among them: slow",
+        help="blocks per clip that every search codes, also `full`, which tries all lengths: slow",
     )
     parser.add_argument("-o", "--output", type=LOCAL, required=True, help="folder for the report")
     parser.add_argument("--json", action="store_true", help="print metrics.json")

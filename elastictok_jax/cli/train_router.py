@@ -11,10 +11,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "model",
         type=LOCAL_TEXT,
-        help="a training workdir or an exported folder; the router's place",
+        help="a training workdir or an exported folder; the router is saved there",
     )
-    parser.add_argument("--blocks", type=int, default=2000, help="to measure (%(default)s)")
-    parser.add_argument("--steps", type=int, default=3000, help="of training (%(default)s)")
+    parser.add_argument("--blocks", type=int, default=2000, help="blocks to measure (%(default)s)")
+    parser.add_argument("--steps", type=int, default=3000, help="training steps (%(default)s)")
     parser.add_argument("--json", action="store_true", help="print the results")
 
 

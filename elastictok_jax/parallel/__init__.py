@@ -1,1 +1,1 @@
-"""Meshes, sharding rules, and start-up and liveness of several processes."""
+"""Meshes, sharding rules, and the start and liveness of several processes."""

@@ -1,4 +1,4 @@
-"""jax as the environment has it start: what is wrong with that in one line."""
+"""Reports in one line why jax cannot start in this environment."""
 
 import contextlib
 import os
@@ -9,16 +9,16 @@ from elastictok_jax.errors import RunError, UsageError
 
 @contextlib.contextmanager
 def jax_started() -> Iterator[None]:
-    """While inside, jax is imported, and a failure for want of a device says so.
+    """Imports jax, and reports a missing device as a UsageError of the code inside.
 
     jax looks for devices at their first use, which may be anywhere.
 
     Raises:
-      UsageError: if the environment does not let jax start, or names a backend that is not there.
+      UsageError: if the environment keeps jax from starting or names a backend that does not exist.
     """
     try:
         import jax  # noqa: F401
-    except Exception as error:  # ValueError of a JAX_ variable, or whatever a plugin raises
+    except Exception as error:  # ValueError for a JAX_ variable, or whatever a plugin raises
         raise UsageError(
             f"jax does not start ({_first_line(error)}): check the environment's JAX_ variables"
         ) from error

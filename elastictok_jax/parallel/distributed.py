@@ -1,7 +1,7 @@
-"""Start-up of a run in several processes: from options, the environment, or the cluster.
+"""Starts a run in several processes, configured by options, the environment or the cluster.
 
-jax finds the other processes by itself on TPU pods, under Slurm and under Open MPI. Elsewhere each
-process is told where process 0 is, how many there are, and which one it is.
+jax detects the other processes on TPU pods, under Slurm and under Open MPI. Elsewhere each process
+is given the address of process 0, the number of processes and its own index.
 """
 
 import contextlib
@@ -17,23 +17,23 @@ from collections.abc import Mapping
 
 import jax
 import numpy as np
-from jax._src import distributed as _distributed  # the key-value store has no public name
-from jax._src.clusters import ClusterEnv  # nor has what it knows of clusters
+from jax._src import distributed as _distributed  # the key-value store is not public
+from jax._src.clusters import ClusterEnv  # nor is the detection of clusters
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from elastictok_jax.errors import RunError, UsageError
 from elastictok_jax.parallel.sigabrt import only_last_word
 
-# Options, and the variables that mean the same: jax itself reads the first by this name.
+# Options and their environment variables; jax itself reads the first one.
 VARIABLES = {
     "coordinator": "JAX_COORDINATOR_ADDRESS",
     "processes": "JAX_NUM_PROCESSES",
     "process": "JAX_PROCESS_ID",
 }
 SHUTDOWN_SECONDS = 60
-ANSWER_SECONDS = 3.0  # for a machine to take a connection
+ANSWER_SECONDS = 3.0  # for a machine to accept a connection
 MAX_PORT = 65535
-FIRST_SECONDS = 1800.0  # for process 0 to look through its data
+FIRST_SECONDS = 1800.0  # for process 0 to index its data
 
 
 def initialize(
@@ -45,14 +45,14 @@ def initialize(
 ) -> None:
     """Joins the processes of the run; a plain single process returns at once.
 
-    Must come before the first use of a device. What is not given is taken from the environment.
+    Must be called before the first use of a device. Missing settings come from the environment.
 
     Raises:
-      UsageError: if the settings are half given or do not fit each other, or if process 0 cannot
-        be reached there: its host has no address, or is another machine, or its port is taken.
-      RunError: whatever else jax says.
+      UsageError: if the settings are incomplete or inconsistent, or if process 0 cannot listen
+        there: its host has no address, or is another machine, or its port is taken.
+      RunError: if jax cannot join for any other reason.
 
-    When not all processes have met after `timeout` seconds, jax aborts; the process then says so
+    If not all processes have met after `timeout` seconds, jax aborts; the process then reports it
     in one line and exits with status 1.
     """
     given = explicit_settings(
@@ -62,7 +62,7 @@ def initialize(
         return
     if timeout < 1:
         raise UsageError(f"--initialization-timeout {timeout}: must be at least 1 second")
-    # SIGTERM is the loop's own: jax's service would swallow those that come before it listens.
+    # The training loop handles SIGTERM: jax's service would swallow signals before it listens.
     jax.config.update("jax_enable_preemption_service", False)
     if given is not None:
         require_host(given["coordinator_address"], process=given["process_id"], timeout=timeout)
@@ -89,22 +89,22 @@ def initialize(
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise RunError(
             f"this process could not join the others at {where} ({reason}): see that each of them "
-            "has a number of its own, and that all are told the same --processes"
+            "has its own --process, and that all are given the same --processes"
         ) from error
 
 
 def shutdown() -> None:
-    """Leaves the others, once all have come to this point; does nothing in a single process."""
+    """Disconnects from the others once all have called this; does nothing in a single process."""
     jax.distributed.shutdown()
 
 
 def explicit_settings(
     options: Mapping[str, str | int | None], environment: Mapping[str, str]
 ) -> dict | None:
-    """Arguments of jax.distributed.initialize from options, else variables; None without any.
+    """Returns arguments of jax.distributed.initialize from options, else variables; None if unset.
 
     Raises:
-      UsageError: naming what is missing or does not fit.
+      UsageError: naming what is missing or inconsistent.
     """
     found: dict[str, str | int] = {}
     for name, variable in VARIABLES.items():
@@ -140,10 +140,10 @@ def explicit_settings(
 
 
 def in_cluster(environment: Mapping[str, str]) -> bool:
-    """Whether jax can find the other processes by itself, and there may be some.
+    """Returns whether there may be other processes, which jax detects by itself.
 
     Raises:
-      UsageError: if there are others, but jax cannot find them.
+      UsageError: if there are others, but jax cannot detect them.
     """
     if _number(environment, "SLURM_NTASKS") > 1 and "SLURM_STEP_NODELIST" in environment:
         return True  # an `srun` of several tasks, not the shell of a batch script
@@ -159,7 +159,7 @@ def in_cluster(environment: Mapping[str, str]) -> bool:
 
 
 def _number(environment: Mapping[str, str], variable: str) -> int:
-    """How many processes a variable says there are: one if it is unset or empty."""
+    """Returns the number of processes that a variable states, 1 if it is unset or empty."""
     value = environment.get(variable) or "1"
     if not value.isdecimal():
         raise UsageError(f"{variable}={value}: must be a number of processes, or unset it")
@@ -167,9 +167,9 @@ def _number(environment: Mapping[str, str], variable: str) -> int:
 
 
 def _place_in_cluster(timeout: int) -> tuple[str | None, int | None]:
-    """Where jax will say that process 0 listens, and which process this is; None if unknown.
+    """Returns the address of process 0 and the index of this process, as jax detects them, or None.
 
-    What is wrong with the cluster's variables, jax says itself when it starts.
+    Errors in the cluster's variables are reported by jax itself when it starts.
     """
     try:
         address, _, process, _ = ClusterEnv.auto_detect_unset_distributed_params(
@@ -181,7 +181,7 @@ def _place_in_cluster(timeout: int) -> tuple[str | None, int | None]:
 
 
 def host_and_port(address: str) -> tuple[str, int]:
-    """Host and port of `HOST:PORT` or `[IPv6]:PORT`.
+    """Returns host and port of `HOST:PORT` or `[IPv6]:PORT`.
 
     Raises:
       UsageError: if it is neither.
@@ -196,13 +196,13 @@ def host_and_port(address: str) -> tuple[str, int]:
 
 
 def require_host(address: str, *, process: int, timeout: float) -> None:
-    """Sees that the host of `address` is known here, and for process 0 that it is this machine.
+    """Checks that the host of `address` resolves and, for process 0, that it is this machine.
 
-    Its name may be a little late in a cluster: processes but the first, which wait anyway, look
-    for it for up to `timeout` seconds.
+    In a cluster its name may appear late: all processes but the first, which have to wait anyway,
+    retry for up to `timeout` seconds.
 
     Raises:
-      UsageError: if not.
+      UsageError: if it does not resolve, or is another machine.
     """
     host, port = host_and_port(address)
     deadline = time.monotonic() + (timeout if process else 0)
@@ -226,16 +226,16 @@ def require_host(address: str, *, process: int, timeout: float) -> None:
 
 
 def require_port(address: str) -> None:
-    """Sees that this process can listen on the port of `address`: jax crashes where it cannot.
+    """Checks that this process can listen on the port of `address`; otherwise jax would crash.
 
     Raises:
-      UsageError: if not.
+      UsageError: if it cannot.
     """
     port = host_and_port(address)[1]
     try:
         _listen(port).close()
     except OSError as error:
-        reason = os.strerror(error.errno or 0)  # without what Python adds to it
+        reason = os.strerror(error.errno or 0)  # without the address that Python appends
         raise UsageError(
             f"coordinator {address}: process 0 cannot listen on port {port} ({reason}): "
             f"choose a free one{' from 1024 on' if port < 1024 else ''}"
@@ -243,7 +243,7 @@ def require_port(address: str) -> None:
 
 
 def _listen(port: int) -> socket.socket:
-    """A socket that listens at `port` of all addresses, as jax's service does."""
+    """Returns a socket that listens on `port` of all addresses, as jax's service does."""
     return socket.create_server(
         ("", port),
         family=socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET,
@@ -252,7 +252,7 @@ def _listen(port: int) -> socket.socket:
 
 
 def _leads_here(family: socket.AddressFamily, address: str) -> bool:
-    """Whether `address` is this machine's, or a connection to it arrives by way of a gateway."""
+    """Returns whether `address` is this machine's, directly or through a gateway."""
     with contextlib.suppress(OSError), socket.socket(family) as trial:
         trial.bind((address, 0))
         return True
@@ -266,7 +266,7 @@ def _leads_here(family: socket.AddressFamily, address: str) -> bool:
 
 
 def _has_tpu(environment: Mapping[str, str]) -> bool:
-    """Whether this is a TPU host: jax then asks the pod's metadata for its other hosts."""
+    """Returns whether this is a TPU host: jax gets the other hosts from the pod's metadata."""
     platforms = environment.get("JAX_PLATFORMS") or "tpu"  # empty is unset, as for jax
     if "tpu" not in platforms or "TPU_SKIP_MDS_QUERY" in environment:
         return False
@@ -275,30 +275,30 @@ def _has_tpu(environment: Mapping[str, str]) -> bool:
 
 
 def client():
-    """The client of jax's coordination service, or None in a single process."""
+    """Returns the client of jax's coordination service, or None in a single process."""
     return _distributed.global_state.client
 
 
 def coordinator_address() -> tuple[str, int]:
-    """Host and port of process 0's coordination service."""
+    """Returns host and port of process 0's coordination service."""
     host, _, port = (_distributed.global_state.coordinator_address or ":0").rpartition(":")
     return host.strip("[]"), int(port)
 
 
 def place() -> tuple[int, int]:
-    """(which process this is, of how many), without waiting for any device."""
+    """Returns (index of this process, number of processes), without waiting for a device."""
     state = _distributed.global_state
     return state.process_id, state.num_processes
 
 
 def meet(mesh: Mesh, *, timeout: float) -> None:
-    """Waits for all processes, then has them form the groups that collectives run in.
+    """Waits for all processes, then forms the groups of devices that collectives run in.
 
-    On CPUs a group is formed by the first collective that needs it, whose processes wait for each
-    other for 30 s only: less than one of them may take to compile what another has at hand.
+    On CPUs a group is formed by the first collective that needs it, and its processes wait for each
+    other for only 30 s: one may take longer to compile what another finds in its cache.
 
     Raises:
-      RunError: if not all have come in `timeout` seconds.
+      RunError: if not all have started within `timeout` seconds.
     """
     store = client()
     if store is None:
@@ -325,37 +325,37 @@ def meet(mesh: Mesh, *, timeout: float) -> None:
 
 
 def require_same_count(*, timeout: float) -> None:
-    """Raises UsageError if this process was told of another number of processes than process 0."""
+    """Raises UsageError if this process and process 0 were given different --processes."""
     process, processes = place()
     first = int(first_says("processes", str(processes), timeout=timeout))
     if first != processes:
         raise UsageError(
-            f"process 0 is told of {first} processes and process {process} of {processes}: give "
-            "all the same --processes"
+            f"process 0 is given --processes {first} and process {process} is given --processes "
+            f"{processes}: give all the same"
         )
 
 
 class _Runs:
-    """How many runs this program has begun: all its processes begin the same ones."""
+    """Counts the runs that this program has begun; the count is the same in all processes."""
 
     begun = 0
 
 
 def begin_run() -> None:
-    """Called by each process when it begins a run: keys and barriers can be used only once."""
+    """Starts a new set of keys and barriers, each usable once; all processes call it once a run."""
     _Runs.begun += 1
 
 
 def run_key(name: str) -> str:
-    """A key in the store of all processes that no earlier run of this program has used."""
+    """Returns a key of the shared store that no earlier run of this program has used."""
     return f"elastictok/{_Runs.begun}/{name}"
 
 
 def first_says(name: str, value: str, *, timeout: float) -> str:
-    """The `value` that process 0 gives under this `name`, in every process.
+    """Broadcasts the `value` of process 0 under this `name`: returns it in every process.
 
     Raises:
-      RunError: if process 0 has not said it in `timeout` seconds.
+      RunError: if process 0 has not sent it within `timeout` seconds.
     """
     store = client()
     if store is None:
@@ -367,5 +367,5 @@ def first_says(name: str, value: str, *, timeout: float) -> str:
         return store.blocking_key_value_get(run_key(f"first/{name}"), int(timeout * 1000))
     except RuntimeError as error:
         raise RunError(
-            f"process 0 did not come to {name!r} within {timeout:g} s: see its log"
+            f"process 0 did not reach {name!r} within {timeout:g} s: see its log"
         ) from error

@@ -1,9 +1,9 @@
-"""One fate for all processes of a run: when one fails, hangs or dies, all end, and say why.
+"""Ends all processes of a run, with the reason, when one of them fails, hangs or dies.
 
-Every process gives a sign of life each second through jax's coordination service, which process 0
-hosts. Process 0 watches the signs; the others watch process 0. A process that fails says so
-before it exits. jax's own heartbeats stand behind this, but they end a process by abort() with a
-stack trace of C++, and do not say what was saved.
+Every process sends a heartbeat each second through jax's coordination service, which process 0
+hosts. Process 0 watches the heartbeats; the others watch process 0. A process that fails says so
+before it exits. jax's own heartbeats are a fallback: they end a process by abort() with a C++ stack
+trace and do not say what was saved.
 """
 
 import contextlib
@@ -20,20 +20,20 @@ from elastictok_jax.errors import RunError, UsageError
 from elastictok_jax.parallel import distributed
 from elastictok_jax.parallel.sigabrt import on_abort, say
 
-BEAT = 1.0  # seconds between signs of life
-LOST = 30.0  # seconds without one, after which a process is given up
-ANSWER = 10.0  # seconds that a disk or the network gets to answer when a process is about to end
+BEAT = 1.0  # seconds between heartbeats
+LOST = 30.0  # seconds without a heartbeat until a process counts as lost
+ANSWER = 10.0  # seconds to wait for a disk or the network while a process exits
 
 
 class Peers:
-    """The processes of a run, as seen by one of them. A single process has none, and no threads.
+    """The processes of a run, as seen by one of them; a single process starts no threads.
 
     Args:
-      kept: a sentence on what is saved and how to go on.
+      kept: returns a sentence on what is saved and how to go on.
 
     Attributes:
-      process, processes: which this is, of how many.
-      before_end: called before a failure here ends all, to finish what is being saved.
+      process, processes: index of this process, and their number.
+      before_end: called before a failure here ends all processes, to finish a pending save.
     """
 
     def __init__(self, *, kept: Callable[[], str]):
@@ -47,14 +47,14 @@ class Peers:
         self._state = "alive"  # then "done" or "failed"
         self._left = threading.Event()
         self._last_word = threading.Lock()
-        self._answers = 0  # that process 0 has given
+        self._answers = 0  # received from process 0
 
     @contextlib.contextmanager
     def shared_fate(self) -> Iterator[None]:
-        """While inside, an error here ends all processes, and the end of another ends this one.
+        """Ends all processes if code inside fails here, and this one if another process fails.
 
-        In several processes an error does not come out of it: jax and orbax would wait for the
-        others at exit. The exit status is 2 for a UsageError, else 1.
+        With several processes an error does not propagate out of it, since jax and orbax would
+        wait for the others at exit. The exit status is 2 for a UsageError, else 1.
         """
         if self._client is None:
             yield
@@ -69,12 +69,15 @@ class Peers:
             try:
                 yield
             except (RunError, UsageError, OSError) as error:
-                within(LOST, self.before_end)  # a good checkpoint may be on its way
-                self.end(str(error), status=2 if isinstance(error, UsageError) else 1)
-            except Exception as error:  # a collective that failed since a peer did, or a bug
+                within(LOST, self.before_end)  # a checkpoint may be being written
+                usage = isinstance(error, UsageError)
+                self.end(str(error), status=UsageError.status if usage else RunError.status)
+            except Exception as error:  # a collective that failed because a peer did, or a bug
                 traceback.print_exc()
                 self._state = "failed"
-                time.sleep(LOST + 5 * BEAT)  # the verdict ends this, and knows better what is wrong
+                time.sleep(
+                    LOST + 5 * BEAT
+                )  # the verdict ends this process first, with the true cause
                 reason = (str(error).splitlines() or [""])[0]
                 self.end(f"{type(error).__name__}: {reason}. {self.kept()}")
             self._state = "done"
@@ -84,11 +87,11 @@ class Peers:
                 thread.join()
 
     def kept(self) -> str:
-        """A sentence on what is saved and how to go on, also where the disk hangs."""
+        """Returns a sentence on what is saved and how to go on, even if the disk hangs."""
         return within(ANSWER, self._kept) or "See in the workdir what is saved"
 
-    def end(self, message: str, *, status: int = 1) -> NoReturn:
-        """Ends this process and all others, whatever their main threads are stuck in."""
+    def end(self, message: str, *, status: int = RunError.status) -> NoReturn:
+        """Ends this process and all others, even if their main threads are stuck."""
         if self._client is not None:
             within(ANSWER, lambda: self._give_verdict(f"{self.name} failed: {message}", status))
         self._exit(message, status)
@@ -99,9 +102,9 @@ class Peers:
             self._client.key_value_set(self._verdict, json.dumps(verdict))
 
     def _exit(self, message: str, status: int) -> NoReturn:
-        self._last_word.acquire()  # of two threads, one
+        self._last_word.acquire()  # only one thread prints and exits
         if self._client is not None and self.process == 0:
-            time.sleep(5 * BEAT)  # the others hear of it from this process, and end before it
+            time.sleep(5 * BEAT)  # the others read the verdict from this process, and exit first
         say(message)
         os._exit(status)
 
@@ -110,7 +113,7 @@ class Peers:
         return f"{self._signs}{self.process}", json.dumps(sign)
 
     def _give_signs(self) -> None:
-        """Signs of life. Every call hangs when process 0 does, so that another thread looks on."""
+        """Sends heartbeats. Calls hang when process 0 does, so another thread watches process 0."""
         signs = Signs(self.processes)
         while not self._left.wait(BEAT):
             try:
@@ -118,7 +121,7 @@ class Peers:
                 if self.process == 0:
                     wrong = signs.read(dict(self._client.key_value_dir_get(self._signs)))
                     if wrong:
-                        self._give_verdict(f"{wrong}. {self.kept()}", 1)
+                        self._give_verdict(f"{wrong}. {self.kept()}", RunError.status)
                 verdict = self._read_verdict()
             except RuntimeError:
                 continue  # process 0 does not answer
@@ -133,13 +136,13 @@ class Peers:
             return None
 
     def _watch_first(self) -> None:
-        """Ends this process when process 0 has not answered for too long."""
+        """Ends this process when process 0 has not answered for LOST seconds."""
         clock, answers = Clock(), 0
         while self.process != 0 and not self._left.wait(BEAT):
             if self._answers != answers:
                 clock, answers = Clock(), self._answers
             if clock.tick() > LOST:
-                self._exit(f"{lost(self._first())}. {self.kept()}", 1)
+                self._exit(f"{lost(self._first())}. {self.kept()}", RunError.status)
 
     def _first(self) -> str:
         return f"process 0 of {self.processes} ({distributed.coordinator_address()[0]})"
@@ -157,13 +160,13 @@ class Peers:
 
 
 class Clock:
-    """Seconds that this process has seen pass; time in which it was itself stopped is left out."""
+    """Measures seconds, without time in which this process was itself stopped."""
 
     def __init__(self) -> None:
         self._seconds, self._last = 0.0, time.monotonic()
 
     def tick(self) -> float:
-        """All seconds so far. To be called every BEAT."""
+        """Returns all seconds so far; must be called every BEAT."""
         now = time.monotonic()
         self._seconds += min(now - self._last, 3 * BEAT)
         self._last = now
@@ -171,14 +174,14 @@ class Clock:
 
 
 class Signs:
-    """The signs of life of all processes, as process 0 reads them."""
+    """Tracks the heartbeats of all processes, in process 0."""
 
     def __init__(self, processes: int):
         self._last = [""] * processes
         self._silent = [Clock() for _ in range(processes)]
 
     def read(self, signs: dict[str, str]) -> str | None:
-        """Takes what all have said last, by key; returns what is wrong, or None."""
+        """Reads the latest heartbeat of each process, by key; returns what is wrong, or None."""
         found = {int(key.rpartition("/")[2]): sign for key, sign in signs.items()}
         states = set()
         for process, last in enumerate(self._last):
@@ -195,6 +198,7 @@ class Signs:
 
 
 def lost(who: str) -> str:
+    """Returns the sentence that says that a process was lost."""
     return (
         f"{who} was lost: no sign of life for {LOST:.0f} s, so it was killed or stopped, or its "
         "machine or network is gone"
@@ -202,7 +206,7 @@ def lost(who: str) -> str:
 
 
 def within(seconds: float, function: Callable):
-    """What `function` returns; None if it fails, or takes longer and then goes on unheeded."""
+    """Returns the result of `function`; None if it fails, or takes longer and is left running."""
     result = []
 
     def call() -> None:

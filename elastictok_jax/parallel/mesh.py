@@ -1,9 +1,9 @@
-"""The device mesh: axes data, fsdp, tensor, sequence, within slices and between them.
+"""Makes the device mesh, with axes data, fsdp, tensor and sequence, within and between slices.
 
 `mesh.X` is the size of axis X within a slice, over its fast links (ICI, NVLink), and `mesh.dcn_X`
-the number of slices along X, over the data-center network. The axis has their product. Slices are
-those of TPU devices; elsewhere each process counts as one. With every dcn size at 1, `mesh.X` is
-the whole axis, over all processes.
+the number of slices along X, over the data-center network; the axis has the product of both. TPU
+devices state their slice; elsewhere each process counts as a slice. If every dcn size is 1,
+`mesh.X` is the full axis, over all processes.
 """
 
 import itertools
@@ -19,16 +19,21 @@ from jax.sharding import AxisType, Mesh
 
 from elastictok_jax.errors import UsageError
 
-AXES = ("data", "fsdp", "tensor", "sequence")  # the last talk the most, and get the nearest links
+AXES = (
+    "data",
+    "fsdp",
+    "tensor",
+    "sequence",
+)  # the last ones communicate most, and get the nearest links
 DCN = "dcn_"
 CheckModel = Callable[[Mapping[str, int], Mapping[str, str]], None]
 
 
 def mesh_sizes(config: ml_collections.ConfigDict, *, devices: int) -> dict[str, int]:
-    """Sizes within a slice of `devices` devices, from `config.mesh`, with one -1 filled in.
+    """Returns axis sizes within a slice of `devices` devices from `config.mesh`, with -1 resolved.
 
     Raises:
-      UsageError: if they do not make up the devices.
+      UsageError: if their product is not the number of devices.
     """
     return _filled(config, "", count=devices, things="devices")
 
@@ -60,11 +65,11 @@ def make_mesh(
     *,
     check_model: CheckModel,
 ) -> Mesh:
-    """Makes the mesh of a resolved config, checked against batch, sequence and model.
+    """Returns the mesh of a resolved config, checked against batch, sequence and model.
 
     Args:
       check_model: `Task.check_mesh` of the model that runs on it.
-      devices: all of this run, if not given. They may be described ones, of a TPU topology.
+      devices: default to all devices of the run; may be those of a described TPU topology.
 
     Raises:
       UsageError: if the mesh does not fit the devices, the batch, the sequence or the model.
@@ -101,13 +106,13 @@ def make_mesh(
 
     try:
         laid_out = layout(allow_split_physical_axes=False)
-    except NotImplementedError:  # sizes that no whole axes of the torus make up
+    except NotImplementedError:  # sizes that need an axis of the torus to be split
         laid_out = layout(allow_split_physical_axes=True)
     return Mesh(laid_out, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def _slice_of(device: jax.Device) -> int:
-    """The slice of a TPU device (described ones of a single slice name none), else its process."""
+    """Returns the slice of a TPU device (0 if a topology has only one), else its process."""
     if device.platform != "tpu":
         return device.process_index
     return device.slice_index if hasattr(device, "slice_index") else 0
@@ -116,7 +121,7 @@ def _slice_of(device: jax.Device) -> int:
 def check_fits(
     config: ml_collections.ConfigDict, sizes: Mapping[str, int], check_model: CheckModel
 ) -> None:
-    """Checks that mesh axes of `sizes` divide batch, sequence and model.
+    """Checks that mesh axes of these `sizes` divide batch, sequence and model.
 
     Raises:
       UsageError: naming the setting, the axis, and the nearest settings that fit.
@@ -138,8 +143,10 @@ class Divided(NamedTuple):
     """A setting that a mesh axis must divide.
 
     Attributes:
-      key: of the config, with its value; unit: positions that one of it stands for.
-      fits: whether another value would fit the mesh and the rest of the model.
+      key, value: of the config.
+      unit: positions along the axis per unit of the value.
+      axis: of the mesh.
+      fits: returns whether another value would fit the mesh and the rest of the model.
     """
 
     key: str
@@ -163,15 +170,15 @@ def require_divided(
 
 
 def _axis(config: ml_collections.ConfigDict, axis: str) -> str:
-    """What the settings that make up the size of an axis are called."""
+    """Returns the names of the settings whose product is the size of an axis."""
     between = config.mesh[DCN + axis] != 1
     return f"mesh.{axis} x mesh.{DCN}{axis}" if between else f"mesh.{axis}"
 
 
 def _nearest(size: int, fits: Callable[[int], bool]) -> str:
-    """The values on both sides of `size` that fit, as a phrase."""
+    """Returns a phrase with the nearest values below and above `size` that fit."""
     below = next((n for n in range(size - 1, 0, -1) if fits(n)), None)
-    farthest = 64 * size  # beyond which nothing is near, or nothing fits
+    farthest = 64 * size  # a value beyond it is not near, or none fits
     above = next((n for n in itertools.count(size + 1) if n > farthest or fits(n)), None)
     near = [str(n) for n in (below, above) if n is not None and n <= farthest]
     if not near:

@@ -1,4 +1,4 @@
-"""One table from the logical axes that models name to the axes of the mesh."""
+"""Maps the logical axes that models name to mesh axes, in one table."""
 
 import math
 from collections.abc import Mapping
@@ -8,8 +8,9 @@ import flax.linen as nn
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-# Weights are cut over `sequence` too: it holds most devices of a long context, and would else
-# multiply the memory of weights and moments (paper, section 3.3: fully sharded, ring attention).
+# Weights are sharded over `sequence` too: it has most devices in long-context training, and would
+# otherwise multiply the memory of weights and moments (paper, section 3.3: fully sharded, ring
+# attention).
 LOGICAL_AXIS_RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
     ("batch", ("data", "fsdp")),
     ("sequence", "sequence"),
@@ -27,13 +28,13 @@ MEBIBYTE = 2**20
 
 
 def param_specs(boxed_params, sizes: Mapping[str, int]):
-    """PartitionSpecs of a tree of parameters boxed with logical axis names.
+    """Returns PartitionSpecs of a tree of parameters boxed with logical axis names.
 
-    An axis that the mesh axes of its rule do not divide together is cut over the first of them
-    that do: a width of 24 on fsdp 4 x sequence 4 is cut over fsdp alone.
+    If the mesh axes of a rule do not divide an axis together, it is sharded over the longest prefix
+    of them that does: a width of 24 on fsdp 4 x sequence 4 is sharded over fsdp alone.
 
     Args:
-      sizes: of the mesh axes.
+      sizes: size of each mesh axis.
     """
     rules = dict(LOGICAL_AXIS_RULES)
 
@@ -51,31 +52,31 @@ def param_specs(boxed_params, sizes: Mapping[str, int]):
 
 
 def param_shardings(boxed_params, mesh: Mesh):
-    """NamedShardings of a tree of parameters boxed with logical axis names."""
+    """Returns NamedShardings of a tree of parameters boxed with logical axis names."""
     specs = param_specs(boxed_params, mesh.shape)
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Sharding of [B, S, ...] batches: rows over data and fsdp, tokens over sequence."""
+    """Returns the sharding of [B, S, ...] batches: B over data and fsdp, S over sequence."""
     return NamedSharding(mesh, PartitionSpec(("data", "fsdp"), "sequence"))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """One whole copy on every device."""
+    """Returns the sharding of arrays that are replicated on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def replicate(tree, mesh: Mesh):
-    """Arrays that every process has, as one whole copy on every device."""
-    whole = replicated(mesh)
+    """Replicates a tree of host arrays, the same in every process, on every device."""
+    sharding = replicated(mesh)
     return jax.tree.map(
-        lambda x: jax.make_array_from_callback(x.shape, whole, lambda index: x[index]), tree
+        lambda x: jax.make_array_from_callback(x.shape, sharding, lambda index: x[index]), tree
     )
 
 
 class Whole(NamedTuple):
-    """An array of which every device holds all."""
+    """A replicated array."""
 
     name: str
     shape: tuple[int, ...]
@@ -83,9 +84,9 @@ class Whole(NamedTuple):
 
 
 def left_whole(abstract, *, above_mebibytes: float = 1.0) -> list[Whole]:
-    """What of a tree of ShapeDtypeStructs with shardings is replicated, the largest first.
+    """Returns the replicated arrays of a tree of ShapeDtypeStructs with shardings, largest first.
 
-    Arrays up to `above_mebibytes` are left out, and so is all of a mesh of one device.
+    Leaves out arrays up to `above_mebibytes`, and all arrays on a mesh of one device.
     """
     found = [
         Whole(name, leaf.shape, leaf.size * leaf.dtype.itemsize / MEBIBYTE)
@@ -97,7 +98,7 @@ def left_whole(abstract, *, above_mebibytes: float = 1.0) -> list[Whole]:
 
 
 def sharding_notes(abstract) -> list[str]:
-    """Lines on what of a state takes more memory than it has to, for the log of a run."""
+    """Returns lines for the log of a run on arrays that take more memory than they have to."""
     leaves = _named(abstract)
     mesh = leaves[0][1].sharding.mesh
     if mesh.size == 1:
@@ -125,13 +126,13 @@ def _named(tree) -> list[tuple[str, Any]]:
 
 
 def _axes(leaf) -> set[str]:
-    """The mesh axes that an array is cut over."""
+    """Returns the mesh axes that an array is sharded over."""
     parts = [(part,) if isinstance(part, str) else part or () for part in leaf.sharding.spec]
     return {axis for part in parts for axis in part}
 
 
 def in_mesh(function, mesh: Mesh):
-    """`function` jitted or called where logical axis names mean axes of `mesh`."""
+    """Wraps `function` so that logical axis names mean axes of `mesh` while it is traced or run."""
 
     def call(*args):
         with jax.set_mesh(mesh), nn.logical_axis_rules(LOGICAL_AXIS_RULES):
@@ -141,7 +142,7 @@ def in_mesh(function, mesh: Mesh):
 
 
 def logical_axis_shards(name: str) -> int:
-    """Over how many devices a logical axis lies on the mesh at hand; 1 where none is set."""
+    """Returns the number of shards of a logical axis on the current mesh; 1 if no mesh is set."""
     mesh = jax.sharding.get_abstract_mesh()
     spec = nn.logical_to_mesh_axes((name,))
     if mesh.empty or not spec or spec[0] is None:

@@ -1,7 +1,7 @@
-"""A last word where C++ ends the process: jax calls abort() when it loses its coordinator.
+"""Prints a last line when C++ ends the process: jax calls abort() when it loses its coordinator.
 
-Python's own signal handlers never run then, since abort() does not come back to the interpreter;
-a C handler that enters Python does.
+Python's own signal handlers never run then, since abort() does not return to the interpreter; a C
+handler that enters Python does.
 """
 
 import contextlib
@@ -10,22 +10,24 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 
+from elastictok_jax.errors import RunError
+
 _HANDLER = ctypes.CFUNCTYPE(None, ctypes.c_int)
 
 
 @contextlib.contextmanager
 def on_abort(last_word: Callable[[], str]) -> Iterator[None]:
-    """While inside, abort() prints `last_word()` and exits with status 1, with no core dump."""
+    """Makes abort() print `last_word()` and exit with status 1, without a core dump."""
 
     def handle(number: int) -> None:
         try:
             say(last_word())
         finally:
-            os._exit(1)
+            os._exit(RunError.status)
 
     install = ctypes.CDLL(None).signal
     install.restype, install.argtypes = ctypes.c_void_p, (ctypes.c_int, ctypes.c_void_p)
-    handler = _HANDLER(handle)  # has to live as long as it may be called
+    handler = _HANDLER(handle)  # must stay referenced while it may be called
     previous = install(signal.SIGABRT, ctypes.cast(handler, ctypes.c_void_p))
     try:
         yield
@@ -35,7 +37,7 @@ def on_abort(last_word: Callable[[], str]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def only_last_word(last_word: Callable[[], str]) -> Iterator[None]:
-    """`on_abort`, and nothing else goes to stderr while inside: C++ prints a stack trace first."""
+    """Does as `on_abort`, and silences stderr until then: C++ prints a stack trace first."""
     stderr = os.dup(2)
 
     def spoken() -> str:
@@ -53,5 +55,5 @@ def only_last_word(last_word: Callable[[], str]) -> Iterator[None]:
 
 
 def say(text: str) -> None:
-    """Writes one line of error to stderr, past Python's buffers, whatever else is stuck."""
+    """Writes one error line to stderr, bypassing Python's buffers, even if other code is stuck."""
     os.write(2, f"elastictok: error: {text}\n".encode())

@@ -1,1 +1,1 @@
-"""Files: atomic writes, safetensors, Orbax checkpoints."""
+"""Reads and writes files: atomic writes, safetensors and Orbax checkpoints."""

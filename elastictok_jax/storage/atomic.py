@@ -1,4 +1,4 @@
-"""Writes files atomically, and checks before the work that they can be written."""
+"""Writes files atomically, and checks before any work that they can be written."""
 
 import contextlib
 import csv
@@ -16,7 +16,7 @@ from elastictok_jax.errors import RunError, UsageError
 
 
 def make_folder(folder: Path) -> None:
-    """Makes a folder to write in: before the work, not after it.
+    """Makes a folder and checks that it can be written; to be called before any work.
 
     Raises:
       UsageError: if `folder` cannot be written.
@@ -31,9 +31,9 @@ def make_folder(folder: Path) -> None:
 
 
 def remove_outputs(folder: Path, names: Sequence[str]) -> None:
-    """Removes what an earlier run has left, so that no file is of another run than its neighbour.
+    """Removes the outputs of an earlier run, so that a folder never mixes files of two runs.
 
-    Not before there is something to put there.
+    Call it only once there are new files to put in their place.
     """
     for name in names:
         path = folder / name
@@ -44,7 +44,7 @@ def remove_outputs(folder: Path, names: Sequence[str]) -> None:
 
 
 def try_file(path: Path) -> None:
-    """Writes and removes a small file beside `path`. Raises OSError if that cannot be done."""
+    """Writes and removes a small file beside `path`; raises OSError if that is not possible."""
     trial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         trial.write_bytes(b"0")
@@ -53,7 +53,7 @@ def try_file(path: Path) -> None:
 
 
 def require_file(path: Path, *, change: str) -> None:
-    """Raises UsageError if no file can be made or replaced at `path`: before the work."""
+    """Raises UsageError if no file can be made or replaced at `path`."""
     try:
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, "it is a folder")
@@ -64,10 +64,11 @@ def require_file(path: Path, *, change: str) -> None:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yields a name in the folder of `path` to write to; it replaces `path` on success only.
+    """Yields a temporary path beside `path`, which it replaces only on success.
 
-    This is the one atomic write: a reader sees the old file or the new one, and a killed process
-    leaves at most a hidden file. Its suffix is that of `path`, for writers that go by it.
+    All atomic writes go through here: a reader sees the old file or the new one, and a killed
+    process leaves at most a hidden file. The suffix is that of `path`, since some writers choose
+    the format by it.
     """
     temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex}{path.suffix}")
     try:
@@ -95,18 +96,18 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 def write_json(path: Path, value: object) -> None:
-    """Raises ValueError at a number that JSON does not know."""
+    """Writes JSON atomically; raises ValueError for a number that JSON cannot represent."""
     write_atomically(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
 
 
 def columns(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """The keys of rows in order, but for those that have no value in any row."""
+    """Returns the keys of rows in order, without those that are None in every row."""
     keys = dict.fromkeys(key for row in rows for key in row)
     return [key for key in keys if any(row.get(key) is not None for row in rows)]
 
 
 def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Rows, whose keys may differ, as CSV with a header; None is an empty cell."""
+    """Writes rows, whose keys may differ, as CSV with a header; None gives an empty cell."""
     text = io.StringIO()
     keys = list(dict.fromkeys(key for row in rows for key in row))
     writer = csv.DictWriter(text, keys, lineterminator="\n")

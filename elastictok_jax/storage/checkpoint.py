@@ -1,8 +1,8 @@
-"""Orbax checkpoints of a training run: the only file that imports orbax.
+"""Saves and restores Orbax checkpoints of a training run; the only module that imports orbax.
 
 A checkpoint is a Composite of `state` (the train state), `data` (position in the data) and
 `meta` (resolved config and library versions). It is written in the background under a temporary
-name and renamed when whole, so a killed process never leaves a checkpoint that looks complete.
+name and renamed when complete, so a killed process never leaves a partial checkpoint.
 """
 
 import contextlib
@@ -35,15 +35,16 @@ LIBRARIES = ("jax", "flax", "optax", "orbax-checkpoint")
 
 
 class DamagedCheckpoint(UsageError):
-    """A checkpoint that is there and cannot be read."""
+    """A checkpoint that exists but cannot be read."""
 
 
 @dataclasses.dataclass(frozen=True)
 class BestMetric:
-    """The metric that says which of two checkpoints is better.
+    """The metric that decides which of two checkpoints is better.
 
     Attributes:
-      name: as in metrics.jsonl; lower: whether lower values are better.
+      name: as in metrics.jsonl.
+      lower: whether lower values are better.
     """
 
     name: str
@@ -51,7 +52,7 @@ class BestMetric:
 
     @property
     def sign(self) -> float:
-        """What values are multiplied by so that the lowest is the best."""
+        """The factor that makes the lowest value the best."""
         return 1.0 if self.lower else -1.0
 
 
@@ -59,9 +60,9 @@ LOWEST_MSE = BestMetric("eval/mse", lower=True)
 
 
 class Checkpointer:
-    """Saves, keeps and restores the checkpoints below `workdir/checkpoints`.
+    """Saves, keeps and restores the checkpoints in `workdir/checkpoints`.
 
-    Keeps the newest `keep_last`, and the `keep_best` with the best metric.
+    It keeps the newest `keep_last`, and the `keep_best` with the best metric.
     """
 
     def __init__(
@@ -77,7 +78,7 @@ class Checkpointer:
                 preservation_policy.LatestN(keep_last),
                 preservation_policy.BestN(
                     get_metric_fn=cost,
-                    reverse=True,  # the last of the descending order is kept: the lowest error
+                    reverse=True,  # the last in descending order is kept: the lowest cost
                     n=keep_best,
                     keep_checkpoints_without_metrics=False,
                 ),
@@ -86,7 +87,7 @@ class Checkpointer:
         self._open(
             workdir,
             preservation_policy=policy,
-            best_fn=cost,  # without it metrics are not written, and a resumed run knows none
+            best_fn=cost,  # without it, metrics are not saved, and a resumed run has none
             best_mode="min",
             cleanup_tmp_directories=True,
             enable_async_checkpointing=True,
@@ -94,7 +95,7 @@ class Checkpointer:
 
     @classmethod
     def for_reading(cls, workdir: Path) -> "Checkpointer":
-        """Only restores: touches nothing, not even what a running training is just writing."""
+        """Opens checkpoints read-only, so that a run that is writing there is not disturbed."""
         reader = cls.__new__(cls)
         log = logging.getLogger("absl")
         level = log.level
@@ -113,24 +114,25 @@ class Checkpointer:
         )
 
     def steps(self) -> list[int]:
-        """Steps of the checkpoints on disk, the newest first; some may be damaged."""
+        """Returns the steps of the checkpoints on disk, newest first; some may be damaged."""
         return saved_steps(self.folder)
 
     def latest_step(self) -> int | None:
-        """Step of the newest checkpoint on disk, or None."""
+        """Returns the step of the newest checkpoint on disk, or None."""
         return next(iter(self.steps()), None)
 
     def best_steps(self, best: BestMetric) -> list[int]:
-        """Returns the steps of the checkpoints that were evaluated, the best one first."""
+        """Returns the steps of the checkpoints that were evaluated, best first."""
         values = {step: self.metrics(step).get(best.name) for step in self.steps()}
         known = {step: value for step, value in values.items() if value is not None}
         return sorted(known, key=lambda step: best.sign * known[step])
 
     def choose(self, which: int | str | None, *, best: BestMetric) -> list[int]:
-        """The steps that are meant by a reference, see `references`; for None all, newest first.
+        """Returns the steps that a reference selects (see `references`); None selects all, newest
+        first.
 
         Raises:
-          UsageError: if there is none.
+          UsageError: if it selects none.
         """
         steps = self.steps()
         if not steps:
@@ -155,8 +157,9 @@ class Checkpointer:
         return [int(which)]
 
     def first_readable(self, steps: list[int], read: Callable[[int], T]) -> tuple[int, T]:
-        """The first of `steps` that `read` can read, and what it gives; a note on stderr names
-        the damaged ones before it.
+        """Returns the first of `steps` that `read` can read, and the result of `read`.
+
+        A note on stderr names each damaged one before it.
 
         Raises:
           DamagedCheckpoint: if none can be read.
@@ -174,7 +177,7 @@ class Checkpointer:
         raise DamagedCheckpoint("; ".join(damaged))
 
     def metrics(self, step: int) -> dict[str, float]:
-        """What was measured when a checkpoint was saved; {} for nothing, or if it is damaged."""
+        """Returns the metrics saved with a checkpoint; {} if none can be read."""
         try:
             metrics = json.loads((self.folder / str(step) / "metrics" / "metrics").read_bytes())
         except (OSError, ValueError):
@@ -183,14 +186,14 @@ class Checkpointer:
         return {name: float(x) for name, x in numbers if isinstance(x, int | float)}
 
     def size(self, step: int) -> int:
-        """Bytes of a checkpoint on disk."""
+        """Returns the bytes of a checkpoint on disk."""
         files = (path for path in (self.folder / str(step)).rglob("*") if path.is_file())
         return sum(path.stat().st_size for path in files)
 
     def set_aside(self, step: int) -> Path:
-        """Moves a damaged checkpoint out of the way of the next one of its step.
+        """Moves a damaged checkpoint away, so that its step can be saved again.
 
-        Every process of a run that sees the damage asks for it; the first one does it.
+        Every process that sees the damage may call this; the first one moves it.
         """
         for number in itertools.count():
             aside = self.folder.with_name("damaged") / f"{step}-{number}"
@@ -216,7 +219,7 @@ class Checkpointer:
         """Starts writing a checkpoint; the state may be donated as soon as this returns.
 
         Raises:
-          RunError: if this save, or the one before it, failed to be written.
+          RunError: if this save, or the one before it, could not be written.
         """
         versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
         versions["elastictok_jax"] = __version__
@@ -236,7 +239,7 @@ class Checkpointer:
             raise self._failed(error) from error
 
     def raise_if_failed(self) -> None:
-        """Looks whether what was written in the background has failed, without waiting for it.
+        """Checks without waiting whether the write in the background has failed.
 
         Raises:
           RunError: if it could not be written.
@@ -247,10 +250,10 @@ class Checkpointer:
             raise self._failed(error) from error
 
     def restore(self, step: int, abstract: Any) -> tuple[Any, dict[str, Any]]:
-        """The state at `step`, placed as `abstract` says, and the data position.
+        """Returns the state at `step`, placed as `abstract` says, and the data position.
 
-        The mesh, the number of processes, the kind of device and the layout of layers may be
-        others than when it was saved.
+        The mesh, the number of processes, the kind of device and the layout of layers may differ
+        from those at the save.
 
         Raises:
           UsageError: naming every weight that differs, with both shapes.
@@ -269,8 +272,8 @@ class Checkpointer:
         return state if group is None else _as_group(state, group), position
 
     def saved_params(self, step: int, group: str) -> dict[str, Any]:
-        """Returns the weights to evaluate of a parameter group (the average if there is one) as a
-        tree of what has a `.shape`, with layers stacked or not as they were saved."""
+        """Returns shapes of the weights to evaluate of a parameter group, the average if there is
+        one, as a tree with layers stacked or not as they were saved."""
         params = self._saved(step)[self._evaluated(step)]
         return params.get(group, params)  # saved before states had groups
 
@@ -287,8 +290,10 @@ class Checkpointer:
         return relayout(params, stacked=is_stacked(abstract_params))
 
     def restore_some_params(self, step: int, group: str, abstract_params: Any) -> Any:
-        """Returns those weights to evaluate of a group that `abstract_params` has, which must fit
-        what was saved in names, shapes and layout."""
+        """Returns only those weights to evaluate of a group that `abstract_params` has.
+
+        Its names, shapes and layout must be those that were saved.
+        """
         name = self._evaluated(step)
         grouped = group in self._saved(step)[name]
         wanted = {group: abstract_params} if grouped else abstract_params
@@ -297,7 +302,7 @@ class Checkpointer:
         return params[group] if grouped else params
 
     def _restore(self, step: int, wanted: Any, *, partial: bool = False, **items: Any) -> Any:
-        """The state as `wanted` places it, only what that has if `partial`, and other `items`."""
+        """Restores `items` and the state as `wanted` places it, only its leaves if `partial`."""
         state = ocp.args.PyTreeRestore(
             item=wanted,
             restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
@@ -329,11 +334,11 @@ class Checkpointer:
 
     @contextlib.contextmanager
     def _reading(self, step: int) -> Iterator[None]:
-        """What orbax raises within, of damage, as DamagedCheckpoint."""
+        """Converts errors that orbax raises inside, for damage, to DamagedCheckpoint."""
         try:
             yield
         except (UsageError, MemoryError, PermissionError, jax.errors.JaxRuntimeError):
-            raise  # not for what is on the disk
+            raise  # not caused by what is on disk
         except Exception as error:  # orbax and tensorstore raise all kinds
             raise DamagedCheckpoint(
                 f"checkpoint {self.folder / str(step)} is damaged ({_first_line(error)})"
@@ -362,9 +367,11 @@ class Checkpointer:
 
 @functools.cache
 def _ignore_late_answers() -> None:
-    """Drops the tracebacks, one an array, of what tensorstore's threads and orbax's tasks still
-    come to after the first failure to read or write has ended orbax's event loop. That first one
-    is raised."""
+    """Drops tracebacks that follow the first failure to read or write, which is raised.
+
+    That failure ends orbax's event loop; each array that tensorstore's threads or orbax's tasks
+    still finish afterwards would print another one.
+    """
     before = sys.unraisablehook
 
     def hook(unraisable: "sys.UnraisableHookArgs") -> None:
@@ -379,7 +386,7 @@ def _ignore_late_answers() -> None:
 
 
 def saved_steps(folder: Path) -> list[int]:
-    """Steps of the checkpoints in a folder, the newest first; some may be damaged."""
+    """Returns the steps of the checkpoints in a folder, newest first; some may be damaged."""
     try:
         names = [path.name for path in folder.iterdir() if path.is_dir()]
     except OSError:
@@ -421,7 +428,7 @@ def _first_line(error: Exception) -> str:
 
 
 def shape_mismatches(saved: Any, wanted: Any) -> list[str]:
-    """Every weight that is missing, extra or of another shape, with both shapes."""
+    """Lists every weight that is missing, extra or of another shape, with both shapes."""
     old, new = _flat_shapes(saved), _flat_shapes(wanted)
     return [
         f"{name}: {old.get(name, 'none')} saved, {new.get(name, 'none')} asked for"

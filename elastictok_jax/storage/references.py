@@ -1,4 +1,4 @@
-"""Which weights of a model are meant: RUN, the newest; RUN@best; RUN@STEP."""
+"""Parses references to the weights of a model: RUN (the newest), RUN@best or RUN@STEP."""
 
 import os
 from pathlib import Path
@@ -7,9 +7,9 @@ BEST = "best"
 
 
 def split_reference(model: str | os.PathLike) -> tuple[Path, str | int | None]:
-    """The folder of a model, and BEST, a step, or None for the newest.
+    """Returns the folder of a model, and BEST, a step, or None for the newest.
 
-    A path that exists is taken as it is, whatever is in its name.
+    A path that exists is taken literally, even if its name contains "@".
     """
     text = os.fspath(model)
     folder, at, which = text.rpartition("@")

@@ -1,4 +1,4 @@
-"""Parameters as one safetensors file: flat names joined by '/', and string metadata."""
+"""Stores parameters in one safetensors file: flat names joined by '/', and string metadata."""
 
 import os
 from pathlib import Path
@@ -18,11 +18,11 @@ _DTYPES = {
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
-_MAX_DEPTH = 32  # a deeper tree is hostile: tree functions recurse
+_MAX_DEPTH = 32  # a deeper tree is hostile, since tree functions recurse
 
 
 def save_params(path: str | os.PathLike, params: dict, *, metadata: dict[str, str]) -> None:
-    """Writes `params` to `path`; a reader sees the old file or the whole new one.
+    """Writes `params` to `path` atomically.
 
     Args:
       path: file to write; its folder must exist.
@@ -30,7 +30,7 @@ def save_params(path: str | os.PathLike, params: dict, *, metadata: dict[str, st
       metadata: strings stored beside the weights.
 
     Raises:
-      UsageError: a weight has another dtype or a name that holds '/', or the file cannot be
+      UsageError: if a weight has another dtype or a name that contains '/', or the file cannot be
         written.
     """
     path = Path(path)
@@ -56,11 +56,11 @@ def load_params(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, str]
     """Reads what `save_params` wrote.
 
     Returns:
-      The nested dict of numpy arrays (stored dtype) and the metadata ({} when none).
+      The nested dict of numpy arrays, in the stored dtype, and the metadata ({} if none).
 
     Raises:
-      UsageError: no such file, cut short, not safetensors, a dtype that is not float32,
-        float16 or bfloat16, or names that do not form a tree.
+      UsageError: if there is no such file, it is truncated or not safetensors, a dtype is not
+        float32, float16 or bfloat16, or the names do not form a tree.
     """
     path = Path(path)
     if not path.is_file():

@@ -1,1 +1,1 @@
-"""Training runs: state, optimizer, step, loop, metrics."""
+"""Training of any task: state, optimizer, step, loop and metrics."""

@@ -1,4 +1,4 @@
-"""Metrics of steps on their way from the device to the log, without making the device wait."""
+"""Reads metrics of steps from the device and logs them, without making the device wait."""
 
 import dataclasses
 import math
@@ -14,18 +14,18 @@ from elastictok_jax.models.base import Task
 from elastictok_jax.training.metric_writers import Console, MetricWriter, Silent
 from elastictok_jax.training.throughput import peak_flops
 
-# Steps that the host may run ahead: enough that the device never idles, few enough that batches
-# do not pile up in its memory.
+# Steps that the host may run ahead: enough to keep the device busy, few enough that batches do not
+# pile up in its memory.
 IN_FLIGHT = 2
 
 
 @dataclasses.dataclass
 class StepLog:
-    """Holds the metrics of steps on the device and reads them only when a line is due.
+    """Keeps the metrics of steps on the device and reads them only when a line is due.
 
-    A line is read one step late, when the next step is already on its way, so that the device
-    never waits for the host. Metrics and votes are whole on every device, so that all processes
-    read the same, and read them after the same step.
+    A line is read one step late, when the next step is already dispatched, so that the device
+    never waits for the host. Metrics and votes are replicated on all devices, so all processes
+    read the same values after the same step.
     """
 
     config: ml_collections.ConfigDict
@@ -33,24 +33,24 @@ class StepLog:
     writer: MetricWriter | Silent
     console: Console | Silent
     workdir: Path
-    replaced_blocks: int = 0  # of the run, by all processes, as of the last step that was read
+    replaced_blocks: int = 0  # over all processes, as of the last step read
 
     def __post_init__(self) -> None:
-        self.stop_agreed = False  # after the same step in all processes
-        self._stops: list[jax.Array] = []  # votes of the steps under way
+        self.stop_agreed = False  # becomes true after the same step in all processes
+        self._stops: list[jax.Array] = []  # votes of the steps in flight
         self._pending: list[tuple[int, dict[str, jax.Array]]] = []
         self._waited = 0.0
         self._steps = 0
         self._since = time.perf_counter()
-        self._compiled = False  # the first step's time is mostly the compiler's
+        self._compiled = False  # most of the first step's time is compilation
         rows = self.config.data.batch_size
         self._flops_per_step = self.task.flops_per_row() * rows
         self._tokens_per_step = math.prod(self.task.batch_spec(rows)["segment_ids"].shape)
         self._peak = peak_flops(self.config.compute.dtype) * jax.device_count()
 
     def record(self, step: int, metrics: dict[str, jax.Array], waited: float) -> None:
-        """Takes a step's metrics; reads and writes those of the steps before it when due."""
-        self._waited += waited  # this wait lies before the flush that ends the line's time
+        """Stores the metrics of a step; writes those of earlier steps when a line is due."""
+        self._waited += waited  # before the flush, which ends the interval that the line covers
         if self._pending and self._pending[-1][0] % self.config.train.log_every == 0:
             self.flush()
         if len(self._pending) >= IN_FLIGHT:
@@ -65,7 +65,7 @@ class StepLog:
             self.pause()
 
     def flush(self) -> None:
-        """Reads all pending metrics, checks that they are finite, and writes the due line.
+        """Reads all pending metrics, checks that they are finite, and writes the line that is due.
 
         Raises:
           RunError: naming the first step whose loss or gradient is not finite.
@@ -93,14 +93,14 @@ class StepLog:
                 self.console.scalars(step, values)
 
     def record_eval(self, step: int, values: dict[str, float]) -> None:
-        """Writes an evaluation; its time counts for no step."""
+        """Writes the metrics of an evaluation, whose time is not counted as a step's."""
         if values:
             self.writer.scalars(step, values)
             self.console.scalars(step, values)
         self.pause()
 
     def pause(self) -> None:
-        """Starts the clock anew: what was just done is no part of a step."""
+        """Restarts the clock after work that is not part of a step."""
         self._since, self._steps, self._waited = time.perf_counter(), 0, 0.0
 
     def _speed(self) -> dict[str, float]:

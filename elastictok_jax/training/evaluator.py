@@ -1,4 +1,4 @@
-"""Held-out metrics during training, at each operating point of a task."""
+"""Evaluates a task on held-out data during training, at each of its operating points."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -12,18 +12,18 @@ from elastictok_jax.data.sources.splits import SourceSplits, has_held_out
 from elastictok_jax.errors import UsageError
 from elastictok_jax.models.base import Task
 
-PICTURED = 3  # operating points, the first ones, in the picture
+PICTURED = 3  # operating points in the picture, the first ones
 PICTURE = "eval/original_and_decoded"
-STEP_COST = 3  # of a training step in forward passes: forward, and twice that backward
+STEP_COST = 3  # forward passes that a training step costs: one forward, two for the backward pass
 
 
 def open_held_out(
     task: Task, config: ml_collections.ConfigDict, splits: SourceSplits, *, part: Part
 ) -> list[dict[str, np.ndarray]]:
-    """Reads the held-out batches, the same at every evaluation; empty if no data is held out.
+    """Reads the held-out batches, the same for every evaluation; [] if no data is held out.
 
-    They are `evaluation.batches`, or the number that keeps evaluation within `evaluation.max_cost`
-    of the training's operations, at least one.
+    Their number is `evaluation.batches`, or as many as keep the operations of evaluation within the
+    fraction `evaluation.max_cost` of those of training, but at least one.
     """
     if not has_held_out(config):
         return []
@@ -44,15 +44,15 @@ def evaluate(
     draw: Callable[[jax.Array], jax.Array],
     show: Callable[[str, np.ndarray], None] | None,
 ) -> dict[str, float]:
-    """Returns the task's metrics over `batches`, with names that start with "eval/".
+    """Returns the task's metrics over `batches`, with "eval/" before their names.
 
     All processes must call this.
 
     Args:
       eval_step: the jitted `Task.evaluate`.
       place: puts a batch on the devices.
-      draw: the jitted `Task.picture`, replicated on every device.
-      show: takes a picture: originals, and what became of them at the first points.
+      draw: the jitted `Task.picture`, with its output replicated.
+      show: writes a picture: originals beside their reconstructions at the first points.
     """
     start = time.perf_counter()
     if not batches:
@@ -75,7 +75,7 @@ def evaluate(
 
 
 def _total(sums: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """Returns sums added up over batches; values [B, N] of blocks are joined instead."""
+    """Adds up the sums of batches; [B, N] values of blocks are concatenated instead."""
     return {
         name: np.concatenate([some[name].reshape(-1) for some in sums])
         if value.ndim == 2
@@ -85,7 +85,7 @@ def _total(sums: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
 
 
 def require_best_metric(task: Task, config: ml_collections.ConfigDict) -> None:
-    """Raises UsageError unless evaluations have `train.best_metric` and say which is better."""
+    """Raises UsageError if `train.best_metric` is not a metric of the task's evaluations."""
     names = [f"eval/{name}" for name in task.better]
     if config.train.best_metric not in names:
         raise UsageError(
@@ -94,5 +94,5 @@ def require_best_metric(task: Task, config: ml_collections.ConfigDict) -> None:
 
 
 def lower_is_better(task: Task, metric: str) -> bool:
-    """Returns whether the lower value of a metric that `evaluate` returns is better."""
+    """Returns whether lower values are better for a metric that `evaluate` returns."""
     return task.better.get(metric.removeprefix("eval/")) != "higher"

@@ -1,8 +1,8 @@
-"""What processes tell each other with every step: whether to stop, and data that was bad.
+"""Lets processes agree, in every step, on whether to stop and on how much data was bad.
 
-Each process lays its own numbers on its devices, the step adds them up, and the host reads the
-sums when it reads the metrics, steps later. So all decide the same after the same step, and no
-host waits for another.
+Each process puts its own numbers on its devices, the step adds them up, and the host reads the
+sums when it reads the metrics, a few steps later. So all processes decide the same after the same
+step, and no host waits for another.
 
 Dimension key: D devices of the mesh, K kinds of votes.
 """
@@ -19,16 +19,16 @@ VOTES = ("stop", "replaced_blocks")
 
 
 class Votes:
-    """This process's part of int32 [D, K] arrays over all devices of `mesh`."""
+    """Casts this process's part of int32 [D, K] votes over all devices of `mesh`."""
 
     def __init__(self, mesh: Mesh):
         self._abstract = abstract_votes(mesh)
         places = [device.process_index for device in mesh.devices.flat]
-        self._place = places.index(jax.process_index())  # one device of several votes
+        self._place = places.index(jax.process_index())  # only one device of a process votes
         self._last: tuple[tuple[int, ...], jax.Array] | None = None
 
     def cast(self, *, stop: bool, replaced_blocks: int) -> jax.Array:
-        """The votes for the next step; made anew only when they change."""
+        """Returns the votes for the next step, in a new array only if they have changed."""
         wishes = int(stop), replaced_blocks
         if self._last is None or self._last[0] != wishes:
             votes_DK = np.zeros(self._abstract.shape, np.int32)
@@ -41,13 +41,13 @@ class Votes:
 
 
 def abstract_votes(mesh: Mesh) -> jax.ShapeDtypeStruct:
-    """Shape and sharding of what `Votes.cast` returns."""
+    """Returns shape and sharding of what `Votes.cast` returns."""
     sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
     return jax.ShapeDtypeStruct((mesh.size, len(VOTES)), np.int32, sharding=sharding)
 
 
 def with_votes(step: Callable) -> Callable:
-    """`step(state, batch, frozen)` that also takes votes, their sums among its metrics."""
+    """Wraps `step(state, batch, frozen)` to also take votes and return their sums as metrics."""
 
     @functools.wraps(step)
     def train_step(state, batch, frozen, votes_DK: jax.Array):

@@ -1,8 +1,8 @@
-"""What a new run starts with: the weights of another one, as far as they fit (train.init_from).
+"""Initialises a new run with those weights of another one that fit (train.init_from).
 
-Weights are matched by name and shape alone, so a next stage may have a longer context, another
-resolution, rotary base or bottleneck. Where the halves have other numbers of layers, layer i is
-matched with layer i.
+Weights are matched by name and shape alone, so the next stage may have a longer context or another
+resolution, rotary base or bottleneck. If encoder or decoder have another number of layers, layer i
+is matched with layer i.
 """
 
 import contextlib
@@ -39,11 +39,11 @@ Flat = dict[tuple[str, ...], Any]
 
 
 class WeightMatch(NamedTuple):
-    """What becomes of each weight.
+    """The weights that are taken, skipped and re-initialised.
 
     Attributes:
-      taken: names of those with one shape in both.
-      skipped: name -> shape, of those that the model has no place for.
+      taken: names of weights with the same shape in both.
+      skipped: name -> shape, of saved weights that the model does not have.
       reinitialised: name -> (shape saved or None, shape in the model).
     """
 
@@ -52,7 +52,7 @@ class WeightMatch(NamedTuple):
     reinitialised: dict[str, tuple[tuple[int, ...] | None, tuple[int, ...]]]
 
     def differences(self) -> list[str]:
-        """A phrase for every weight that is not taken, with both shapes."""
+        """Returns a phrase for every weight that is not taken, with both shapes."""
         return [
             *(
                 f"{name}: {'none' if saved is None else saved} saved, {wanted} asked for"
@@ -67,17 +67,16 @@ def initialise(
 ) -> tuple[TrainState, list[str]]:
     """Returns a fresh state with the weights of `config.train.init_from`, and lines for the log.
 
-    Weights of the first parameter group are taken; other groups start anew.
-
-    The optimizer starts anew, and an average of the weights with the weights. Which weights were
-    taken, skipped and re-initialised is written to `workdir/init_from.json`. Weights of `state`
-    that are replaced are freed first.
+    Only the first parameter group takes weights; other groups keep their initial ones. The
+    optimizer state is fresh, and an average of the weights starts at the weights taken. Writes
+    which weights were taken, skipped and re-initialised to `workdir/init_from.json`. Weights of
+    `state` that are replaced are freed first.
 
     Raises:
-      UsageError: if there are no weights; naming every weight that differs, with both shapes, if
-        train.init_from_mismatch is "refuse"; or if no weight fits.
+      UsageError: if there are no weights; if no weight fits; or, naming every weight that differs
+        with both shapes, if train.init_from_mismatch is "refuse".
     """
-    group = next(iter(abstract.params))  # the one to export, and so what another run has
+    group = next(iter(abstract.params))  # the one that is exported, so other runs have it
     wanted_params = abstract.params[group]
     stacked = is_stacked(wanted_params)
     with open_weights(config.train.init_from) as source:
@@ -89,7 +88,7 @@ def initialise(
         differences = plan.differences()
         if differences and (config.train.init_from_mismatch == "refuse" or not plan.taken):
             fix = (
-                "set train.init_from_mismatch=reinitialise to start those weights anew"
+                "set train.init_from_mismatch=reinitialise to re-initialise those weights"
                 if plan.taken
                 else "leave train.init_from empty (no weight fits, so nothing would be taken)"
             )
@@ -121,7 +120,7 @@ def initialise(
 
 
 def match_weights(saved: Flat, wanted: Flat) -> WeightMatch:
-    """Compares two flat dicts of what has a `.shape`."""
+    """Compares two flat dicts of arrays or shape structs by name and shape."""
     old = {"/".join(key): tuple(leaf.shape) for key, leaf in saved.items()}
     new = {"/".join(key): tuple(leaf.shape) for key, leaf in wanted.items()}
     taken = sorted(name for name in new if old.get(name) == new[name])
@@ -135,7 +134,7 @@ def match_weights(saved: Flat, wanted: Flat) -> WeightMatch:
 
 
 def record(plan: WeightMatch, origin: str, *, path: Path) -> None:
-    """Writes what became of each weight as JSON, on the first process."""
+    """Writes which weights were taken, skipped and re-initialised as JSON; process 0 only."""
     if jax.process_index() == 0:
         shapes = {
             name: {"saved": saved, "model": wanted}
@@ -147,7 +146,7 @@ def record(plan: WeightMatch, origin: str, *, path: Path) -> None:
 
 @contextlib.contextmanager
 def open_weights(model: str) -> Iterator[SavedModel]:
-    """Opens the weights of train.init_from; process 0 chooses the checkpoint for all.
+    """Opens the weights of train.init_from; process 0 chooses the checkpoint for all processes.
 
     Raises:
       UsageError: if there is no such model or checkpoint, or it is damaged.
@@ -162,11 +161,11 @@ def open_weights(model: str) -> Iterator[SavedModel]:
 
 
 def _read(source: SavedModel, taken: Flat, *, stacked: bool) -> Flat:
-    """The weights `taken`, which are named as in the layout asked for."""
+    """Reads the weights `taken`, whose names are those of the layout asked for."""
     if is_stacked(source.shapes) == stacked:
         return flatten_dict(source.read(unflatten_dict(taken)))
     count = depths(source.shapes)
-    wanted = {}  # as the source has them
+    wanted = {}  # in the layout of the source
     for key in flatten_dict(source.shapes):
         if STACKED not in key:
             if key in taken:
@@ -181,7 +180,7 @@ def _read(source: SavedModel, taken: Flat, *, stacked: bool) -> Flat:
 
 
 def _shapes_in_layout(shapes, *, stacked: bool):
-    """A tree of what has a `.shape`, as ShapeDtypeStructs in the layout asked for."""
+    """Converts a tree of shapes to ShapeDtypeStructs in the layout asked for."""
     structs = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, np.float32), shapes)
     return relayout_shapes(structs, stacked=stacked)
 

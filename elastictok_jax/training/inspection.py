@@ -1,4 +1,4 @@
-"""What a training workdir holds: its checkpoints, what they measured, and whether they read."""
+"""Lists the checkpoints of a training workdir, their metrics, and whether they can be read."""
 
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,11 @@ from elastictok_jax.storage.checkpoint import Checkpointer, DamagedCheckpoint
 
 
 def inspect_run(folder: Path) -> dict[str, Any]:
-    """The checkpoints of a workdir, the newest first, as JSON values.
+    """Returns the checkpoints of a workdir, the newest first, as JSON values.
 
-    Each has its `step`, whether it is the `newest` and the `best` by the metric `best_metric`, the
-    `value` of that or None, its `bytes` on disk, and `damage`: why its weights cannot be read, ""
-    if they can. All weights are read to see that, one checkpoint at a time.
+    Each has its `step`, whether it is the `newest` and the `best` by `best_metric`, the `value` of
+    that metric or None, its `bytes` on disk, and `damage`: why its weights cannot be read, or "".
+    All weights are read to find out, one checkpoint at a time.
 
     Raises:
       UsageError: if it is not a workdir with checkpoints.
@@ -61,7 +61,7 @@ def inspect_run(folder: Path) -> dict[str, Any]:
 
 
 def in_lines(found: dict[str, Any]) -> str:
-    """What `inspect_run` has found, a line a checkpoint."""
+    """Formats the result of `inspect_run`, one line per checkpoint."""
     lines = [f"{'step':>10} {found['best_metric']:>24} {'MiB':>9}"]
     for row in found["checkpoints"]:
         value = "not evaluated" if row["value"] is None else f"{row['value']:.6g}"

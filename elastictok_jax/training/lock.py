@@ -1,9 +1,9 @@
-"""One run in a workdir at a time, also where several machines share the storage.
+"""Locks a workdir to one run at a time, also if several machines share the storage.
 
-The lock is a file that can only be made where there is none, which network file systems do
-atomically, too. It names its holder, who touches it every BEAT seconds. That of a process that has
-died on this machine is taken over at once; that of another machine after it has not been touched
-for STALE seconds, by this machine's clock.
+The lock is a file that is created only if it does not exist, which is atomic on network file
+systems too. It names its holder, which touches it every BEAT seconds. A lock whose holder has died
+on this machine is taken over at once; a lock of another machine, once it has not been touched for
+STALE seconds by this machine's clock.
 """
 
 import contextlib
@@ -21,15 +21,15 @@ from elastictok_jax.errors import RunError, UsageError
 
 LOCK = "lock.json"
 BEAT = 5.0  # seconds between touches
-STALE = 45.0  # seconds without one, after which the holder is taken for dead
+STALE = 45.0  # seconds without a touch until the holder counts as dead
 
 
 class WorkdirLock:
-    """Holds the lock of `workdir`, which is made if need be, until it is closed.
+    """Holds the lock of `workdir`, which is created if it does not exist, until closed.
 
     Raises:
-      UsageError: if another process holds it, naming host, process and since when; or if it
-        cannot be written.
+      UsageError: if another process holds it, naming host, process and time; or if it cannot be
+        written.
     """
 
     def __init__(self, workdir: Path):
@@ -58,20 +58,20 @@ class WorkdirLock:
             )
 
     def close(self) -> None:
-        """Gives the lock back; a folder that was made for it alone goes, too."""
+        """Releases the lock; removes the workdir if it was created for the lock and is empty."""
         self._closed.set()
         self._thread.join()
         if self._is_ours():
             self._path.unlink(missing_ok=True)
         if self._is_new:
-            with contextlib.suppress(OSError):  # there is a run in it now
+            with contextlib.suppress(OSError):  # not empty: there is a run in it
                 self._path.parent.rmdir()
 
     def _take(self) -> None:
         while not self._make():
             holder = _read(self._path)
             if holder is None:
-                continue  # given back in between
+                continue  # released in the meantime
             if not _has_died(holder) and _lives(self._path, holder):
                 raise UsageError(
                     f"workdir {self._path.parent} is in use by {_who(holder)}: wait for it, stop "
@@ -80,7 +80,7 @@ class WorkdirLock:
             self._remove(holder)
 
     def _make(self) -> bool:
-        """Makes the lock; False where there is one. It never exists without its content."""
+        """Creates the lock together with its content; returns False if there is one already."""
         mine = self._path.with_name(f".{LOCK}.{self._token}")
         content = {"token": self._token, "since": time.strftime("%Y-%m-%d %H:%M:%S")} | _identity()
         mine.write_text(json.dumps(content))
@@ -88,7 +88,7 @@ class WorkdirLock:
             os.link(mine, self._path)
         except FileExistsError:
             return False
-        except OSError:  # no hard links here
+        except OSError:  # a file system without hard links
             try:
                 with open(self._path, "x") as file:
                     file.write(json.dumps(content))
@@ -99,7 +99,7 @@ class WorkdirLock:
         return True
 
     def _remove(self, holder: dict[str, Any]) -> None:
-        """Removes the lock of a dead holder; of several processes that try, one does."""
+        """Removes the lock of a dead holder; if several processes try, only one succeeds."""
         stale = self._path.with_name(f".{LOCK}.{self._token}.stale")
         try:
             os.rename(self._path, stale)
@@ -134,7 +134,7 @@ def _identity() -> dict[str, Any]:
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    """What a lock says, {} where that is damaged, or None where there is no lock."""
+    """Returns the content of a lock, {} if it is damaged, or None if there is no lock."""
     try:
         holder = json.loads(path.read_bytes())
         return holder if isinstance(holder, dict) else {}
@@ -145,7 +145,7 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 
 def _has_died(holder: dict[str, Any]) -> bool:
-    """Whether the holder was a process of this machine that is no more."""
+    """Returns whether the holder was a process of this machine that no longer exists."""
     here = _identity()
     if not here["machine"] or holder.get("machine") != here["machine"]:
         return False
@@ -154,7 +154,7 @@ def _has_died(holder: dict[str, Any]) -> bool:
 
 
 def _lives(path: Path, holder: dict[str, Any]) -> bool:
-    """Whether the lock is touched within STALE seconds; that of this machine is not waited for."""
+    """Returns whether the lock is touched within STALE seconds; True at once on this machine."""
     if holder.get("machine") == _identity()["machine"] != "":
         return True
 
@@ -188,7 +188,7 @@ def _who(holder: dict[str, Any]) -> str:
 
 
 def _started(pid: int) -> str:
-    """When a process was started, in ticks since the machine was; "" where it is not there."""
+    """Returns when a process started, in clock ticks since boot; "" if it does not exist."""
     stat = _first_line(f"/proc/{pid}/stat").rpartition(")")[2].split()
     return stat[19] if len(stat) > 19 and stat[0] not in "ZX" else ""
 

@@ -1,4 +1,4 @@
-"""The training loop: eval, save, next batch, step. Reads top to bottom."""
+"""The training loop: evaluate, save, read a batch, step."""
 
 import contextlib
 import time
@@ -16,30 +16,30 @@ from elastictok_jax.training.workdir import newest_saved
 
 
 def train(config: ml_collections.ConfigDict, *, workdir: Path) -> bool:
-    """Trains in `workdir` until `config.train.steps`, resuming from what is there.
+    """Trains in `workdir` until `config.train.steps`, resuming from the newest checkpoint there.
 
     What a run starts from, in order of precedence:
       1. The newest complete checkpoint in `workdir/checkpoints` gives the state and data position.
       2. The config passed here gives everything else. It may change on resume, except for the
-         keys that say what the model is (workdir.py), which must equal `workdir/config.json`.
+         keys that define the model (workdir.py), which must equal `workdir/config.json`.
       3. With no checkpoint, the state is a function of `config.seed`, except for the weights if
          `config.train.init_from` names another run to take them from.
 
-    In several processes, all call this alike: they decide the same after the same step, and only
-    the first writes and prints. When one fails, hangs or is lost, all end with exit status 1 or 2
-    and a line that says why, without returning from here (parallel/liveness.py).
+    With several processes, all call this with the same config: they decide the same after the same
+    step, and only process 0 writes and prints. When one fails, hangs or is lost, all exit with
+    status 1 or 2 and a line that says why; this function does not return (parallel/liveness.py).
 
     Returns:
-      True when finished, False when stopped early by SIGTERM or Ctrl-C in any process (saved
-      either way).
+      True if finished, False if stopped early by SIGTERM or Ctrl-C in any process; the state is
+      saved in both cases.
 
     Raises:
-      UsageError: bad config, data or workdir; what was saved there stays as it is.
+      UsageError: bad config, data or workdir; saved checkpoints are left as they are.
       RunError: non-finite loss, a file that cannot be decoded, or a checkpoint that cannot be
         written.
     """
     with contextlib.ExitStack() as stack:
-        stop = stack.enter_context(StopRequest())  # first in, so that it outlasts the last save
+        stop = stack.enter_context(StopRequest())  # entered first, to outlive the last save
         peers = Peers(kept=partial(newest_saved, workdir))
         with peers.shared_fate():
             run = open_run(resolve(config), workdir=workdir, peers=peers, stack=stack)
@@ -47,14 +47,14 @@ def train(config: ml_collections.ConfigDict, *, workdir: Path) -> bool:
 
 
 def run_steps(run: Run, stop: StopRequest) -> bool:
-    """Runs the steps that are left; returns as `train` does."""
+    """Runs the remaining steps; returns as `train` does."""
     train_config, state, log = run.config.train, run.state, run.log
     run.state = None  # type: ignore[assignment]  # donated to the first step
     stop.take_interrupts()  # before this there is nothing to save
     for step in range(run.start, run.steps + 1):
         last = step == run.steps or log.stop_agreed
         eval_metrics = None
-        # A resumed step has its evaluation and its checkpoint already.
+        # The step that a run resumes at has been evaluated and saved already.
         is_new = not (run.resumed and step == run.start)
         if is_new and (step % train_config.eval_every == 0 or step == run.steps):
             log.flush()

@@ -1,4 +1,4 @@
-"""Where metrics go: JSONL always, TensorBoard and wandb by extra, and the console."""
+"""Writes metrics to JSONL, to the console and, with extras installed, to TensorBoard and wandb."""
 
 import contextlib
 import importlib.util
@@ -21,8 +21,8 @@ from elastictok_jax.storage.atomic import replacing
 class MetricWriter:
     """Writes scalars and pictures by step.
 
-    On resume, `metrics.jsonl` is cut back to the restored step, so that it ends up with one line
-    a logged step however often the run was killed.
+    On resume, `metrics.jsonl` is truncated to the restored step, so that it has one line per logged
+    step however often the run was killed.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class MetricWriter:
         self.path = workdir / "metrics.jsonl"
         _cut_back(self.path, start_step)
         self._file = self.path.open("a", buffering=1, encoding="utf-8")
-        self._others: dict[str, Any] = {}  # by name; one that fails once is used no more
+        self._others: dict[str, Any] = {}  # by name; one that fails is not used again
         if config.train.tensorboard:
             with self._used("TensorBoard"):
                 self._others["TensorBoard"] = _open_tensorboard(workdir, start_step=start_step)
@@ -44,7 +44,7 @@ class MetricWriter:
             self._others["wandb"] = wandb_run
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
-        """One JSONL line, and the same values to the other sinks."""
+        """Writes one JSONL line, and the same values to the other sinks."""
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         if "TensorBoard" in self._others:
             with self._used("TensorBoard"):
@@ -55,7 +55,7 @@ class MetricWriter:
                 self._others["wandb"].log(values, step=step)
 
     def picture(self, step: int, name: str, image_HWC: np.ndarray) -> None:
-        """A uint8 picture to TensorBoard and wandb."""
+        """Writes a uint8 picture to TensorBoard and wandb."""
         if "TensorBoard" in self._others:
             with self._used("TensorBoard"):
                 self._others["TensorBoard"].add_image(name, image_HWC, step, dataformats="HWC")
@@ -76,10 +76,10 @@ class MetricWriter:
 
     @contextlib.contextmanager
     def _used(self, name: str) -> Iterator[None]:
-        """While a sink is used: no run ends since a service for watching it fails."""
+        """Drops a sink that fails inside, with a note: it must not end the run."""
         try:
             yield
-        except Exception as error:  # of other packages: all kinds
+        except Exception as error:  # other packages raise all kinds
             self._others.pop(name, None)
             print(
                 f"note: {name} failed ({_first_line(error)}): metrics go on to {self.path} alone",
@@ -89,7 +89,7 @@ class MetricWriter:
 
 
 class Console:
-    """A progress bar on a terminal, plain lines in a log."""
+    """Prints to stderr: a progress bar and lines on a terminal, only lines elsewhere."""
 
     def __init__(self, *, total: int, start: int):
         self._total = total
@@ -102,7 +102,7 @@ class Console:
             self._bar.update()
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
-        """Metrics of a logged step, on the bar or as one line."""
+        """Prints the metrics of a logged step in one line."""
         text = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
         self.line(f"step {step}/{self._total}  {text}")
 
@@ -113,7 +113,7 @@ class Console:
             print(text, file=sys.stderr, flush=True)
 
     def own_line(self, text: str) -> None:
-        """What concerns this process alone."""
+        """Prints a line that concerns this process alone."""
         self.line(text)
 
     def close(self) -> None:
@@ -122,7 +122,7 @@ class Console:
 
 
 class Silent:
-    """The MetricWriter and Console of all processes but the first, which speaks for them."""
+    """Replaces MetricWriter and Console in all processes but the first, which writes for all."""
 
     def __init__(self, name: str):
         self._name = name
@@ -140,21 +140,21 @@ class Silent:
         pass
 
     def own_line(self, text: str) -> None:
-        """What concerns this process alone."""
+        """Prints a line that concerns this process alone."""
         print(f"{self._name}: {text}", file=sys.stderr, flush=True)
 
     def close(self) -> None:
         pass
 
 
-_START = b'{"step": '  # of each line
+_START = b'{"step": '  # how each line starts
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """The lines of a `metrics.jsonl`, each with a "step"; [] where there is no such file.
+    """Returns the lines of a `metrics.jsonl`, each with a "step"; [] if there is no such file.
 
-    Lines that are not metrics, as the last one of a killed process or one that something else has
-    written, are left out, and a note on stderr says how many.
+    Leaves out lines that are not metrics, such as the last one of a killed process or one that
+    another program wrote; a note on stderr gives their number.
     """
     try:
         raw = path.read_bytes().split(b"\n")
@@ -163,9 +163,9 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
     lines, bad = [], 0
     for number, line in enumerate(raw, start=1):
         values = _parsed(line)
-        if values is None and line and number < len(raw):  # the last was cut off by a kill
+        if values is None and line and number < len(raw):  # the last one may be cut off by a kill
             bad += 1
-            # A line of ours may follow something that was cut off before its end.
+            # One of our lines may follow text that was cut off before its newline.
             values = _parsed(line[max(0, line.rfind(_START)) :])
         if values is not None:
             lines.append(values)
@@ -175,7 +175,7 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
 
 
 def _parsed(line: bytes) -> dict[str, float] | None:
-    """The numbers of one line, or None if it is not of metrics."""
+    """Returns the numbers of one line, or None if it is not a line of metrics."""
     try:
         values = json.loads(line)
     except (ValueError, RecursionError):
@@ -203,12 +203,12 @@ def _first_line(error: Exception) -> str:
 
 
 def shows_pictures(config: ml_collections.ConfigDict) -> bool:
-    """Whether pictures have anywhere to go; drawing them takes all processes."""
+    """Returns whether a sink takes pictures; all processes have to take part in drawing them."""
     return bool(config.train.tensorboard or config.train.wandb_project)
 
 
 def require_sinks(config: ml_collections.ConfigDict) -> None:
-    """Sees that the packages of the sinks that are asked for are installed.
+    """Checks that the packages of the configured sinks are installed.
 
     Raises:
       UsageError: naming the extra to install.
@@ -229,10 +229,10 @@ def _open_tensorboard(workdir: Path, *, start_step: int):
 
 
 def open_wandb(workdir: Path, config: ml_collections.ConfigDict) -> Any:
-    """The wandb run of `workdir`, gone on with if there is one; None if none is asked for.
+    """Starts or resumes the wandb run of `workdir`; returns None if the config asks for none.
 
     Raises:
-      UsageError: if wandb does not start one, as without a login.
+      UsageError: if wandb does not start, for example without a login.
     """
     if not config.train.wandb_project:
         return None
@@ -255,7 +255,7 @@ def open_wandb(workdir: Path, config: ml_collections.ConfigDict) -> Any:
             config=config.to_dict(),
             resume="allow",
         )
-    except Exception as error:  # wandb's own, of network and login, and whatever a version breaks
+    except Exception as error:  # wandb's own, for network and login, and whatever a version breaks
         raise UsageError(
             f"train.wandb_project = {config.train.wandb_project}: wandb does not start "
             f"({_first_line(error)}): run `wandb login`, set WANDB_MODE=offline, or leave it out"

@@ -1,4 +1,4 @@
-"""AdamW with warm-up, a schedule, clipping, and no decay on norms and embeddings."""
+"""AdamW with warm-up, a schedule, gradient clipping, and no decay of norms and embeddings."""
 
 import jax
 import ml_collections
@@ -29,7 +29,7 @@ def make_schedule(
 
 
 def decayed(params):
-    """Returns a tree of bools: weight decay is for matrices alone, not for norms and embeddings."""
+    """Returns a tree of bools: weight decay applies to matrices, not to norms and embeddings."""
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel", params)
 
 

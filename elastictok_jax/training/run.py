@@ -1,4 +1,4 @@
-"""What a training run is made of, opened in the order in which it may be refused."""
+"""Opens the parts of a training run, those that can fail cheaply first."""
 
 import contextlib
 import dataclasses
@@ -59,8 +59,9 @@ class Run:
     """A run that is ready for its next step.
 
     Attributes:
-      resumed: whether it goes on from a checkpoint, of step `start`; steps: of the last one.
-      state: at step `start`; donated to the step, so it is replaced by the loop.
+      resumed: whether it resumes from a checkpoint.
+      start, steps: the step that it starts at, and the last one.
+      state: at step `start`; the loop donates it to the first step.
       frozen: the task's read-only arrays, on the devices.
       train_step: jitted; takes state, batch, frozen and votes.
       evaluate: returns the metrics of a step's weights.
@@ -100,10 +101,10 @@ class Run:
         )
 
     def next_batch(self) -> dict[str, jax.Array]:
-        """Returns the next batch, and names what had to be replaced in it.
+        """Returns the next batch, and prints which of its blocks had to be replaced.
 
         Raises:
-          RunError: what is wrong with the data, and what is saved.
+          RunError: says what is wrong with the data, and what is saved.
         """
         try:
             batch = next(self.batches)
@@ -118,14 +119,14 @@ class Run:
 
     @property
     def replaced_blocks(self) -> int:
-        """Blocks that this process votes for as replaced; the first adds those before a resume."""
+        """Blocks that this process has replaced; process 0 adds those from before a resume."""
         return self.batches.replaced + (self.replaced_before if jax.process_index() == 0 else 0)
 
 
 def open_run(
     config: ml_collections.ConfigDict, *, workdir: Path, peers: Peers, stack: contextlib.ExitStack
 ) -> Run:
-    """Opens a run; `stack` closes what it is made of.
+    """Opens a run, whose parts are closed by `stack`.
 
     Raises:
       UsageError, RunError: as `loop.train` does.
@@ -165,7 +166,7 @@ def open_run(
     peers.before_end = checkpoints.finish
     abstract = abstract_state(task, config, mesh)
     notes = sharding_notes(abstract)
-    steps_there = json.dumps(checkpoints.steps())  # as process 0 sees it, should others lag
+    steps_there = json.dumps(checkpoints.steps())  # as process 0 sees them: others may lag
     candidates = json.loads(first_says("checkpoints", steps_there, timeout=FIRST_SECONDS))
     start = 0
     if not candidates:
@@ -180,7 +181,7 @@ def open_run(
     write_config(workdir, config)
     write_held_out(workdir, splits.fingerprint("heldout"))
     reader = reader.from_row(position["next_row"])
-    replaced_before = position.get("replaced_blocks", 0)  # by all processes
+    replaced_before = position.get("replaced_blocks", 0)  # over all processes
     steps = max(start, config.train.steps)
     writer: MetricWriter | Silent = Silent(peers.name)
     console: Console | Silent = Silent(peers.name)
@@ -251,10 +252,10 @@ def hold_workdir(
 ) -> tuple[Callable[[], None], Any]:
     """Locks `workdir` until `stack` ends and starts the wandb run, in the first process alone.
 
-    Both come before data is read, as both may be refused.
+    Both come before data is read, since both may fail.
 
     Returns:
-      what raises RunError once the lock is lost, and the wandb run or None.
+      a function that raises RunError once the lock is lost, and the wandb run or None.
     """
     if not first:
         return lambda: None, None
@@ -266,15 +267,17 @@ def hold_workdir(
 def restore_newest(
     checkpoints: Checkpointer, steps: list[int], abstract: TrainState
 ) -> tuple[int, TrainState, dict[str, Any], list[str]]:
-    """The first of `steps` whose checkpoint can be read: step, state, position in the data, and a
-    line on each damaged one, which is moved out of the way.
+    """Restores the first of `steps` whose checkpoint can be read.
 
-    In several processes damage may be seen by one alone: that ends the run, and the next start
-    goes on from the checkpoint before.
+    Damaged ones before it are moved out of the way. With several processes, damage may be visible
+    to one alone: it then ends the run, and the next start resumes from the checkpoint before.
+
+    Returns:
+      step, state, position in the data, and a line for the log on each damaged checkpoint.
 
     Raises:
       UsageError: if the weights have other shapes.
-      RunError: if none can be read; or, in several processes, if the first cannot.
+      RunError: if none can be read; or, with several processes, if the first one cannot.
     """
     damaged: list[tuple[int, DamagedCheckpoint]] = []
     for step, before in zip(steps, [*steps[1:], None], strict=True):
@@ -313,7 +316,7 @@ def startup_line(
     start: int,
     workdir: Path,
 ) -> str:
-    """One line on what is about to run."""
+    """Returns a line on what is about to run."""
     weights = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract.params))
     kind = jax.devices()[0].device_kind
     tokens = math.prod(task.batch_spec(1)["segment_ids"].shape)

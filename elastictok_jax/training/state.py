@@ -1,4 +1,4 @@
-"""The train state, abstract first: shapes, then shardings, then a sharded initialisation."""
+"""The train state: its shapes and shardings, and its sharded initialisation."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -18,10 +18,10 @@ from elastictok_jax.training.optimizer import make_optimizer
 
 @struct.dataclass
 class TrainState:
-    """All that a step changes.
+    """Everything that a step changes.
 
     Attributes:
-      step: int32 scalar, updates done.
+      step: int32 scalar, number of updates done.
       params: float32 tree of each parameter group.
       opt_state: optax state of each group.
       ema_params: trees like `params`, of the groups whose optimizer.ema_decay is above 0.
@@ -48,7 +48,7 @@ def init_state(task: Task, config: ml_collections.ConfigDict) -> TrainState:
             group: make_optimizer(task.optimizer(group), config).init(params[group])
             for group in task.groups
         },
-        # Copies of their own, since all trees are donated to the step.
+        # Copies, since all trees are donated to the step.
         ema_params={
             group: jax.tree.map(jnp.copy, params[group])
             for group in task.groups
@@ -58,7 +58,7 @@ def init_state(task: Task, config: ml_collections.ConfigDict) -> TrainState:
 
 
 def abstract_state(task: Task, config: ml_collections.ConfigDict, mesh: Mesh) -> TrainState:
-    """Returns ShapeDtypeStructs with shardings: moments and averages lie as their weights."""
+    """Returns ShapeDtypeStructs with shardings; moments and averages are sharded as weights are."""
     shapes = jax.eval_shape(lambda: init_state(task, config))
     boxed = jax.eval_shape(lambda: task.init(jax.random.key(0)))
     weights, everywhere = param_shardings(boxed, mesh), replicated(mesh)
@@ -85,6 +85,6 @@ def abstract_state(task: Task, config: ml_collections.ConfigDict, mesh: Mesh) ->
 
 
 def sharded_init(task: Task, config: ml_collections.ConfigDict, abstract: TrainState) -> TrainState:
-    """Returns `init_state`, each device making only its own shards."""
+    """Returns `init_state`, of which each device computes only its own shards."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     return jax.jit(lambda: init_state(task, config), out_shardings=shardings)()

@@ -1,4 +1,4 @@
-"""The jitted training step of any task.
+"""Makes the jitted training step of any task.
 
 Dimension key: B rows of a batch.
 """
@@ -23,9 +23,10 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch, Any], tuple[TrainState, Metrics]]:
     """Returns train_step(state, batch, frozen) -> (state, metrics), to be jitted and donated.
 
-    The batch is cut into `optimizer.accumulate_steps` microbatches whose gradients add up to those
-    of the batch. The loss of each parameter group is differentiated by that group, all groups at
-    the same parameters; one optimizer update and one EMA update of each group follow.
+    The batch is split into `optimizer.accumulate_steps` microbatches whose gradients add up to
+    those of the batch. The loss of each parameter group is differentiated with respect to that
+    group, for all groups at the same parameters; then each group gets one optimizer update and one
+    EMA update.
     """
     groups, pieces = task.groups, config.optimizer.accumulate_steps
     optimizers = {group: make_optimizer(task.optimizer(group), config) for group in groups}
@@ -90,13 +91,15 @@ def make_train_step(
 
 
 def _suffix(group: str, groups: tuple[str, ...]) -> str:
-    """Returns what tells metrics of a group from those of the first one, which have no suffix."""
+    """Returns the suffix of a group's metrics; those of the first group have none."""
     return "" if group == groups[0] else f"_{group}"
 
 
 def _averaged(ema_params, params, *, step: jax.Array, decay: float):
-    """Returns the next average of the weights, with a short memory at first, so that it forgets
-    the initial weights."""
+    """Returns the next average of the weights.
+
+    Its memory is short at first, so that it forgets the initial weights.
+    """
     rate = 1.0 - jnp.minimum(decay, (1.0 + step) / (10.0 + step))
     return jax.tree.map(
         lambda average, value: average + rate * (value - average), ema_params, params
@@ -104,10 +107,10 @@ def _averaged(ema_params, params, *, step: jax.Array, decay: float):
 
 
 def jit_train_step(task: Task, config: ml_collections.ConfigDict, abstract: TrainState):
-    """Returns the step as it is run, and as it is compiled for hardware that is not attached.
+    """Returns the jitted step that runs are trained with and that `aot` compiles.
 
-    It takes the votes of hosts too, donates the state, lays it out as `abstract_state` does, and
-    replicates metrics. Call or lower it inside `in_mesh`.
+    It also takes the votes of hosts, donates the state, shards it as `abstract` is, and replicates
+    the metrics. Call or lower it inside `in_mesh`.
     """
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     metrics = replicated(shardings.step.mesh)

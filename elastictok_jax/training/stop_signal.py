@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C: the first asks the loop to save and stop, a second ends the process."""
+"""Handles SIGTERM and Ctrl-C: the first makes the loop save and stop, a second exits at once."""
 
 import os
 import signal
@@ -6,10 +6,9 @@ from types import FrameType, TracebackType
 
 
 class StopRequest:
-    """A context in which `requested` turns true at the first SIGTERM or, from `take_interrupts`
-    on, SIGINT.
+    """Sets `requested` at the first SIGTERM in its context, or SIGINT after `take_interrupts`.
 
-    The second signal exits at once with status 128 + its number; what was saved stays.
+    The second signal exits at once with status 128 + its number; saved checkpoints are kept.
     """
 
     def __init__(self) -> None:
@@ -21,7 +20,7 @@ class StopRequest:
         return self
 
     def take_interrupts(self) -> None:
-        """Called when the loop begins: until then Ctrl-C ends the process as anywhere else."""
+        """Handles SIGINT from the start of the loop on; until then Ctrl-C ends the process."""
         self._take(signal.SIGINT)
 
     def _take(self, number: signal.Signals) -> None:
@@ -46,5 +45,5 @@ class StopRequest:
 
 
 def _say(text: str) -> None:
-    # Not through sys.stderr, which the signal may have interrupted in the middle of a write.
+    # Bypasses sys.stderr, which the signal may have interrupted in the middle of a write.
     os.write(2, f"{text}\n".encode())

@@ -1,4 +1,4 @@
-"""The peak that a model's floating-point operations are measured against."""
+"""Finds the peak FLOP/s of a device, against which model FLOP utilisation is computed."""
 
 import functools
 import math
@@ -12,7 +12,7 @@ from elastictok_jax.hardware import PEAK_FLOPS
 
 @functools.cache
 def peak_flops(dtype: str) -> float:
-    """FLOP/s of one device: from the table for bfloat16, measured with a matmul otherwise."""
+    """Returns FLOP/s of one device: from the table for bfloat16, else measured with a matmul."""
     kind = jax.devices()[0].device_kind
     for name, peak in PEAK_FLOPS.items():
         if kind.startswith(name) and dtype == "bfloat16":
@@ -21,11 +21,11 @@ def peak_flops(dtype: str) -> float:
 
 
 def measured_matmul_flops(dtype: str, *, size: int | None = None, repeats: int = 5) -> float:
-    """Best of `repeats` products of square matrices of random values, in FLOP/s.
+    """Returns the FLOP/s of the fastest of `repeats` products of random square matrices.
 
     Args:
-      size: of a side; by default 1024 on a CPU and 8192 elsewhere, where less would measure the
-        start of the program.
+      size: of a side; by default 1024 on a CPU and 8192 elsewhere, where smaller products would
+        measure launch overhead.
     """
     if size is None:
         size = 1024 if jax.default_backend() == "cpu" else 8192

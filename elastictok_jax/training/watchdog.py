@@ -1,9 +1,8 @@
-"""Ends a run in which nothing has moved for too long, and leaves the stacks of all threads.
+"""Ends a run that has made no progress for too long, and writes the stacks of all threads.
 
-A thread of Python rather than faulthandler's own timer: the waits in jax that hang, on a device or
-a peer, let other threads run, and only Python can tell the peers why the run ends. Should code
-that holds the interpreter's lock hang, no sign of life comes from this process either, and its
-peers end the run.
+It is a Python thread rather than faulthandler's own timer: jax releases the GIL while it waits for
+a device or a peer, and only Python can tell the peers why the run ends. If code that holds the GIL
+hangs, this process sends no heartbeats either, and its peers end the run.
 """
 
 import faulthandler
@@ -16,13 +15,13 @@ from elastictok_jax.training.async_metrics import IN_FLIGHT
 
 
 class Watchdog:
-    """Calls `end` with the reason when steps stop coming, or what is no step takes too long.
+    """Calls `end` with the reason when a step, or a pause between steps, takes too long.
 
     Args:
-      step_timeout: seconds that may pass between steps, 0 for any.
-      pause_timeout: seconds that what is no step may take, 0 for any: the first step with its
-        compilation and the restoring before it, an evaluation, a checkpoint.
-      stacks: file that gets the stacks, as stderr does.
+      step_timeout: seconds allowed between steps, 0 for no limit.
+      pause_timeout: seconds allowed for a pause, 0 for no limit: an evaluation, a checkpoint, or
+        the first step with its compilation and the restore before it.
+      stacks: file that the stacks are written to, besides stderr.
     """
 
     def __init__(
@@ -45,13 +44,13 @@ class Watchdog:
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
     def step(self) -> None:
-        """A step has been sent off, and the one IN_FLIGHT before it has ended."""
+        """Notes that a step was dispatched, and that the one IN_FLIGHT before it has ended."""
         self._sent += 1
-        if self._sent > IN_FLIGHT:  # until then it may be peers that still compile or save
+        if self._sent > IN_FLIGHT:  # until then, peers may still compile or save
             self._since = (Clock(), *self._step)
 
     def pause(self) -> None:
-        """What follows is no step."""
+        """Notes that a pause begins: what follows is not a step."""
         self._sent = 0
         self._since = (Clock(), *self._pause)
 

@@ -1,4 +1,4 @@
-"""The folder of a run: made and checked by process 0, and the same one in all processes."""
+"""Makes and checks the folder of a run, which must be the same one in all processes."""
 
 import json
 import time
@@ -21,11 +21,11 @@ SHARED_SECONDS = 30.0  # for a network file system to show a new file
 
 
 def enter_workdir(workdir: Path, config: ml_collections.ConfigDict, *, files: Any) -> None:
-    """Makes `workdir`, and sees that all processes train the same run in it on the same `files`.
+    """Makes `workdir`, and checks that all processes train the same run in it on the same `files`.
 
     Raises:
-      UsageError: if it cannot be written, has checkpoints of another model, is another folder
-        in this process than in process 0, or if config or data files differ from process 0's.
+      UsageError: if it cannot be written, has checkpoints of another model, or is not the folder
+        of process 0; or if config or data files differ from those of process 0.
     """
     process, processes = place()
     if process == 0:
@@ -52,7 +52,7 @@ def enter_workdir(workdir: Path, config: ml_collections.ConfigDict, *, files: An
     if first["files"] != mine["files"]:
         raise UsageError(
             f"process {process} sees other data files than process 0: give all processes the same "
-            "data sets, on shared storage or as whole copies"
+            "data sets, on shared storage or as complete copies"
         )
     deadline = time.monotonic() + SHARED_SECONDS
     while not (mark.exists() and mark.read_text() == first["run_id"]):
@@ -65,7 +65,7 @@ def enter_workdir(workdir: Path, config: ml_collections.ConfigDict, *, files: An
 
 
 def prepare_workdir(workdir: Path, config: ml_collections.ConfigDict) -> None:
-    """Makes `workdir` and sees that it can be written.
+    """Makes `workdir` and checks that it can be written.
 
     Raises:
       UsageError: if it cannot be written, or has checkpoints of another model.
@@ -96,20 +96,20 @@ def prepare_workdir(workdir: Path, config: ml_collections.ConfigDict) -> None:
 
 
 def write_config(workdir: Path, config: ml_collections.ConfigDict) -> None:
-    """Writes config.json atomically; process 0 does so for all."""
+    """Writes config.json atomically, in process 0 only."""
     if place()[0] == 0:
         with replacing(workdir / "config.json") as temporary:
             temporary.write_text(to_json(config))
 
 
 def write_held_out(workdir: Path, fingerprint: str) -> None:
-    """Notes what a run is judged on, for `elastictok compare`; process 0 does so for all."""
+    """Records the data that a run is evaluated on, for `elastictok compare`; in process 0 only."""
     if place()[0] == 0:
         (workdir / HELD_OUT).write_text(json.dumps({"files": fingerprint}) + "\n")
 
 
 def read_held_out(workdir: Path) -> str | None:
-    """What `write_held_out` has noted, or None where it has not."""
+    """Returns what `write_held_out` recorded, or None if there is no record."""
     try:
         return str(json.loads((workdir / HELD_OUT).read_text())["files"])
     except (OSError, ValueError, LookupError, TypeError):
@@ -117,7 +117,7 @@ def read_held_out(workdir: Path) -> str | None:
 
 
 def newest_saved(workdir: Path) -> str:
-    """A sentence on the newest whole checkpoint, as it lies on the disk, and how to go on."""
+    """Returns a sentence on the newest complete checkpoint on disk and how to resume from it."""
     steps = saved_steps(workdir / "checkpoints")
     saved = f"Step {steps[0]} is the newest saved" if steps else "No step is saved yet"
     return f"{saved} in {workdir}: run the same command again in every process to go on from it"

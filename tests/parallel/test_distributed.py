@@ -1,4 +1,4 @@
-"""Where the processes of a run meet: what is wrong with that is said before jax tries."""
+"""Start-up of several processes: wrong settings are reported before jax tries them."""
 
 import os
 import socket
@@ -19,13 +19,13 @@ from elastictok_jax.parallel.distributed import (
 
 @pytest.fixture
 def taken():
-    """A port that another program listens at."""
+    """Yields a port that another program listens on."""
     with socket.create_server(("", 0), family=socket.AF_INET) as listener:
         yield listener.getsockname()[1]
 
 
 def train(tmp_path, *words, status: int = 2, **environment) -> str:
-    """The only line of a `train` in several processes that cannot start."""
+    """Returns the only line of a `train` in several processes that cannot start."""
     done = subprocess.run(
         [
             *(sys.executable, "-m", "elastictok_jax", "train", "quickstart"),

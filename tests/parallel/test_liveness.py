@@ -1,4 +1,4 @@
-"""What process 0 makes of the signs of life of the others."""
+"""How process 0 judges the heartbeats of the others."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Experiment name to ConfigDict."""
+"""Finds experiments by name or path and returns their configs."""
 
 import difflib
 import importlib.util
@@ -12,26 +12,26 @@ from elastictok_jax.errors import UsageError
 
 
 def experiments_folder() -> Path:
-    """Where registered experiments lie: inside the package once built, beside it in a checkout."""
+    """Returns the folder of registered experiments: in the package, or beside it in a checkout."""
     package = Path(__file__).parent
     installed = package / "experiments"
     return installed if installed.is_dir() else package.parent / "experiments"
 
 
 def experiment_names() -> list[str]:
-    """Names of all registered experiments."""
+    """Returns the names of all registered experiments."""
     files = experiments_folder().glob("*.py")
     return sorted(path.stem for path in files if not path.stem.startswith("_"))
 
 
 def get_experiment(experiment: str) -> ml_collections.ConfigDict:
-    """The config of a registered name or of `path/file.py`, either with an optional `:arg`.
+    """Returns the config of a registered name or of `path/file.py`, with an optional `:arg`.
 
-    The file's `get_config()` (or `get_config(arg)`) is called.
+    Calls `get_config()` of the file, or `get_config(arg)`.
 
     Raises:
-      UsageError: if there is no such experiment, or the file does not define get_config, or takes
-        no such argument.
+      UsageError: if there is no such experiment, its file does not define get_config, or that does
+        not take such an argument.
     """
     name, colon, arg = experiment.partition(":")
     if name.endswith(".py"):
@@ -59,8 +59,8 @@ def get_experiment(experiment: str) -> ml_collections.ConfigDict:
     try:
         inspect.signature(module.get_config).bind(*arguments)
     except TypeError:
-        mend = "it takes none: drop it" if colon else f"it needs one: give {name}:ARG"
-        raise UsageError(f"experiment {experiment}: wrong use of its argument, {mend}") from None
+        fix = "it takes none: drop it" if colon else f"it needs one: give {name}:ARG"
+        raise UsageError(f"experiment {experiment}: wrong use of its argument, {fix}") from None
     config = module.get_config(*arguments)
     config.name = path.stem + (f":{arg}" if colon else "")
     return config

@@ -1,22 +1,22 @@
 """Peak operations of accelerators, and the memory and bandwidth of TPU chips.
 
-Sources, one page a chip: https://cloud.google.com/tpu/docs/v4, /v5e, /v5p, /v6e and /tpu7x; they
-give the chip's "bidirectional" interconnect bandwidth, half of which leaves it. The v4 page gives
-none: six links of 50 GB/s each way are from arXiv 2304.01433, table 4.
+Sources, one page per chip: https://cloud.google.com/tpu/docs/v4, /v5e, /v5p, /v6e and /tpu7x. They
+state "bidirectional" interconnect bandwidth; half of it is outgoing. The v4 page states none: six
+links of 50 GB/s each way are from arXiv 2304.01433, table 4.
 """
 
 import dataclasses
 
 GIB = 2**30
 
-# Dense bf16 peak of one device in FLOP/s, from the vendors' data sheets. Keys start device_kind;
-# of two that do, the first counts.
+# Dense bf16 peak of one device in FLOP/s, from the vendors' data sheets. Keys are prefixes of
+# device_kind; the first one that matches counts.
 PEAK_FLOPS = {
     "TPU v4": 275e12,
     "TPU v5 lite": 197e12,
     "TPU v5": 459e12,
     "TPU v6 lite": 918e12,
-    "TPU7x": 2307e12 / 2,  # two devices a chip
+    "TPU7x": 2307e12 / 2,  # two devices per chip
     "NVIDIA A100": 312e12,
     "NVIDIA H100 PCIe": 756e12,
     "NVIDIA H100 NVL": 835e12,
@@ -31,16 +31,16 @@ class Chip:
     """A TPU chip.
 
     Attributes:
-      peak_flops: bf16 operations a second of the chip, all its devices together.
+      peak_flops: bf16 FLOP/s of the chip, all its devices together.
       hbm_bytes: capacity of the chip's memory.
-      usable_bytes: what a program may use of it on one device, from the refusals of libtpu
-        0.0.42's compiler ("exceeds available HBM").
-      hbm_bandwidth: bytes a second between the chip and its memory.
-      ici_bandwidth: bytes a second that leave the chip through all its links together.
+      usable_bytes: memory that a program may use on one device, from errors of libtpu 0.0.42's
+        compiler ("exceeds available HBM").
+      hbm_bandwidth: bytes per second between the chip and its memory.
+      ici_bandwidth: bytes per second that leave the chip, all its links together.
       ici_links: links to neighbours, two on each axis of the torus.
-      dcn_bandwidth: bytes a second a chip to other slices; None where no page gives it.
-      devices: JAX devices a chip.
-      config: libtpu's name of the chip's set-up, if it is not the default one.
+      dcn_bandwidth: bytes per second per chip to other slices; None if no page states it.
+      devices: JAX devices per chip.
+      config: libtpu's name for the chip's configuration, if it is not the default one.
     """
 
     name: str
@@ -77,7 +77,7 @@ CHIPS = {
             hbm_bandwidth=819e9,
             ici_bandwidth=200e9,
             ici_links=4,
-            dcn_bandwidth=6.4e12 / 8 / 256,  # the page gives 6.4 Tbps a pod of 256 chips
+            dcn_bandwidth=6.4e12 / 8 / 256,  # the page gives 6.4 Tbps per pod of 256 chips
         ),
         Chip(
             name="v5p",

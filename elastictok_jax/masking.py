@@ -1,7 +1,7 @@
-"""How many tokens a block keeps: pure functions of (key, shape) (paper, section 3.2).
+"""Draws how many tokens each block keeps, as pure functions of a key (paper, section 3.2).
 
-Lengths are drawn a block at a time from (seed, step, global block index), so they are the same on
-every mesh and every number of hosts. Dimension key: B batch, N blocks, S tokens, L tokens a block.
+The length of a block is a function of (seed, step, global block index), so it is the same on every
+mesh and for any number of hosts. Dimension key: B batch, N blocks, S tokens, L tokens a block.
 """
 
 import jax
@@ -13,7 +13,7 @@ MASKINGS = ("uniform", "fixed", "powers_of_two", "truncated_normal")
 
 
 def powers_of_two(min_tokens: int, max_tokens: int) -> np.ndarray:
-    """The powers of two in [min_tokens, max_tokens], ascending. int32."""
+    """Returns the powers of two in [min_tokens, max_tokens], ascending, int32."""
     powers = 2 ** np.arange(max_tokens.bit_length(), dtype=np.int64)
     return powers[(powers >= min_tokens) & (powers <= max_tokens)].astype(np.int32)
 
@@ -29,15 +29,15 @@ def draw_lengths(
     mean: float = 0.5,
     deviation: float = 0.25,
 ) -> Array:
-    """Tokens that each block keeps, each from its own key fold_in(key, block_index).
+    """Draws the tokens that each block keeps, with its own key fold_in(key, block_index).
 
     Args:
       key: a key of (seed, step).
       block_index: int32, any shape: index of the block among all blocks of the global batch.
       kind: "uniform" over {min_tokens, ..., max_tokens}, both ends included (the paper);
         "fixed" round(fraction * max_tokens), the paper's baseline; "powers_of_two" uniform over
-        those in range; "truncated_normal" with `mean` and `deviation` as shares of max_tokens,
-        cut to the range, so that the ends are not piled up.
+        those in range; "truncated_normal" with `mean` and `deviation` as fractions of max_tokens,
+        truncated rather than clipped to the range, so that its ends are not more likely.
 
     Returns:
       int32, shape of `block_index`, in [min_tokens, max_tokens] (for "fixed": as given).
@@ -64,6 +64,6 @@ def draw_lengths(
 
 
 def keep_mask(lengths_BN: Array, *, tokens_per_block: int) -> Array:
-    """bool [B, S]: true for the first lengths_BN[b, n] tokens of each block."""
+    """Returns bool [B, S], true for the first lengths_BN[b, n] tokens of each block."""
     keep_BNL = jnp.arange(tokens_per_block) < lengths_BN[..., None]
     return keep_BNL.reshape(*lengths_BN.shape[:-1], -1)

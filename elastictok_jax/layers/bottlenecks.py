@@ -1,6 +1,6 @@
-"""What a latent may say: finite scalar quantisation or a Gaussian (paper, section 3.2).
+"""Bottlenecks between encoder and decoder: FSQ or a diagonal Gaussian (paper, section 3.2).
 
-Dimension key: B batch, S tokens, Z latent dims. No learned parameters in either.
+Dimension key: B batch, S tokens, Z latent dims. Neither has parameters.
 """
 
 import dataclasses
@@ -17,11 +17,11 @@ Array = jax.Array
 
 @struct.dataclass
 class Quantized:
-    """What a bottleneck returns.
+    """The result of a bottleneck.
 
     Attributes:
-      latents: float32 [B, S, Z], what the decoder reads.
-      codes: int32 [B, S] (FSQ) or float32 [B, S, Z] (VAE mean): what is stored.
+      latents: float32 [B, S, Z], the input of the decoder.
+      codes: int32 [B, S] (FSQ) or float32 [B, S, Z] (VAE mean), to be stored.
       kl_BS: float32 [B, S], KL to the unit Gaussian summed over Z; None for FSQ.
     """
 
@@ -51,12 +51,12 @@ class FSQ:
         return FSQCode(self.levels)
 
     def __call__(self, x_BSZ: Array, noise_keys_B: Array | None) -> Quantized:
-        """Quantises the encoder's output; there is no noise in it."""
+        """Quantises the encoder's output, without noise."""
         del noise_keys_B
         levels = np.asarray(self.levels)
         x_BSZ = x_BSZ.astype(jnp.float32)
         half = (levels - 1) * (1 - self.edge) / 2
-        offset = np.where(levels % 2 == 0, 0.5, 0.0)  # an even count of steps straddles zero
+        offset = np.where(levels % 2 == 0, 0.5, 0.0)  # an even number of steps straddles zero
         shift = np.tan(offset / half)
         bounded = jnp.tanh(x_BSZ + shift) * half - offset
         rounded = bounded + jax.lax.stop_gradient(jnp.round(bounded) - bounded)
@@ -64,7 +64,7 @@ class FSQ:
         return Quantized(latents=latents, codes=self.encode_digits(jnp.round(bounded)), kl_BS=None)
 
     def encode_digits(self, steps_BSZ: Array) -> Array:
-        """Integer steps around zero to one mixed-radix index a token, first dim fastest."""
+        """Converts integer steps around zero to one mixed-radix index per token, dim 0 fastest."""
         levels = np.asarray(self.levels)
         digits = steps_BSZ.astype(jnp.int32) + levels // 2
         return jnp.sum(digits * np.cumprod([1, *self.levels[:-1]]), axis=-1, dtype=jnp.int32)
@@ -102,5 +102,5 @@ class VAE:
         return Quantized(latents=latents, codes=mean, kl_BS=kl_BS)
 
     def dequantize(self, codes_BSZ: Array) -> Array:
-        """VAE codes are the latents."""
+        """Returns the codes, which are the latents."""
         return codes_BSZ

@@ -1,4 +1,4 @@
-"""Pixels to tokens and back (paper, section 3.1). No parameters.
+"""Converts pixels to patches and back, without parameters (paper, section 3.1).
 
 Dimension key: B batch, N blocks, F frames a block, S tokens (N blocks x L), D values a patch.
 """
@@ -10,7 +10,7 @@ PATCHES = "... (n t pt) (h ph) (w pw) c -> ... (n t h w) (pt ph pw c)"
 
 
 def tokens_per_block(frames: int, height: int, width: int, *, patch: tuple[int, int, int]) -> int:
-    """L = (F / pt)(H / ph)(W / pw).
+    """Returns L = (F / pt)(H / ph)(W / pw).
 
     Raises:
       ValueError: if a patch does not divide a block.
@@ -22,9 +22,10 @@ def tokens_per_block(frames: int, height: int, width: int, *, patch: tuple[int, 
 
 
 def patchify(video: np.ndarray, *, patch: tuple[int, int, int], frames_per_block: int):
-    """[..., T, H, W, 3] to [..., S, D] in raster order (t, h, w), each patch (pt, ph, pw, rgb).
+    """Converts [..., T, H, W, 3] to [..., S, D], patches in raster order (t, h, w).
 
-    Works on numpy and JAX arrays of any dtype. T must be whole blocks.
+    The values of a patch are in the order (pt, ph, pw, rgb). Works on numpy and JAX arrays of any
+    dtype. T must be a multiple of `frames_per_block`.
     """
     pt, ph, pw = patch
     return rearrange(video, PATCHES, t=frames_per_block // pt, pt=pt, ph=ph, pw=pw)
@@ -33,14 +34,14 @@ def patchify(video: np.ndarray, *, patch: tuple[int, int, int], frames_per_block
 def patchify_into(
     out_SD: np.ndarray, video: np.ndarray, *, patch: tuple[int, int, int], frames_per_block: int
 ) -> None:
-    """`patchify` of uint8 [T, H, W, 3] on the host, written into contiguous uint8 [S, D].
+    """Writes `patchify` of uint8 [T, H, W, 3] into contiguous uint8 [S, D], on the host.
 
-    A patch's rows of pixels are moved whole: several times faster than byte by byte.
+    It copies a row of pixels of a patch at a time, several times faster than byte by byte.
     """
     pt, ph, pw = patch
     frames, height, width, _ = video.shape
     run = np.dtype((np.void, 3 * pw))
-    runs_THW = video.reshape(frames, height, -1).view(run)  # copies only what is flipped
+    runs_THW = video.reshape(frames, height, -1).view(run)  # copies only if the video is flipped
     t, h, w = frames_per_block // pt, height // ph, width // pw
     runs = rearrange(runs_THW, "(n t pt) (h ph) w -> n t h w pt ph", t=t, pt=pt, h=h, ph=ph)
     out_SD.view(run).reshape(-1, t, h, w, pt, ph)[...] = runs
@@ -49,7 +50,7 @@ def patchify_into(
 def unpatchify(
     patches, *, patch: tuple[int, int, int], frames_per_block: int, height: int, width: int
 ):
-    """Inverse of `patchify`: [..., S, D] to [..., T, H, W, 3]."""
+    """Inverts `patchify`: converts [..., S, D] to [..., T, H, W, 3]."""
     pt, ph, pw = patch
     sizes = dict(t=frames_per_block // pt, h=height // ph, w=width // pw, pt=pt, ph=ph, pw=pw, c=3)
     inverse = " -> ".join(reversed(PATCHES.split(" -> ")))

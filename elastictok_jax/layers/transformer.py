@@ -23,8 +23,8 @@ from elastictok_jax.parallel.sharding import logical_axis_shards
 
 Array = jax.Array
 
-# What each setting keeps from the forward pass; the backward pass computes the rest again. What
-# attention needs is cheap to keep and dear to compute, with a ring above all.
+# What each setting saves in the forward pass; the backward pass recomputes the rest. The residuals
+# of attention are cheap to save and expensive to recompute, above all with a ring.
 LAYER_INPUT = "layer_input"
 REMAT_POLICIES: dict[str, Callable[..., Any] | None] = {
     "none": None,
@@ -42,19 +42,21 @@ REMAT_POLICIES: dict[str, Callable[..., Any] | None] = {
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
-# Collections of rotated keys and values: of the blocks before, [H, T, K] a layer, and of those at
-# hand, [B, H, S, K]. Where `TokenPlaces.past_ids_T` is given, the one is read and the other made.
+# Collections of rotated keys and values (the KV cache): [H, T, K] per layer of earlier blocks, and
+# [B, H, S, K] of the current ones. With `SequenceLayout.past_ids_T`, PAST is read and PRESENT is
+# written.
 PAST, PRESENT = "past", "present"
 
-# Of what is added to the residual stream, and of the pixels, at the start: the model begins close
-# to a linear patch autoencoder of grey. At full scale the first steps go into unlearning noise and
-# push FSQ latents into saturation, from which few codes come back (measured on the quick start).
+# Initial scale of the projections into the residual stream and to pixels: the model starts close to
+# a linear patch autoencoder that outputs grey. At full scale the first steps are spent on
+# unlearning noise and saturate FSQ latents, from which few codes recover (measured on the quick
+# start).
 SMALL_INIT = 0.1
 
 
 @dataclasses.dataclass(frozen=True)
 class LayerSpec:
-    """What encoder and decoder layers share: sizes and numerics.
+    """Sizes and numerics that encoder and decoder layers share.
 
     Attributes:
       width, mlp_width, heads: W, M, H; head width is W / H and must be even.
@@ -62,9 +64,9 @@ class LayerSpec:
       norm_eps: added to the mean square in RMSNorm.
       attention: a backend name of `attention.api`.
       remat: a key of REMAT_POLICIES.
-      mlp_chunk_tokens: most tokens a device that the feed-forward computes at once; 0 for all.
-      dtype: dtype of the computation; parameters are float32 whatever it is.
-      scan_layers: layers are stacked into one scan; otherwise each is a module of its own.
+      mlp_chunk_tokens: most tokens per device that the feed-forward computes at once; 0 for all.
+      dtype: of the computation; parameters are always float32.
+      scan_layers: whether layers are stacked into one scan; otherwise each is a separate module.
     """
 
     width: int
@@ -79,7 +81,7 @@ class LayerSpec:
     scan_layers: bool = True
 
     def norm(self, name: str) -> nn.RMSNorm:
-        """RMSNorm with a learned scale and statistics in float32."""
+        """Returns an RMSNorm with a learned scale and statistics in float32."""
         scale_init = nn.with_logical_partitioning(nn.initializers.ones, ("norm",))
         return nn.RMSNorm(epsilon=self.norm_eps, dtype=self.dtype, scale_init=scale_init, name=name)
 
@@ -91,16 +93,16 @@ class LayerSpec:
         scale: float = 1.0,
         kernel_view: Callable[[Array], Array] = lambda kernel: kernel,
     ) -> "Linear":
-        """Bias-free linear map into `features`; its kernel carries the logical `axes`."""
+        """Returns a bias-free linear map into `features`, whose kernel has the logical `axes`."""
         return Linear(features, axes, self.dtype, scale, kernel_view, name=name)
 
 
 class Linear(nn.Module):
-    """Bias-free linear map of the last axes of its input, as many as `axes` has over `features`.
+    """Applies a bias-free linear map to the last len(axes) - len(features) axes of its input.
 
-    The kernel keeps all axes apart ([W, H, K] for a query), so that each can lie on its own mesh
-    axis. Weights start fan-in scaled: the output is at about unit scale at any width. What is
-    multiplied is `kernel_view(kernel)`.
+    The kernel keeps its axes separate ([W, H, K] for a query), so that each can be sharded over its
+    own mesh axis. The initialisation is scaled by fan-in, so that outputs have about unit scale at
+    any width. The input is multiplied by `kernel_view(kernel)`.
     """
 
     features: tuple[int, ...]
@@ -127,17 +129,17 @@ class Linear(nn.Module):
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def contract(x: Array, kernel: Array, count: int) -> Array:
-    """Tensor product over the last `count` axes of `x` and the first of `kernel`.
+    """Contracts the last `count` axes of `x` with the first ones of `kernel`.
 
-    Its gradient puts `x` on the left of the product that makes the kernel's. JAX's own rule puts
-    the gradient there, and XLA, which transposes what is on the left, then does the elementwise
-    work before it in strided order: 1.6 times the time of a feed-forward on a CPU.
+    The kernel's gradient is a product with `x` on the left. JAX's own rule puts the output's
+    gradient there; XLA transposes the left operand and then does the elementwise work before it in
+    strided order, which makes a feed-forward 1.6 times slower on a CPU.
     """
     return jnp.tensordot(x, kernel, axes=count)
 
 
 def _contract_forward(x: Array, kernel: Array, count: int):
-    return jnp.tensordot(x, kernel, axes=count), (x, kernel)  # in sight of remat policies
+    return jnp.tensordot(x, kernel, axes=count), (x, kernel)  # visible to remat policies
 
 
 def _contract_backward(count: int, saved: tuple[Array, Array], grad: Array):
@@ -151,11 +153,11 @@ contract.defvjp(_contract_forward, _contract_backward)
 
 
 def rotary_turns(head_width: int, theta: float) -> np.ndarray:
-    """Rotary frequencies as fractions of a full turn a token, in units of 2^-32. uint32 [K/2].
+    """Returns rotary frequencies uint32 [K/2]: turns per token in units of 2^-32.
 
-    A wrapping uint32 product of a position and these is the exact angle modulo one turn, so the
-    phase between two tokens depends on their distance alone, at any position. A float32 product
-    is off by up to 0.03 rad at a million tokens, a bfloat16 table by whole turns.
+    The wrapping uint32 product of a position and a frequency is the exact angle modulo one turn, so
+    the phase between two tokens depends only on their distance, at any position. A float32 product
+    is off by up to 0.03 rad at a million tokens, a bfloat16 table by entire turns.
     """
     exponents = np.arange(0, head_width, 2, dtype=np.float64) / head_width
     return np.round(2.0**32 / (2 * np.pi) * theta**-exponents).astype(np.uint32)
@@ -164,17 +166,18 @@ def rotary_turns(head_width: int, theta: float) -> np.ndarray:
 def pairs_to_halves(kernel: Array) -> Array:
     """Reorders the last axis from pairs (2i, 2i + 1) to halves: all even dims, then all odd ones.
 
-    Done to a kernel rather than to activations, it is nearly free; queries and keys reordered
-    alike give the same scores.
+    It is nearly free on a kernel, unlike on activations. Scores do not change if queries and keys
+    are reordered in the same way.
     """
     *lead, dims = kernel.shape
     return kernel.reshape(*lead, dims // 2, 2).swapaxes(-1, -2).reshape(kernel.shape)
 
 
 def rotate(x_BSHK: Array, positions_S: Array, *, theta: float) -> Array:
-    """Rotary embedding in float32 of dims in halves order (`pairs_to_halves`); keeps the dtype.
+    """Applies rotary embedding in float32 to dims in halves order (`pairs_to_halves`).
 
-    Dims i and i + K/2 are the interleaved pair (2i, 2i + 1) of the published weights.
+    Dims i and i + K/2 are the interleaved pair (2i, 2i + 1) of the published weights. The result
+    has the dtype of the input.
     """
     turns_SK = positions_S.astype(jnp.uint32)[:, None] * rotary_turns(x_BSHK.shape[-1], theta)
     angle_SK = turns_SK.astype(jnp.float32) * jnp.float32(2 * np.pi / 2.0**32)
@@ -194,7 +197,7 @@ class SelfAttention(nn.Module):
         spec = self.spec
         features = (spec.heads, spec.width // spec.heads)
         axes = ("embed", "heads", "head_width")
-        view = pairs_to_halves  # as `rotate` wants them
+        view = pairs_to_halves  # the order that `rotate` expects
         query_BSHK = spec.linear(*features, axes=axes, name="query", kernel_view=view)(x_BSW)
         key_BSHK = spec.linear(*features, axes=axes, name="key", kernel_view=view)(x_BSW)
         value_BSHK = spec.linear(*features, axes=axes, name="value")(x_BSW)
@@ -216,7 +219,7 @@ class SelfAttention(nn.Module):
     def _with_past(
         self, query_BSHK: Array, key_BSHK: Array, value_BSHK: Array, places: SequenceLayout
     ) -> Array:
-        """Attends to the collection PAST as well, and leaves what is new in PRESENT."""
+        """Attends to the collection PAST too, and stores the new keys and values in PRESENT."""
         assert places.past_ids_T is not None
         present = {"key": key_BSHK.swapaxes(1, 2), "value": value_BSHK.swapaxes(1, 2)}
         for name, new_BHSK in present.items():
@@ -252,15 +255,18 @@ class SwiGLU(nn.Module):
 
 
 def in_chunks(mlp: SwiGLU, x_BSW: Array) -> Array:
-    """`mlp(x_BSW)` a chunk of every device's tokens at a time, so that hidden units are never all
-    there; the backward pass computes those of a chunk again."""
+    """Returns `mlp(x_BSW)`, computed for a chunk of each device's tokens at a time.
+
+    The hidden units of all tokens are thus never in memory at once; the backward pass recomputes
+    those of a chunk.
+    """
     batch, tokens, width = x_BSW.shape
     shards = logical_axis_shards("sequence")
     local, most = tokens // shards, mlp.spec.mlp_chunk_tokens
     if not most or local <= most or tokens % shards:
         return mlp(x_BSW)
     chunk = max(size for size in range(1, most + 1) if local % size == 0)
-    # The axis that lies over devices stays whole; the loop runs over one that does not.
+    # The loop runs over an axis that is not sharded; the sharded axis stays as it is.
     chunks = x_BSW.reshape(batch, shards, local // chunk, chunk, width)
     axes = ("batch", "sequence", None, None)
 
@@ -280,7 +286,7 @@ def in_chunks(mlp: SwiGLU, x_BSW: Array) -> Array:
 
 
 class Layer(nn.Module):
-    """One pre-norm layer; returns (activations, None) as nn.scan wants."""
+    """One pre-norm layer; returns (activations, None), as nn.scan expects."""
 
     spec: LayerSpec
 
@@ -295,7 +301,7 @@ class Layer(nn.Module):
 
 
 def transformer_layers(count: int, spec: LayerSpec) -> Callable[[Array, SequenceLayout], Array]:
-    """`count` layers, stacked or apart as `spec` says; to be called in a compact method."""
+    """Returns `count` layers, stacked if `spec` says so; to be called in a compact method."""
     if spec.scan_layers:
         scan = stacked_layers(count, spec)
         return lambda x_BSW, places: scan(x_BSW, places)[0]
@@ -311,7 +317,7 @@ def transformer_layers(count: int, spec: LayerSpec) -> Callable[[Array, Sequence
 
 
 def stacked_layers(count: int, spec: LayerSpec) -> Callable[[Array, SequenceLayout], tuple]:
-    """`count` layers as one scan named "layers": compile time does not grow with depth."""
+    """Returns `count` layers as one scan named "layers"; compile time does not grow with depth."""
     return nn.scan(
         _rematerialised(spec, prevent_cse=False),  # a scan prevents it by itself
         variable_axes={"params": 0, PAST: 0, PRESENT: 0},
@@ -323,6 +329,6 @@ def stacked_layers(count: int, spec: LayerSpec) -> Callable[[Array, SequenceLayo
 
 
 def _rematerialised(spec: LayerSpec, *, prevent_cse: bool) -> Any:
-    """The Layer class, wrapped as `spec.remat` says."""
+    """Returns the Layer class, wrapped as `spec.remat` says."""
     policy = REMAT_POLICIES[spec.remat]
     return Layer if policy is None else nn.remat(Layer, policy=policy, prevent_cse=prevent_cse)

@@ -1,10 +1,10 @@
-"""ElasticTokenizer: pixels to Tokens and back, block by block, left to right (paper, section 3.4).
+"""Encodes pixels to Tokens and decodes them, block by block, left to right (paper, section 3.4).
 
 Dimension key: N blocks, T frames, F frames a block, L tokens a block, D patch values.
 
-A block is encoded and decoded with the keys and values of the blocks before it, as their chosen
-lengths left them, and no block is computed again because of a later one. A clip's tokens are the
-same, bit for bit, whatever else is coded beside it.
+A block is encoded and decoded with the KV cache of the blocks before it at their chosen lengths,
+and is never recomputed because of a later one. The tokens of a clip do not depend, bit for bit, on
+other clips in the same call.
 """
 
 import dataclasses
@@ -43,17 +43,17 @@ from elastictok_jax.tokenizer.tiling import Grid, checked_video, in_blocks
 from elastictok_jax.tokenizer.tokens import Tokens, require_alike
 
 Progress = Callable[[int, int], None]
-SPENDING_ROUNDS = 4  # times that all clips are measured before a budget is spent
+SPENDING_ROUNDS = 4  # times that all clips are measured to spend a budget
 
 
 class ElasticTokenizer:
-    """A trained model as a tokenizer. Build one with `from_pretrained`.
+    """A trained model as a tokenizer, opened with `from_pretrained`.
 
     Attributes:
-      tokens_per_block: L, the most that a block can take; min_tokens: the fewest that a search or
-        a budget gives it, as in training.
-      window_blocks: how many blocks see each other while encoding, the newest one included, and
-        the most that may while decoding; as in training, unless it is set.
+      tokens_per_block: L, the most tokens of a block.
+      min_tokens: the fewest that a search or a budget gives a block, as in training.
+      window_blocks: how many blocks see each other in encoding, the newest one included, and the
+        most that may in decoding; as in training unless set.
     """
 
     def __init__(self, config: ml_collections.ConfigDict, params) -> None:
@@ -62,7 +62,7 @@ class ElasticTokenizer:
         self.params = jax.tree.map(jnp.asarray, params)
         self.geometry = self.codec.geometry
         self.window_blocks = self.geometry.window
-        self.router: Router | None = None  # what `train-router` left in the model's folder
+        self.router: Router | None = None  # saved by `train-router` in the model's folder
         self.fingerprint = _fingerprint(config, params)
         key = jax.random.key(int(self.fingerprint[:8], 16))
         self._compiled = CompiledCodec(self.codec, self.params, key)
@@ -81,17 +81,17 @@ class ElasticTokenizer:
     ) -> "ElasticTokenizer":
         """Loads a training workdir or an exported folder, and its router.
 
-        Of a workdir, the newest checkpoint is read; where that is damaged, the one before, with a
+        In a workdir it reads the newest checkpoint or, if that is damaged, the one before, with a
         note on stderr.
 
         Args:
-          model: a path, or PATH@STEP or PATH@best.
-          step: of the checkpoint, or "best": that with the best `train.best_metric`.
+          model: a path, PATH@STEP or PATH@best.
+          step: of the checkpoint, or "best" for the one with the best `train.best_metric`.
 
         Raises:
           UsageError: if there is no such model or checkpoint, its weights do not fit its config,
-            or its router is damaged or of other weights. A router of other weights than those of
-            a `step` that was asked for is left out instead.
+            or its router is damaged or was trained for other weights. A router that does not fit an
+            explicit `step` is ignored instead.
         """
         tokenizer, is_newest = cls._load(model, step=step)
         folder, _ = split_reference(model)
@@ -110,7 +110,7 @@ class ElasticTokenizer:
     def without_router(
         cls, model: str | Path, *, step: int | str | None = None
     ) -> "ElasticTokenizer":
-        """As `from_pretrained`, but does not look for a router: what trains one starts so."""
+        """Loads a model as `from_pretrained` does, but without its router, to train one."""
         return cls._load(model, step=step)[0]
 
     @classmethod
@@ -121,7 +121,7 @@ class ElasticTokenizer:
             return cls(saved.config, params), saved.is_newest
 
     def on(self, device: jax.Device) -> "ElasticTokenizer":
-        """The same tokenizer, computing on another device."""
+        """Returns the same tokenizer on another device."""
         other = ElasticTokenizer(self.config, jax.device_put(self.params, device))
         other.window_blocks, other.router = self.window_blocks, self.router
         return other
@@ -140,23 +140,23 @@ class ElasticTokenizer:
         fps: float = 0.0,
         progress: Progress | None = None,
     ) -> Tokens | list[Tokens]:
-        """Encodes a clip, or several: with given lengths, to a quality, or within a budget.
+        """Encodes one clip or several with given lengths, to a quality, or within a budget.
 
-        Exactly one of the goals is given; the rest of them are None.
+        Exactly one of the goals must be given; the others are None.
 
         Args:
-          video: uint8 [T, H, W, 3], or an image [H, W, 3]; any size: what the model's resolution
-            does not divide is padded, and a larger frame is coded in tiles. A list of such, or a
-            batch [B, T, H, W, 3], gives a list.
-          tokens: tokens a block, one for all or one each, from 1 to L.
-          max_mse: highest error of a block, on the [-1, 1] scale after clipping; min_psnr: the same
-            in dB; max_lpips: highest mean LPIPS of a block's frames. Each block gets the fewest
-            tokens that `search` finds. What misses is so reported in `Tokens.met`.
-          budget: mean share of L that all blocks together take, exactly; total_tokens: how many
-            that is. They are spent, over all clips given, where they lower the error most.
+          video: uint8 [T, H, W, 3], or an image [H, W, 3], of any size: a size that is not a
+            multiple of the model's resolution is padded, and a larger frame is coded in tiles. A
+            list of clips, or a batch [B, T, H, W, 3], gives a list.
+          tokens: tokens of each block, one number for all or one for each, from 1 to L.
+          max_mse: highest error of a block, on the [-1, 1] scale after clipping. Each block gets
+            the fewest tokens that `search` finds; `Tokens.met` says which blocks meet the target.
+          min_psnr: the same in dB; max_lpips: the same for the mean LPIPS of a block's frames.
+          budget: mean fraction of L that all blocks together take, exactly; total_tokens: their
+            total. They are spent, over all clips, where they lower the error most.
           search: a key of `search.SEARCHES`.
-          fps: kept in the tokens.
-          progress: called after each block with (blocks done, all blocks of the clip).
+          fps: stored with the tokens.
+          progress: called after each block with (blocks done, blocks of the clip).
 
         Raises:
           UsageError: on bad input or options.
@@ -194,15 +194,15 @@ class ElasticTokenizer:
         search: str = "hybrid",
         fps: float = 0.0,
     ) -> Iterator[Tokens]:
-        """Encodes frames as they come: Tokens of a block as soon as its last frame is there.
+        """Encodes frames as they arrive; yields the Tokens of a block after its last frame.
 
-        Goals are as in `encode`; a budget is spent knowing the past alone, and its mean is
-        approached from below. Memory stays the same however long the stream is. Joined by
-        `Tokens.join`, what is yielded is what `encode` makes of the whole clip, budgets aside.
+        Goals are as in `encode`, but a budget is spent without knowledge of later blocks, and its
+        mean is approached from below. Memory does not grow with the length of the stream. The
+        pieces joined by `Tokens.join` equal `encode` of the complete clip, except for budgets.
 
-        The caches of one tile are in memory. Of a frame in several tiles, those of the others are
-        in a temporary file, and as many blocks are taken together as a window has, so that they
-        are not read and written for each: tokens come that much later.
+        Only the KV caches of one tile are in memory. If a frame has several tiles, the others are
+        in a temporary file, and a window of blocks is coded at a time, so that caches are not read
+        and written for each block; tokens come that much later.
 
         Args:
           frames: uint8 [H, W, 3] or [t, H, W, 3], all of one size.
@@ -235,19 +235,19 @@ class ElasticTokenizer:
                 yield self.tokens(kept, grid, fps=fps)
 
     def decode(self, tokens: Tokens) -> np.ndarray:
-        """uint8 [T, H, W, 3] of stored tokens.
+        """Returns the frames uint8 [T, H, W, 3] of stored tokens.
 
         Raises:
-          UsageError: if they are of another model, their lengths or codes are out of range, or
+          UsageError: if they come from another model, their lengths or codes are out of range, or
             their window is longer than `window_blocks`.
         """
         return np.concatenate(list(self.decode_stream([tokens])))
 
     def decode_stream(self, pieces: Iterable[Tokens]) -> Iterator[np.ndarray]:
-        """uint8 [t, H, W, 3], the frames of a block at a time, of a clip's consecutive pieces.
+        """Yields frames uint8 [t, H, W, 3], a block at a time, of a clip's consecutive pieces.
 
         Raises:
-          UsageError: as `decode`, or if the pieces cannot be of one clip, as in `Tokens.join`.
+          UsageError: as `decode`, or if the pieces do not form one clip, as in `Tokens.join`.
         """
         lanes: Lanes[ClipDecoder] | None = None
         pieces_checked = self._checked(pieces)
@@ -271,11 +271,11 @@ class ElasticTokenizer:
                 yield block.grid.join(np.stack(decoded), block=block.index)
 
     def _at_once(self, tiles: int) -> int:
-        """How many blocks of a tile are coded before those of the next."""
+        """Returns how many blocks of a tile are coded before the next tile."""
         return 1 if tiles == 1 else self.window_blocks
 
     def _checked(self, pieces: Iterable[Tokens]) -> Iterator["_StoredBlock"]:
-        """The blocks of a clip's consecutive pieces; see `decode_stream`."""
+        """Yields the blocks of a clip's consecutive pieces; see `decode_stream`."""
         first: Tokens | None = None
         ended = False
         blocks = 0
@@ -283,7 +283,7 @@ class ElasticTokenizer:
             grid = Grid((tokens.frames, tokens.height, tokens.width), self.geometry)
             self._check_tokens(tokens, grid)
             blocks += grid.blocks
-            # Memory grows with the window, and a file may come from anywhere.
+            # Memory grows with the window, and files are not trusted.
             if min(tokens.window_blocks, blocks) > self.window_blocks:
                 raise UsageError(
                     f"{tokens.window_blocks} blocks of these tokens see each other, of this "
@@ -308,8 +308,10 @@ class ElasticTokenizer:
         metric: str,
         progress: Progress | None = None,
     ) -> list[CodedBlock]:
-        """Codes the blocks of a clip; returns them time first. Tiles are coded one after another,
-        so that the pasts of only one are in memory."""
+        """Codes the blocks of a clip; returns them time first.
+
+        Tiles are coded one after another, so that the KV caches of only one are in memory.
+        """
         coded = []
         for policy, blocks, inside in zip(policies, *grid.cut(clip_THWC), strict=True):
             coder = self.coder(metric)
@@ -320,7 +322,7 @@ class ElasticTokenizer:
         return [coded[index] for index in grid.time_first]
 
     def coder(self, metric: str) -> ClipEncoder:
-        """For one tile of one clip, measured by "mse" or "lpips"."""
+        """Returns an encoder for one tile of one clip, which measures "mse" or "lpips"."""
         distortion = self._lpips if metric == "lpips" else None
         return ClipEncoder(self._compiled, window_blocks=self.window_blocks, distortion=distortion)
 
@@ -336,11 +338,11 @@ class ElasticTokenizer:
         """Returns a policy for one tile of one clip.
 
         Raises:
-          UsageError: if the search needs a router and there is none, or none for the measure.
+          UsageError: if the search needs a router and there is none, or none for the metric.
         """
         assert goal.target is not None
         router = None
-        if "regression" in goal.search:  # hybrid needs more evaluations by it than by the past
+        if "regression" in goal.search:  # hybrid needs fewer evaluations with the past as its guess
             if goal.metric != "mse" or self.router is None:
                 fix = (
                     "give max_mse or min_psnr, or another search"
@@ -362,11 +364,11 @@ class ElasticTokenizer:
     def _spend(
         self, goal: Goal, clips: Sequence[np.ndarray], grids: Sequence[Grid]
     ) -> list[np.ndarray]:
-        """Lengths of each clip's blocks, time first, that spend a budget best.
+        """Returns lengths of each clip's blocks, time first, that spend a budget best.
 
-        What a block gains by more tokens depends on what the blocks before it have. So curves are
-        measured with an even share for all, then with what that makes best, and so on, and their
-        mean is what is spent by. The best of the shares so measured is taken.
+        What a block gains from more tokens depends on the lengths of the blocks before it. Curves
+        are therefore measured at equal lengths, then at the lengths that are best by the mean of
+        the curves so far, and so on. The lengths of least measured error are returned.
         """
         sizes = [grid.blocks * grid.tiles for grid in grids]
         blocks, ends = sum(sizes), np.cumsum(sizes)[:-1]
@@ -394,7 +396,7 @@ class ElasticTokenizer:
         return np.split(best, ends)
 
     def tokens(self, coded: Sequence[CodedBlock], grid: Grid, *, fps: float) -> Tokens:
-        """Tokens of what `code` gave for a clip cut by `grid`."""
+        """Returns the Tokens of what `code` returned for a clip cut by `grid`."""
         return Tokens(
             codes=[block.codes for block in coded],
             mse=np.asarray([block.mse for block in coded], np.float32),
@@ -426,7 +428,7 @@ class ElasticTokenizer:
 
 @dataclasses.dataclass(frozen=True)
 class _StoredBlock:
-    """The codes of all tiles of one block, and where it is in the clip that `grid` cuts."""
+    """The codes of all tiles of one block, and its index in the clip that `grid` cuts."""
 
     codes: Sequence[np.ndarray]
     grid: Grid
@@ -435,7 +437,7 @@ class _StoredBlock:
 
 
 def _fingerprint(config: ml_collections.ConfigDict, params) -> str:
-    """16 hex digits of the model's config and weights."""
+    """Returns 16 hex digits of a hash of the model's config and weights."""
     model = config.model.to_dict() | {"dtype": config.compute.dtype}
     if model["family"] == DEFAULT_FAMILY:
         del model["family"]  # as before families, so that older tokens still decode

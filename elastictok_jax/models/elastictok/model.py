@@ -1,4 +1,4 @@
-"""ElasticTok: encoder, bottleneck, decoder (arXiv 2410.08368, section 3).
+"""The ElasticTok model: encoder, bottleneck and decoder (arXiv 2410.08368, section 3).
 
 Dimension key: B batch, S tokens, D values a patch, W width, Z latent dims.
 """
@@ -22,7 +22,7 @@ Array = jax.Array
 
 @struct.dataclass
 class Output:
-    """Result of a forward pass.
+    """The result of a forward pass.
 
     Attributes:
       reconstruction: float32 [B, S, D] in (-1, 1).
@@ -38,7 +38,7 @@ class Output:
 
 
 class Encoder(nn.Module):
-    """Patches to latents before the bottleneck."""
+    """Maps patches to latents before the bottleneck."""
 
     spec: LayerSpec
     layers: int
@@ -60,7 +60,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latents to pixels in (-1, 1)."""
+    """Maps latents to pixels in (-1, 1)."""
 
     spec: LayerSpec
     layers: int
@@ -102,7 +102,7 @@ class ElasticTok(nn.Module):
         places: SequenceLayout,
         noise_keys_B: Array | None = None,
     ) -> Output:
-        """Encode, bottle, drop the tail, decode. `noise_keys_B` sample a VAE's latents."""
+        """Encodes, drops tokens and decodes; `noise_keys_B` sample the latents of a VAE."""
         bottled = self.bottleneck(self.encoder(patches_BSD, keep_BS, places), noise_keys_B)
         latents_BSZ = jnp.where(keep_BS[..., None], bottled.latents, 0.0)
         return Output(
@@ -113,17 +113,17 @@ class ElasticTok(nn.Module):
         )
 
     def encode(self, patches_BSD: Array, keep_BS: Array, places: SequenceLayout) -> Array:
-        """Codes of every token: int32 [B, S] (FSQ) or float32 [B, S, Z] (VAE)."""
+        """Returns the codes of every token: int32 [B, S] (FSQ) or float32 [B, S, Z] (VAE)."""
         return self.bottleneck(self.encoder(patches_BSD, keep_BS, places), None).codes
 
     def decode(self, codes: Array, keep_BS: Array, places: SequenceLayout) -> Array:
-        """Pixels [B, S, D] of stored codes; what is not kept is dropped."""
+        """Returns the pixels [B, S, D] of stored codes, without tokens that are not kept."""
         latents_BSZ = jnp.where(keep_BS[..., None], self.bottleneck.dequantize(codes), 0.0)
         return self.decoder(latents_BSZ, places)
 
 
 def build_model(config: ml_collections.FrozenConfigDict | ml_collections.ConfigDict) -> ElasticTok:
-    """The model that a resolved config describes."""
+    """Returns the model that a resolved config describes."""
     model, compute = config.model, config.compute
     spec = LayerSpec(
         width=model.width,
@@ -151,9 +151,9 @@ def build_model(config: ml_collections.FrozenConfigDict | ml_collections.ConfigD
 
 
 def init_params(model: ElasticTok, key: Array):
-    """Initial parameters, boxed with their logical axis names; sizes depend on no sequence.
+    """Returns initial parameters, boxed with their logical axis names.
 
-    They are the same numbers with layers stacked or apart.
+    Values do not depend on whether layers are stacked, nor sizes on the length of a sequence.
     """
     places = SequenceLayout(
         positions_S=jnp.zeros(1, jnp.int32),

@@ -31,7 +31,7 @@ from benchmarks.machine import describe_machine
 from benchmarks.table import table
 from elastictok_jax.errors import UsageError
 from elastictok_jax.layers.attention.api import SequenceLayout, attention
-from elastictok_jax.layers.attention.blockwise import Blockwise
+from elastictok_jax.layers.attention.blockwise import BlockwiseKernel
 from elastictok_jax.layers.attention.kernel import Kernel, Visibility, flash_attention
 from elastictok_jax.training.throughput import measured_matmul_flops
 
@@ -77,11 +77,13 @@ def attend(name: str, query, key, value, *, places: SequenceLayout) -> jax.Array
 def _with_tiles(backend: str, tiles: str) -> Kernel:
     sizes = [int(size) for size in tiles.split("x")]
     if backend == "blockwise" and len(sizes) == 2:
-        return Blockwise(*sizes)
+        return BlockwiseKernel(*sizes)
     if backend == "fused" and len(sizes) == 3:
-        from elastictok_jax.layers.attention.fused import Fused, Tiles
+        from elastictok_jax.layers.attention.fused import FusedKernel, Tiles
 
-        return Fused(interpret=False, forward_tiles=Tiles(*sizes), backward_tiles=Tiles(*sizes))
+        return FusedKernel(
+            interpret=False, forward_tiles=Tiles(*sizes), backward_tiles=Tiles(*sizes)
+        )
     raise UsageError(f"{backend}:{tiles}: give blockwise:QUERIESxKEYS or fused:HELDxPASSINGxWARPS")
 
 

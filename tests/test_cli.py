@@ -198,7 +198,7 @@ def test_more_devices_than_there_are(refused, tmp_path):
     asked = 2 * jax.device_count()
     words = tiny_words(mesh__data=asked, data__batch_size=asked)
     line = refused("train", "quickstart", "--workdir", tmp_path / "run", *words)
-    assert f"{asked} devices are asked for and {jax.device_count()} are at hand" in line
+    assert f"{asked} devices are requested and {jax.device_count()} are available" in line
     assert "set one to -1" in line
 
 

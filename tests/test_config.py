@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from elastictok_jax import config as config_lib
-from elastictok_jax.config.defaults import SOURCE, TOP, sections
+from elastictok_jax.config.defaults import SOURCE, TOP, default_sections
 from elastictok_jax.config.schema import POSITIVE, OneOf, check
 from elastictok_jax.errors import UsageError
 from elastictok_jax.models.registry import DEFAULT_FAMILY
@@ -103,7 +103,7 @@ def keys_with(constraint):
     """Returns (key, its constraint) of every declared key whose constraint `constraint` takes."""
     declared = {
         f"{section}.{name}": key.constraint
-        for section, keys in sections(DEFAULT_FAMILY).items()
+        for section, keys in default_sections(DEFAULT_FAMILY).items()
         for name, key in keys.items()
     }
     return [(key, declared[key]) for key in declared if constraint(declared[key])]
@@ -130,7 +130,7 @@ def test_what_must_be_positive(key, value):
 
 
 def test_every_key_says_what_it_means():
-    for section, keys in (sections(DEFAULT_FAMILY) | {"source": SOURCE, "": TOP}).items():
+    for section, keys in (default_sections(DEFAULT_FAMILY) | {"source": SOURCE, "": TOP}).items():
         for name, key in keys.items():
             assert key.doc and len(key.doc) <= 80, (section, name)
             if key.constraint and (section, name) != ("source", "path"):

@@ -125,7 +125,7 @@ COMMON: dict[str, Section] = {
 }
 
 
-def sections(family: str) -> dict[str, Section]:
+def default_sections(family: str) -> dict[str, Section]:
     """Returns all sections of an experiment with a model of `family`, by name."""
     own = family_module(family).SECTIONS
     model = {"family": Key(family, "model family"), **own["model"]}
@@ -138,7 +138,7 @@ def default_config(family: str = DEFAULT_FAMILY) -> ml_collections.ConfigDict:
     Of ElasticTok, that is the paper's 200m FSQ model at 256 px.
     """
     config = ml_collections.ConfigDict(defaults(TOP))
-    for name, section in sections(family).items():
+    for name, section in default_sections(family).items():
         config[name] = ml_collections.ConfigDict(defaults(section))
     config.data.sources = ml_collections.ConfigDict({"main": source_config(path="embedded")})
     return config

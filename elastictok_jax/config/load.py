@@ -9,7 +9,13 @@ from typing import Any
 
 import ml_collections
 
-from elastictok_jax.config.defaults import SOURCE, TOP, default_config, sections, source_config
+from elastictok_jax.config.defaults import (
+    SOURCE,
+    TOP,
+    default_config,
+    default_sections,
+    source_config,
+)
 from elastictok_jax.config.schema import check
 from elastictok_jax.errors import UsageError
 from elastictok_jax.models.registry import DEFAULT_FAMILY, family_module
@@ -115,7 +121,7 @@ def resolve(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     config.lock()
     family = config.model.get("family", DEFAULT_FAMILY)
     keys = {name: key for name, key in TOP.items()}
-    for section, of_section in sections(family).items():
+    for section, of_section in default_sections(family).items():
         keys |= {f"{section}.{name}": key for name, key in of_section.items()}
     flat = {key: value for key, value in flatten(config).items() if not re.match(IN_SOURCE, key)}
     for key in flat.keys() - keys.keys():
@@ -139,7 +145,7 @@ def resolve(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
 
 def key_docs(flat: Mapping[str, Any]) -> list[tuple[str, Any, str]]:
     """Returns (key, value, what it means) of a resolved config's dotted keys, sections in order."""
-    every = sections(flat["model.family"])
+    every = default_sections(flat["model.family"])
     docs = {name: key.doc for name, key in TOP.items()}
     docs |= {f"{s}.{name}": key.doc for s, keys in every.items() for name, key in keys.items()}
     order = list(docs)

@@ -19,36 +19,37 @@ PIPE = "-"
 
 
 @dataclass
-class Footage:
+class FrameStream:
     """Frames that can be read once.
 
     Attributes:
       name: its name in messages.
-      stream: uint8 [H, W, 3] each.
-      height, width: in pixels, of `stream`; fps: frames a second, 0 for an image.
-      frames: the most frames that follow, None if unknown.
-      notes: what is lost of the original, a line each.
-      fault: why `stream` ended early; "" unless a pipe was cut off.
+      frames: uint8 [H, W, 3] each.
+      height, width: in pixels, of `frames`.
+      fps: frames per second, 0 for an image.
+      num_frames: upper bound on the number of `frames`, None if unknown.
+      notes: lines on what is lost of the original.
+      fault: why `frames` ended early; "" unless a pipe was cut off.
     """
 
     name: str
-    stream: Iterable[np.ndarray]
+    frames: Iterable[np.ndarray]
     height: int
     width: int
     fps: float
-    frames: int | None
+    num_frames: int | None
     notes: list[str] = field(default_factory=list)
     fault: str = ""
 
 
-def open_footage(
+def open_frame_stream(
     source: str,
     *,
     side: int | None = None,
     max_frames: int | None = None,
     size: tuple[int, int] | None = None,
     fps: float | None = None,
-) -> Footage:
+) -> FrameStream:
     """Opens an image, a video, or "-": standard input with raw rgb24 or y4m.
 
     Args:
@@ -68,7 +69,7 @@ def open_footage(
     if fps is not None and not media.is_rate(fps):
         raise UsageError(f"--fps {fps:g}: give the frames a second, e.g. 4")
     if source == PIPE:
-        footage = _open_pipe(size=size, fps=fps)
+        stream = _open_pipe(size=size, fps=fps)
     elif size is not None:
         raise UsageError(f"--size is for raw frames from a pipe: {source} has its own")
     elif media.file_kind(source) == "image":
@@ -76,23 +77,23 @@ def open_footage(
             raise UsageError(f"--fps {fps:g}: {source} is an image; leave it out")
         image = media.read_image(source)
         height, width, _ = image.shape
-        footage = Footage(source, [image], height, width, fps=0.0, frames=1)
+        stream = FrameStream(source, [image], height, width, fps=0.0, num_frames=1)
     else:
-        footage = _open_video(source, fps=fps)
+        stream = _open_video(source, fps=fps)
     if source != PIPE and (loss := media.loss_on_reading(source)):
-        footage.notes.append(f"{source} {loss}")
+        stream.notes.append(f"{source} {loss}")
     if max_frames is not None:
-        footage.stream = islice(footage.stream, max_frames)
-        footage.frames = min(max_frames, footage.frames or max_frames)
+        stream.frames = islice(stream.frames, max_frames)
+        stream.num_frames = min(max_frames, stream.num_frames or max_frames)
     if side is not None:
-        footage.stream = _resized(footage.stream, side=side)
-        footage.height, footage.width = media.scaled_size(
-            footage.height, footage.width, side=side, name=footage.name
+        stream.frames = _resized(stream.frames, side=side)
+        stream.height, stream.width = media.scaled_size(
+            stream.height, stream.width, side=side, name=stream.name
         )
-    return footage
+    return stream
 
 
-def _open_video(source: str, *, fps: float | None) -> Footage:
+def _open_video(source: str, *, fps: float | None) -> FrameStream:
     reader = media.VideoReader(source)
     indices = reader.indices_at(fps or reader.fps)
     lowered = fps is not None and fps < reader.fps
@@ -106,13 +107,13 @@ def _open_video(source: str, *, fps: float | None) -> Footage:
             f"{source}: its frame rate varies; every frame is kept, at the mean of "
             f"{reader.fps:.6g} a second"
         )
-    return Footage(
+    return FrameStream(
         name=source,
-        stream=_in_order(reader, indices),
+        frames=_in_order(reader, indices),
         height=reader.height,
         width=reader.width,
         fps=fps if fps is not None and lowered else reader.fps,
-        frames=len(indices),
+        num_frames=len(indices),
         notes=notes,
     )
 
@@ -124,32 +125,32 @@ def _in_order(reader: media.VideoReader, indices: np.ndarray) -> Iterator[np.nda
             yield from [reader.read(int(index), 1)[0]] * int(times)
 
 
-def _open_pipe(*, size: tuple[int, int] | None, fps: float | None) -> Footage:
+def _open_pipe(*, size: tuple[int, int] | None, fps: float | None) -> FrameStream:
     if sys.stdin is None or sys.stdin.isatty():
         raise UsageError("standard input is no pipe: send raw rgb24 frames or y4m into it")
-    stream: BinaryIO = sys.stdin.buffer
+    pipe: BinaryIO = sys.stdin.buffer
     if size is None:
-        header = raw_video.read_y4m_header(stream)
+        header = raw_video.read_y4m_header(pipe)
         height, width, rate = header.height, header.width, fps or header.fps
-        frames = raw_video.read_y4m(stream, header)
+        frames = raw_video.read_y4m(pipe, header)
     else:
         (width, height), rate = size, fps or 0.0
         raw_video.require_size(height, width)
-        frames = raw_video.read_raw(stream, height=height, width=width)
+        frames = raw_video.read_raw(pipe, height=height, width=width)
     if not rate:
         raise UsageError("standard input does not give its frame rate: add --fps, e.g. --fps 30")
     if not media.is_rate(rate):
         raise UsageError(f"standard input gives {rate:g} frames a second: say how many by --fps")
-    footage = Footage("standard input", [], height, width, rate, None)
-    footage.stream = _until_cut_off(frames, footage)
-    return footage
+    stream = FrameStream("standard input", [], height, width, rate, None)
+    stream.frames = _until_cut_off(frames, stream)
+    return stream
 
 
-def _until_cut_off(frames: Iterator[np.ndarray], footage: Footage) -> Iterator[np.ndarray]:
+def _until_cut_off(frames: Iterator[np.ndarray], stream: FrameStream) -> Iterator[np.ndarray]:
     try:
         yield from frames
     except raw_video.CutOff as cut:
-        footage.fault = f"{footage.name} ended {cut}"
+        stream.fault = f"{stream.name} ended {cut}"
 
 
 def _resized(frames: Iterable[np.ndarray], *, side: int) -> Iterator[np.ndarray]:

@@ -1,4 +1,4 @@
-"""Batches by index: batch k is a function of (seed, k), so the position is one number.
+"""Reads batches by index: batch k is a function of (seed, k), so the position is one number.
 
 Dimension key: B rows, N blocks of a row, P inputs of a block, S inputs of a row (N x P), D values
 of an input.
@@ -30,19 +30,19 @@ from elastictok_jax.errors import RunError, UsageError
 from elastictok_jax.models.base import Codec, Geometry
 
 Batch = dict[str, np.ndarray]
-ON_DEVICE = 2  # batches that wait on the device, beside the one in use
+ON_DEVICE = 2  # batches ready on the device, besides the one in use
 JOIN_SECONDS = 5.0
-ENOUGH_BLOCKS = 100  # to judge from what share of the data is damaged
+ENOUGH_BLOCKS = 100  # to judge from which fraction of the data is damaged
 
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """Which blocks of each global batch a process reads: those that its devices hold.
+    """The blocks of each global batch that a process reads, those of its devices.
 
     Attributes:
       needed_BN: bool, of each block of each row.
-      counted_BN: bool, of these, the ones whose damage this process counts: of the processes that
-        read a block, one does.
+      counted_BN: bool, the ones among them whose damage this process counts; of all processes
+        that read a block, exactly one counts it.
     """
 
     needed_BN: np.ndarray
@@ -50,12 +50,12 @@ class Part:
 
     @functools.cached_property
     def places_BN(self) -> np.ndarray:
-        """int64: the place of each needed block among all of them, row by row."""
+        """int64 indices of the needed blocks among all blocks, in row-major order."""
         return (np.cumsum(self.needed_BN) - 1).reshape(self.needed_BN.shape)
 
     @functools.cached_property
     def stretch(self) -> int:
-        """Blocks of the longest stretches that all runs of needed blocks are made of."""
+        """The greatest length in blocks that divides all runs of needed blocks."""
         edges = np.diff(np.pad(self.needed_BN, [(0, 0), (1, 1)]).astype(np.int8), axis=1).ravel()
         runs = np.flatnonzero(edges < 0) - np.flatnonzero(edges > 0)
         return math.gcd(*runs.tolist())
@@ -68,12 +68,12 @@ def complete(config: ml_collections.ConfigDict) -> Part:
 
 
 class BatchReader:
-    """Makes any batch, or any part of it, on request; holds no position.
+    """Makes any batch, or any part of one, by index; it has no position.
 
     Args:
       split: "train" or "heldout".
-      part: of each global batch, what this process needs; all, if not given.
-      first_row: the global row that batch 0 begins with.
+      part: the part of each global batch that this process needs; default all of it.
+      first_row: the first global row of batch 0.
 
     Raises:
       UsageError: if the split has no data.
@@ -91,7 +91,7 @@ class BatchReader:
     ):
         self.config, self.codec, self.geometry = config, codec, codec.geometry
         self.first_row = first_row
-        self._batch_size = config.data.batch_size  # looked up once: a ConfigDict is slow
+        self._batch_size = config.data.batch_size  # read once: a ConfigDict is slow
         self.part = complete(config) if part is None else part
         self.feeds = feeds.split(split)
         if not self.feeds:
@@ -105,9 +105,9 @@ class BatchReader:
     def __call__(self, index: int) -> dict[str, Any]:
         """Returns this process's part of batch `index`.
 
-        "patches" uint8 [n, s, D] and "segment_ids" int32 [n, s] are the n stretches of equal length
-        (`Part.stretch`) that the part is made of, in the order of rows and blocks: all rows, of a
-        complete batch. "faults" has a line for each counted block that had to be replaced.
+        "patches" uint8 [n, s, D] and "segment_ids" int32 [n, s] are the part as n stretches of
+        equal length (`Part.stretch`), in the order of rows and blocks; of a complete batch these
+        are its rows. "faults" has a line for each counted block that had to be replaced.
         """
         first = self.first_row + index * self._batch_size
         needed_BN, counted_BN = self.part.needed_BN, self.part.counted_BN
@@ -132,7 +132,7 @@ class BatchReader:
         }
 
     def from_row(self, first_row: int) -> "BatchReader":
-        """Returns a reader whose batch 0 begins with global row `first_row`."""
+        """Returns a reader whose batch 0 starts with global row `first_row`."""
         reader = copy.copy(self)
         reader.first_row = first_row
         return reader
@@ -140,11 +140,11 @@ class BatchReader:
     def read_row(
         self, row: int, *, blocks: Sequence[int] | None = None, out: np.ndarray | None = None
     ) -> dict[str, Any]:
-        """Reads `blocks`, in ascending order, of global row `row`; all, if not given.
+        """Reads `blocks`, ascending, of global row `row`; default all of them.
 
         Returns:
-          patches uint8 [s, D] (in `out`, if given), segment_ids int32 [s], and "faults": what was
-          wrong with each block that had to be replaced, by block.
+          patches uint8 [s, D] (in `out`, if given), segment_ids int32 [s], and faults, a message
+          by block for each block that had to be replaced.
         """
         clips = self.mixture.row(row)
         per_block = self.geometry.inputs
@@ -154,17 +154,17 @@ class BatchReader:
             out = np.empty((len(blocks) * per_block, self.geometry.input_values), np.uint8)
         segments: list[int] = []  # of each block
         faults: dict[int, str] = {}
-        first = 0  # block of the row where the clip begins
+        first = 0  # block of the row where the clip starts
         for number, clip in enumerate(clips, start=1):
             inside = [at for at in blocks if first <= at < first + clip.blocks]
-            # A block at a time, while it is in the processor's cache.
+            # One block at a time, while it is in the CPU cache.
             read = self.clips.read(clip, [clip.start + at - first for at in inside])
             for at, block in zip(inside, read, strict=True):
                 token = len(segments) * per_block
                 self.codec.pack(block.frames, out=out[token : token + per_block])
                 segments.append(number)
                 if block.fault:
-                    segments[-1] = len(clips) + 1 + at  # a clip of its own
+                    segments[-1] = len(clips) + 1 + at  # a separate clip
                     faults[at] = block.fault
             first += clip.blocks
         return {
@@ -181,13 +181,13 @@ def local_part(
     *,
     process: int | None = None,
 ) -> Part:
-    """The blocks of a global batch that the devices of a process hold, if only in part.
+    """Returns the blocks of a global batch of which the devices of a process hold any part.
 
-    A process's chips are seldom neighbours in the order of a mesh, so that its blocks are no
-    rectangle. Of the processes that hold a block, the first counts its damage.
+    They need not form a rectangle, since the chips of a process are rarely neighbours in a mesh. Of
+    the processes that hold a block, the first one counts its damage.
 
     Args:
-      process: this one, if not given.
+      process: default this process.
     """
     process = jax.process_index() if process is None else process
     per_block = geometry.inputs
@@ -206,15 +206,17 @@ def local_part(
 
 
 def read_ahead(reader: BatchReader, *, start: int, stop: int) -> Iterator[dict[str, Any]]:
-    """Batches start, ..., stop - 1 in order, read ahead of use in threads, or in
-    `data.workers` processes that each have such threads. O(1) to seek."""
+    """Yields batches start, ..., stop - 1, read ahead in threads; the start costs O(1).
+
+    With `data.workers`, that many processes run such threads.
+    """
     data = reader.config.data
     ahead = max(data.prefetch, data.decode_threads)
     options = grain.ReadOptions(num_threads=data.decode_threads, prefetch_buffer_size=ahead)
     dataset = grain.MapDataset.range(start, stop).map(reader).to_iter_dataset(options)
     if data.workers:
         if not flags.FLAGS.is_parsed():
-            flags.FLAGS.mark_as_parsed()  # grain looks at its own flags, which nobody gave
+            flags.FLAGS.mark_as_parsed()  # grain reads its own flags, which are not parsed here
         dataset = dataset.mp_prefetch(
             grain.MultiprocessingOptions(num_workers=data.workers, per_worker_buffer_size=1),
             worker_init_fn=end_with_parent,
@@ -224,7 +226,7 @@ def read_ahead(reader: BatchReader, *, start: int, stop: int) -> Iterator[dict[s
 
 
 def _from_workers(batches: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """`batches`, whose processes start when the first is asked for."""
+    """Yields `batches`; their processes start with the first request."""
     with kept_from_children():
         first = next(batches, None)
     if first is not None:
@@ -233,7 +235,7 @@ def _from_workers(batches: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]
 
 
 def end_with_parent(worker: int, workers: int) -> None:
-    """Has a worker process end when its parent does, also when that is killed."""
+    """Makes a worker process end with its parent, even if that is killed."""
     parent = multiprocessing.parent_process()
     if parent is None:
         return
@@ -246,7 +248,7 @@ def end_with_parent(worker: int, workers: int) -> None:
 
 
 def to_device(batch: Batch, reader: BatchReader, sharding: NamedSharding) -> dict[str, jax.Array]:
-    """A reader's part of a batch as shards of global uint8 and int32 [B, S, ...] arrays."""
+    """Puts a reader's part of a batch on the devices, as shards of global [B, S, ...] arrays."""
     shape = reader.config.data.batch_size, reader.geometry.row_inputs
     per_block, places_BN = reader.geometry.inputs, reader.part.places_BN
 
@@ -260,7 +262,7 @@ def to_device(batch: Batch, reader: BatchReader, sharding: NamedSharding) -> dic
             first = left // per_block
             places = places_BN[top:bottom, first : -(-right // per_block)].ravel()
             low, high = int(places[0]), int(places[-1]) + 1
-            # Blocks that lie side by side, which is the rule, are not copied.
+            # Adjacent blocks, the usual case, are not copied.
             held = blocks_PL[low:high] if high - low == len(places) else blocks_PL[places]
             tokens = held.reshape(bottom - top, -1, *part.shape[2:])
             return tokens[:, left - first * per_block : right - first * per_block]
@@ -271,16 +273,16 @@ def to_device(batch: Batch, reader: BatchReader, sharding: NamedSharding) -> dic
 
 
 class DeviceBatches:
-    """Batches start, ..., stop - 1 on the devices, read and placed by a thread ahead of use.
+    """Iterates over batches start, ..., stop - 1 on the devices, placed ahead of use by a thread.
 
     Args:
       replaced_before: blocks of all processes that could not be read before the run was resumed.
         With the rows before `reader.first_row` they count towards the limit on damage, so that
-        one damaged file does not stop a long run that happens to resume at it.
+        a long run that resumes at a damaged file is not stopped by it.
 
     Attributes:
-      replaced: blocks so far that could not be read, of those that this process counts.
-      new_faults: what was wrong with them, each once, since it was last emptied.
+      replaced: counted blocks so far that could not be read.
+      new_faults: messages on them, each once, since the list was last cleared.
     """
 
     def __init__(
@@ -296,7 +298,7 @@ class DeviceBatches:
         self._reader, self._sharding = reader, sharding
         self._queue: queue.Queue = queue.Queue(ON_DEVICE)
         self._closed = threading.Event()
-        share = float(reader.part.counted_BN.mean())  # of what all processes were given before
+        share = float(reader.part.counted_BN.mean())  # blocks of all processes so far
         self._given = round(share * reader.first_row * self._data.sequence_blocks)
         self._replaced_before = round(share * replaced_before)
         self.replaced = 0
@@ -308,7 +310,7 @@ class DeviceBatches:
         self._thread.start()
 
     def __next__(self) -> dict[str, jax.Array]:
-        """The next batch.
+        """Returns the next batch.
 
         Raises:
           RunError: if a worker process has died, reading failed, no batch has come for
@@ -348,7 +350,7 @@ class DeviceBatches:
                 self._put((to_device(batch, self._reader, self._sharding), faults))
                 if self._closed.is_set():
                     return
-        except BaseException as error:  # whatever it is, the loop must hear of it
+        except BaseException as error:  # any error must reach the loop
             self._put((error, []))
 
     def _put(self, entry: tuple[Any, list[str]]) -> None:
@@ -361,4 +363,4 @@ class DeviceBatches:
     def close(self) -> None:
         """Stops reading."""
         self._closed.set()
-        self._thread.join(timeout=JOIN_SECONDS)  # a read that hangs must not hold up the exit
+        self._thread.join(timeout=JOIN_SECONDS)  # a read that hangs must not block the exit

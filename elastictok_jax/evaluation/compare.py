@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from elastictok_jax.config import flatten, read_config
 from elastictok_jax.errors import UsageError
 from elastictok_jax.evaluation.report.drawing import plt
-from elastictok_jax.evaluation.report.html import DPI, Picture, Section, Table, text, write_page
+from elastictok_jax.evaluation.report.html import DPI, Picture, Section, Table, text, write_html
 from elastictok_jax.evaluation.report.reconstructions import drawing
 from elastictok_jax.storage.atomic import columns, make_folder, write_csv, write_json
 from elastictok_jax.training.metric_writers import read_metrics
@@ -145,7 +145,7 @@ def _write(
         drawing.save(figure, picture, dpi=DPI)
         parts.insert(0, Picture(figure, "metrics by step"))
     command = shlex.join(["elastictok", "compare", *map(str, runs), "-o", "DIR"])
-    write_page(
+    write_html(
         output / "report.html",
         title=f"{len(rows)} runs",
         summary=" ".join(filter(None, ("From their metrics.jsonl.", warning(rows)))),

@@ -44,7 +44,7 @@ def joined(records: Sequence[Record], key: str) -> np.ndarray:
     return np.concatenate(found) if found else np.zeros(0)
 
 
-def share_met_by_tokens(
+def fraction_met_by_tokens(
     lengths_N: np.ndarray, met_N: np.ndarray, *, least: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Computes the largest fraction of blocks that can meet a target, by mean tokens per block.
@@ -71,7 +71,7 @@ def tokens_for_share(
 
     Returns None if no number of tokens suffices.
     """
-    tokens, shares = share_met_by_tokens(lengths_N, met_N, least=least)
+    tokens, shares = fraction_met_by_tokens(lengths_N, met_N, least=least)
     enough = np.flatnonzero(shares >= share - 1e-9)
     return float(tokens[enough[0]]) if enough.size else None
 
@@ -80,7 +80,7 @@ def share_for_tokens(
     lengths_N: np.ndarray, met_N: np.ndarray, *, least: int, tokens: float
 ) -> float:
     """Returns the fraction of blocks that can meet a target with a mean of `tokens` per block."""
-    spent, shares = share_met_by_tokens(lengths_N, met_N, least=least)
+    spent, shares = fraction_met_by_tokens(lengths_N, met_N, least=least)
     return float(shares[spent <= max(tokens, least) + 1e-9].max())
 
 

@@ -1,6 +1,6 @@
-"""`elastictok inspect-data`: a picture of one batch, with its clips and what each block keeps.
+"""Draws a picture of one batch, with its clips and the tokens that each block keeps.
 
-Everything is placed in pixels of the picture. Dimension key: n blocks shown, N blocks of a row,
+Positions are in pixels of the picture. Dimension key: n blocks shown, N blocks of a row,
 L tokens a block, F frames of a block that are shown, H height, W width.
 """
 
@@ -43,7 +43,7 @@ REPLACED = "#c00000"
 def inspect_data(
     config: ml_collections.ConfigDict, *, output: Path, split: str = "train", batch: int = 0
 ) -> dict[str, Any]:
-    """Draws batch `batch` of a new run, counted from 0, as a PNG, and returns what is in it.
+    """Draws batch `batch` of a new run, counted from 0, as a PNG, and returns a summary of it.
 
     Raises:
       UsageError: bad config, data, batch or output.
@@ -78,12 +78,13 @@ class Row:
     """A row of a global batch.
 
     Attributes:
-      number: the global row; clips: left to right, each with the name of its source and item.
-      segments_N: int32, 0 = padding; clips count from 1, a replaced block is a segment of its own.
-      clip_N: int64, the place in `clips` of what stands in each block, -1 for padding.
-      lengths_N: int32, tokens that each block keeps; None where no training step sees the row.
-      replaced: for each block that could not be read, why.
-      frames_nFHWC: uint8, the blocks asked for.
+      number: the global row.
+      clips: left to right, each with the name of its source and item.
+      segments_N: int32, 0 = padding; clips count from 1, a replaced block is a separate segment.
+      clip_N: int64, index in `clips` of each block's clip, -1 for padding.
+      lengths_N: int32, tokens that each block keeps; None if no training step sees the row.
+      replaced: the error of each block that could not be read.
+      frames_nFHWC: uint8, frames of the requested blocks.
     """
 
     number: int
@@ -118,9 +119,9 @@ def read_rows(
     lengths_BN: np.ndarray | None,
     shrink: Callable[[np.ndarray], np.ndarray],
 ) -> list[Row]:
-    """All rows of a batch, with the frames of `blocks` of each, made smaller by `shrink`.
+    """Returns all rows of a batch, with the frames of `blocks` of each, reduced by `shrink`.
 
-    One row a thread is held at full size, since a batch of long rows may not fit in memory.
+    Each thread holds one row at full size, since a batch of long rows may not fit in memory.
     """
     config = reader.config
     first = reader.first_row + batch * config.data.batch_size
@@ -139,7 +140,7 @@ def read_rows(
 def read_row(
     reader: BatchReader, number: int, *, blocks: np.ndarray, lengths_N: np.ndarray | None
 ) -> Row:
-    """Global row `number`, with the frames of `blocks`."""
+    """Returns global row `number`, with the frames of `blocks`."""
     per_block = reader.geometry.inputs
     parts = reader.read_row(number)
     clips = reader.mixture.row(number)
@@ -163,8 +164,10 @@ def read_row(
 
 
 def batch_lengths(config: ml_collections.ConfigDict, task: Task, step: int) -> np.ndarray | None:
-    """Returns int32 [B, N]: the tokens that the training step keeps of its batch after `step`
-    steps; None for a task that drops none."""
+    """Returns int32 [B, N], the tokens that each block keeps at training step `step`.
+
+    None for a task that does not drop tokens.
+    """
 
     def draw(step: jax.Array) -> jax.Array | None:
         return task.keep_lengths(jnp.arange(config.data.batch_size), StepKeys(config.seed, step))
@@ -200,13 +203,13 @@ def summarise_batch(
 
 
 def evenly(count: int, *, most: int) -> np.ndarray:
-    """int64: up to `most` of 0, ..., count - 1, as even as can be, the first among them."""
+    """Returns int64, up to `most` of 0, ..., count - 1, evenly spaced from 0."""
     shown = min(count, max(1, most))
     return np.arange(shown) * count // shown
 
 
 def thumbnails(frames_nFHWC: np.ndarray) -> np.ndarray:
-    """uint8 [n, F, THUMB, THUMB, 3]."""
+    """Returns thumbnails uint8 [n, F, THUMB, THUMB, 3]."""
     n, shown, *_ = frames_nFHWC.shape
     small = np.empty((n, shown, THUMB, THUMB, 3), np.uint8)
     for block, frame in np.ndindex(n, shown):
@@ -246,7 +249,7 @@ def draw_batch(
     blocks: np.ndarray,
     tokens_per_block: int,
 ) -> None:
-    """Writes a PNG of `rows`, one below the other; `blocks` are those they have frames of."""
+    """Writes a PNG of `rows`, one below the other, with frames of `blocks`."""
     per_row, frames = config.data.sequence_blocks, rows[0].frames_nFHWC.shape[1]
     notes = [
         f"{shown} of {total} {what} shown"
@@ -285,7 +288,7 @@ def _colour(row: Row, block: int) -> str:
 
 
 def _draw_row(axes, row: Row, *, top: int, blocks: np.ndarray) -> None:
-    """Labels and thumbnails, a frame around each run of blocks of one segment."""
+    """Draws labels and thumbnails, with a frame around each run of blocks of one segment."""
     count, padding = len(row.segments_N), int((row.segments_N == 0).sum())
     about = f"row {row.number}\n{len(row.clips)} clips"
     about += f"\n{padding} padding" if padding else ""
@@ -328,7 +331,7 @@ def _draw_row(axes, row: Row, *, top: int, blocks: np.ndarray) -> None:
 
 
 def _label(row: Row, block: int) -> tuple[str, str]:
-    """Source and blocks, and item, of what stands in a block."""
+    """Returns the source, blocks and item of the clip in a block, as text."""
     if row.segments_N[block] == 0:
         return "padding", ""
     clip, source, item = row.clips[row.clip_N[block]]
@@ -340,7 +343,7 @@ def _label(row: Row, block: int) -> tuple[str, str]:
 
 
 def _draw_lengths(axes, row: Row, *, top: int, blocks: np.ndarray, most: int) -> None:
-    """A bar for every block of the row, also where only some have thumbnails."""
+    """Draws a bar for every block of the row, with or without thumbnail."""
     assert row.lengths_N is not None
     count = len(row.lengths_N)
     wide = len(blocks) * row.frames_nFHWC.shape[1] * THUMB / count

@@ -1,26 +1,26 @@
-"""What one model makes of one clip: every figure that tables and plots are drawn from.
+"""Measures one model on one clip: all figures that tables and plots are made from.
 
-A record is a flat dictionary of arrays, so that a clip that has been measured can be put aside and
-need not be measured again. Dimension key: N blocks, T frames, F frames a block.
+A record is a flat dictionary of arrays, so that it can be stored and the clip need not be measured
+again. Dimension key: N blocks, T frames, F frames a block.
 
     pixels []                           of the clip
     energy [N]                          high-frequency energy of the pixels
-    cuts [C]                            frames before which the scene changes
-    target/X/{lengths,met,mse} [N]      coded to MSE X with all the context that there is
+    cuts [C]                            first frames of a scene
+    target/X/{lengths,met,mse} [N]      coded to MSE X with all available context
     target/X/{evaluations,encoder_passes} [N]
-    target/X/codes                      of all blocks, one after the other
-    target/X/seconds []                 nan where it waited for the compiler
+    target/X/codes                      of all blocks, concatenated
+    target/X/seconds []                 nan if it includes compilation
     search/NAME/...                     the same of the first blocks, by a search of `SEARCHES` *
-    single/lengths [N]                  to the main target, each block as a clip of its own *
-    share/S/{mse,lengths} [N]           every block coded with the share S of all tokens
-    share/S/NAME [T]                    frame metrics of the frames that decodes to
-    share/S/frame [H, W, 3]             the first of them
+    single/lengths [N]                  to the main target, each block as a separate clip *
+    share/S/{mse,lengths} [N]           every block coded with the fraction S of all tokens
+    share/S/NAME [T]                    metrics of the decoded frames
+    share/S/frame [H, W, 3]             the first decoded frame
     share/S/{bits,coded_bits} []        nominal and entropy-coded
     share/S/features [K, 400]           for a Frechet distance to original/features
     share/S/codes [tokens]              FSQ codes
     context/W/mse [N]                   coded with half of all tokens, W blocks seeing each other *
 
-* not of a fixed tokenizer.
+* not for a fixed tokenizer.
 """
 
 import copy
@@ -48,22 +48,22 @@ from elastictok_jax.tokenizer.tiling import Grid
 from elastictok_jax.tokenizer.tokens import Tokens
 
 Record = dict[str, np.ndarray]
-# Of frames uint8 [T, H, W, 3] and what they became: a name and values [T] each.
+# Returns values [T] by name, of frames uint8 [T, H, W, 3] and their reconstruction.
 PerFrame = Callable[[np.ndarray, np.ndarray], dict[str, np.ndarray]]
-CONTEXT_SHARE = 0.5  # of all tokens, where context is varied
-SHARES = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4, 1.0)  # of a block's tokens
-BPP16 = (0.31, 0.56, 0.81, 1.0)  # bits per pixel x 16 that newer papers report at
+CONTEXT_SHARE = 0.5  # fraction of all tokens at which context is varied
+SHARES = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4, 1.0)  # fractions of a block's tokens
+BPP16 = (0.31, 0.56, 0.81, 1.0)  # bits per pixel x 16 at which newer papers report
 
 
 @dataclass(frozen=True)
 class MeasurementPlan:
-    """What is measured.
+    """The settings of a measurement.
 
     Attributes:
       targets: MSE on the [-1, 1] scale, ascending.
       contexts: numbers of blocks that see each other.
-      main_target: to which blocks are coded alone as well, and by every search.
-      search_blocks: how many blocks of a clip are coded by every search.
+      main_target: the target for single blocks and for the comparison of searches.
+      search_blocks: number of blocks of a clip that every search codes.
     """
 
     targets: tuple[float, ...]
@@ -74,13 +74,13 @@ class MeasurementPlan:
 
 @dataclass(frozen=True)
 class FrameMetrics:
-    """Metrics of decoded frames beside the error; each is shared by all clips.
+    """Metrics of decoded frames besides the error, shared by all clips.
 
     Attributes:
       frames: per-frame metrics.
-      features: float32 [K, D] of the K stretches of a video that a Frechet distance compares; None
-        where its network is not there.
-      name: which metrics these are.
+      features: returns float32 [K, D] of the K stretches of a video that a Frechet distance
+        compares; None if its network is not installed.
+      name: identifies this set of metrics.
     """
 
     name: str
@@ -91,7 +91,7 @@ class FrameMetrics:
 def measure_clip(
     tokenizer: ElasticTokenizer, clip: EvalClip, plan: MeasurementPlan, frame_metrics: FrameMetrics
 ) -> Record:
-    """All figures of a clip of the model's resolution, cut into blocks of one tile."""
+    """Returns all figures of a clip of the model's resolution, cut into blocks of one tile."""
     grid = Grid(clip.frames.shape[:3], tokenizer.geometry)
     record: Record = {
         "pixels": np.asarray(math.prod(clip.frames.shape[:3])),
@@ -137,8 +137,11 @@ def measure_clip(
 def measurement_plan(
     tokenizer: ElasticTokenizer, evaluation: ml_collections.ConfigDict
 ) -> MeasurementPlan:
-    """What the config's section asks for: `targets` and `search_blocks`; contexts that double up to
-    the one trained with, or to half of `max_blocks`, so that clips have blocks to measure it by."""
+    """Returns the plan of the config's section, for clips of up to `max_blocks` blocks.
+
+    Contexts double up to the one trained with, or to half of `max_blocks`, so that clips have
+    blocks with that context.
+    """
     targets = tuple(sorted(evaluation.targets))
     window = max(1, min(tokenizer.window_blocks, evaluation.max_blocks // 2))
     return MeasurementPlan(
@@ -154,7 +157,7 @@ def pixels_per_block(config: ml_collections.ConfigDict) -> int:
 
 
 def describe_model(tokenizer: ElasticTokenizer) -> dict[str, Any]:
-    """What figures and tables need to know of a model, as JSON values."""
+    """Returns the properties of a model that figures and tables use, as JSON values."""
     config, code = tokenizer.config, tokenizer.codec.code
     return {
         "experiment": config.name,
@@ -177,8 +180,11 @@ def describe_model(tokenizer: ElasticTokenizer) -> dict[str, Any]:
 
 
 def shares_of(tokenizer: ElasticTokenizer) -> tuple[float, ...]:
-    """The shares of all tokens that a model is measured at, ascending: SHARES and what BPP16 takes
-    for video, as far as it was trained with so few; a fixed tokenizer's own alone."""
+    """Returns the fractions of all tokens that a model is measured at, ascending.
+
+    These are SHARES and, for video, those of BPP16, down to the fewest tokens in training; for a
+    fixed tokenizer, only its own.
+    """
     fixed, every = tokenizer.geometry.fixed_tokens, tokenizer.tokens_per_block
     if fixed is not None:
         return (fixed / every,)
@@ -190,10 +196,10 @@ def shares_of(tokenizer: ElasticTokenizer) -> tuple[float, ...]:
 
 
 def block_energy(frames_THWC: np.ndarray, *, frames_per_block: int) -> np.ndarray:
-    """float64 [N]: high-frequency energy of each block, the mean of its frames'.
+    """Returns float64 [N], the mean high-frequency energy of the frames of each block.
 
-    Of the luminance on the [-1, 1] scale, what lies at or above a quarter of a cycle a pixel, half
-    of the highest frequency that an axis holds, in mean square of pixels (Parseval).
+    It is the energy of the luminance, on the [-1, 1] scale, at or above 0.25 cycles per pixel, half
+    the Nyquist frequency, as a mean square of pixels (Parseval).
     """
     luma = frames_THWC.astype(np.float64) @ np.asarray([0.299, 0.587, 0.114]) / 127.5 - 1.0
     height, width = luma.shape[1:]
@@ -206,13 +212,13 @@ def block_energy(frames_THWC: np.ndarray, *, frames_per_block: int) -> np.ndarra
 
 
 def scene_cuts(frames_THWC: np.ndarray) -> np.ndarray:
-    """int64 [C]: frames that begin another scene."""
+    """Returns int64 [C], the first frames of scenes after the first."""
     cuts = SceneCuts()
     return np.asarray([t for t, frame in enumerate(frames_THWC) if cuts.is_cut(frame)], np.int64)
 
 
 def _with_window(tokenizer: ElasticTokenizer, blocks: int) -> ElasticTokenizer:
-    """The same tokenizer, but for how many blocks see each other."""
+    """Returns the same tokenizer with another number of blocks that see each other."""
     other = copy.copy(tokenizer)
     other.window_blocks = blocks
     return other
@@ -232,7 +238,7 @@ def _to_target(
 def _timed_code(
     tokenizer: ElasticTokenizer, clip: EvalClip, policy: LengthPolicy
 ) -> tuple[list[CodedBlock], float]:
-    """The clip's blocks, and the seconds that they took."""
+    """Returns the coded blocks of a clip, and the seconds that it took."""
     grid = Grid(clip.frames.shape[:3], tokenizer.geometry)
     start = time.perf_counter()
     coded = tokenizer.code(clip.frames, grid, [policy], metric="mse")
@@ -282,7 +288,7 @@ def _at_share(
 def coded_to_target(
     tokenizer: ElasticTokenizer, clip: EvalClip, record: Record, target: float
 ) -> Tokens:
-    """The tokens of a clip as a record has them."""
+    """Returns the entries of a record for the tokens of a clip."""
     of = {name: record[f"target/{target:g}/{name}"] for name in ("codes", "lengths", "mse", "met")}
     return Tokens(
         codes=np.split(of["codes"], np.cumsum(of["lengths"])[:-1]),

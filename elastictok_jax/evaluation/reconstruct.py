@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from elastictok_jax.data.frame_stream import PIPE, open_footage
+from elastictok_jax.data.frame_stream import PIPE, open_frame_stream
 from elastictok_jax.errors import UsageError
 from elastictok_jax.evaluation.eval_clips import EvalClip, code_clip
 from elastictok_jax.evaluation.report.drawing import label
@@ -37,13 +37,13 @@ def reconstruct_file(
     """
     if source == PIPE:
         raise UsageError("reconstruct reads a file: `elastictok encode -` reads a pipe")
-    footage = open_footage(source, side=resolution, max_frames=max_frames, fps=fps)
+    stream = open_frame_stream(source, side=resolution, max_frames=max_frames, fps=fps)
     tokenizer = ElasticTokenizer.from_pretrained(model)
     make_folder(output)
-    frames = np.stack(list(footage.stream))
-    for note in footage.notes:
+    frames = np.stack(list(stream.frames))
+    for note in stream.notes:
         print(f"note: {note}", file=sys.stderr)
-    clip = EvalClip(Path(source).stem, frames, footage.fps)
+    clip = EvalClip(Path(source).stem, frames, stream.fps)
     coded = code_clip(tokenizer, clip, goals=[goal], progress=show_blocks)
     sizes = dict(
         frames_per_block=tokenizer.config.video.frames_per_block,

@@ -49,11 +49,11 @@ def _filled(
     fixed = math.prod(size for size in sizes.values() if size != -1)
     if free:
         if count % fixed:
-            raise UsageError(f"{text}: {fixed} does not divide the {count} {things} at hand")
+            raise UsageError(f"{text}: {fixed} does not divide the {count} {things} available")
         sizes[free[0]] = count // fixed
     elif fixed != count:
         raise UsageError(
-            f"{text}: {fixed} {things} are asked for and {count} are at hand; set one to -1 "
+            f"{text}: {fixed} {things} are requested and {count} are available; set one to -1 "
             "to take what is left"
         )
     return sizes
@@ -83,7 +83,7 @@ def make_mesh(
         between = _filled(config, DCN, count=len(slices), things=kind)
     elif len(slices) > 1 and not by_process:
         raise UsageError(
-            f"the devices are {len(slices)} slices: say along which axis they lie, "
+            f"the devices are {len(slices)} slices: set the axis along them, "
             "most often mesh.dcn_data=-1"
         )
     within = mesh_sizes(config, devices=len(devices) // math.prod(between.values()))

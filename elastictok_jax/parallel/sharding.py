@@ -75,7 +75,7 @@ def replicate(tree, mesh: Mesh):
     )
 
 
-class Whole(NamedTuple):
+class ReplicatedArray(NamedTuple):
     """A replicated array."""
 
     name: str
@@ -83,13 +83,13 @@ class Whole(NamedTuple):
     mebibytes: float
 
 
-def left_whole(abstract, *, above_mebibytes: float = 1.0) -> list[Whole]:
+def replicated_arrays(abstract, *, above_mebibytes: float = 1.0) -> list[ReplicatedArray]:
     """Returns the replicated arrays of a tree of ShapeDtypeStructs with shardings, largest first.
 
     Leaves out arrays up to `above_mebibytes`, and all arrays on a mesh of one device.
     """
     found = [
-        Whole(name, leaf.shape, leaf.size * leaf.dtype.itemsize / MEBIBYTE)
+        ReplicatedArray(name, leaf.shape, leaf.size * leaf.dtype.itemsize / MEBIBYTE)
         for name, leaf in _named(abstract)
         if leaf.sharding.num_devices > 1 and leaf.sharding.is_fully_replicated
     ]
@@ -107,8 +107,8 @@ def sharding_notes(abstract) -> list[str]:
         total = sum(leaf.size * leaf.dtype.itemsize for _, leaf in leaves) / MEBIBYTE
         return [f"each of {mesh.size} devices holds all of the state, {total:.1f} MiB: mesh.fsdp=1"]
     notes = [
-        f"whole on each of {mesh.size} devices: {name} {list(shape)}, {mebibytes:.1f} MiB"
-        for name, shape, mebibytes in left_whole(abstract)
+        f"replicated on each of {mesh.size} devices: {name} {list(shape)}, {mebibytes:.1f} MiB"
+        for name, shape, mebibytes in replicated_arrays(abstract)
     ]
     uncut = [name for name, leaf in leaves if _axes(leaf) & WEIGHT_AXES == {"fsdp"}]
     if mesh.shape["sequence"] > 1 and uncut:

@@ -42,7 +42,7 @@ from elastictok_jax.tokenizer.router import FILE, Router
 from elastictok_jax.tokenizer.tiling import Grid, checked_video, in_blocks
 from elastictok_jax.tokenizer.tokens import Tokens, require_alike
 
-Progress = Callable[[int, int], None]
+ProgressCallback = Callable[[int, int], None]
 SPENDING_ROUNDS = 4  # times that all clips are measured to spend a budget
 
 
@@ -138,7 +138,7 @@ class ElasticTokenizer:
         total_tokens: int | None = None,
         search: str = "hybrid",
         fps: float = 0.0,
-        progress: Progress | None = None,
+        progress: ProgressCallback | None = None,
     ) -> Tokens | list[Tokens]:
         """Encodes one clip or several with given lengths, to a quality, or within a budget.
 
@@ -306,7 +306,7 @@ class ElasticTokenizer:
         policies: Sequence[LengthPolicy],
         *,
         metric: str,
-        progress: Progress | None = None,
+        progress: ProgressCallback | None = None,
     ) -> list[CodedBlock]:
         """Codes the blocks of a clip; returns them time first.
 

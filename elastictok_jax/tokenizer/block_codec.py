@@ -2,10 +2,10 @@
 
 Dimension key: C candidates, L tokens a block, Z values of a token, F frames a block, R side.
 
-What is kept of a block was decoded by the very program that `ClipDecoder` runs on the stored codes,
-one candidate at a time, so what is reported is what is decoded, to the last bit. Errors of several
-candidates at once come from programs of other shapes and may differ in the last digits: good
-enough to choose by, and the choice is measured again.
+The chosen candidate of a block is decoded by the same compiled program that `ClipDecoder` runs on
+the stored codes, so the reported error is that of the decoded frames, to the last bit. Errors of
+several candidates at once come from programs of other shapes and may differ in the last digits;
+they are good enough to choose by, and the choice is measured again.
 """
 
 import dataclasses
@@ -25,10 +25,10 @@ CANDIDATES = 16  # most lengths of a block that one call measures
 
 @dataclasses.dataclass(frozen=True)
 class CompiledCodec:
-    """A codec, which compiles its programs once, with the weights that all clips share.
+    """A codec with its weights, whose programs are compiled once for all clips.
 
     Attributes:
-      key: of decoders that sample, a function of the model's fingerprint.
+      key: random key of decoders that sample, a function of the model's fingerprint.
     """
 
     codec: Codec
@@ -36,7 +36,7 @@ class CompiledCodec:
     key: Array
 
     def encode(self, inputs: Array, lengths_C: np.ndarray, past: Any) -> tuple[Array, Any]:
-        """Returns codes [C, L, ...] of a block, and what `Codec.extend` takes of one candidate."""
+        """Returns codes [C, L, ...] of a block and, of one candidate, `Codec.extend`'s input."""
         return self.codec.encode(self.params, inputs, self._keep(lengths_C), past)
 
     def decode(
@@ -52,14 +52,15 @@ class CompiledCodec:
 
 @dataclasses.dataclass(frozen=True)
 class CodedBlock:
-    """A block as it was kept.
+    """A block at its final length.
 
     Attributes:
       codes: int32 [n] (FSQ) or float32 [n, Z] (VAE).
-      error: what was chosen by; mse: on the [-1, 1] scale after clipping. Of the decoded pixels.
-      met: whether `error` meets the target; true where there was none.
-      evaluations: lengths measured, each a pass of encoder and decoder; encoder_passes: where the
-        encoder does not know the length, one serves them all.
+      error: of the decoded pixels, in the metric that the policy uses.
+      mse: of the decoded pixels, on the [-1, 1] scale after clipping.
+      met: whether `error` meets the target; true without a target.
+      evaluations: lengths measured, each by one pass of the decoder.
+      encoder_passes: as many, or 1 if the encoder does not depend on the length.
     """
 
     codes: np.ndarray
@@ -72,7 +73,7 @@ class CodedBlock:
 
 @dataclasses.dataclass(frozen=True)
 class _Trial:
-    """The block at one length, with all that is needed to keep it."""
+    """A block at one length, with all that `keep` needs."""
 
     length: int
     codes: Array
@@ -83,12 +84,12 @@ class _Trial:
 
 
 class BlockEncoder:
-    """The newest block of a clip: can be measured at any length, and is then kept at one.
+    """The newest block of a clip, which can be measured at any length and is then kept at one.
 
     Attributes:
       frames: uint8 [F, R, R, 3].
       evaluations, encoder_passes: so far, as in `CodedBlock`.
-      fraction_inside: how much of it is clip, and not padding.
+      fraction_inside: fraction of its pixels that are not padding.
     """
 
     def __init__(self, clip: "ClipEncoder", frames: np.ndarray, inside: np.ndarray) -> None:
@@ -99,7 +100,8 @@ class BlockEncoder:
         self.fraction_inside = float(inside.mean())
         self.tokens_per_block = codec.geometry.tokens
         self.evaluations = self.encoder_passes = 0
-        self._encoded: tuple[Array, Any] | None = None  # of an encoder that knows no length
+        # The result of an encoder that does not depend on the length.
+        self._encoded: tuple[Array, Any] | None = None
         self._kept: _Trial | None = None
 
     def encoding(self) -> np.ndarray:
@@ -109,7 +111,7 @@ class BlockEncoder:
 
     @property
     def previous(self) -> tuple[int, float] | None:
-        """Length and error of the block before, as it was kept; None for the first."""
+        """Length and error of the previous block; None for the first."""
         return self._clip.kept
 
     def errors(self, lengths: Sequence[int]) -> list[float]:
@@ -119,7 +121,7 @@ class BlockEncoder:
         errors: list[float] = []
         for start in range(0, len(lengths), CANDIDATES):
             some = list(lengths[start : start + CANDIDATES])
-            size = 1 << (len(some) - 1).bit_length()  # few sizes, so few programs
+            size = 1 << (len(some) - 1).bit_length()  # few sizes, so few programs to compile
             lengths_C = np.asarray(some + some[-1:] * (size - len(some)), np.int32)
             codes, _ = self._encode(lengths_C)
             decoded, _ = self._decode(codes, lengths_C)
@@ -129,10 +131,9 @@ class BlockEncoder:
         return errors
 
     def measure(self, length: int, *, target: float = np.inf) -> _Trial:
-        """Returns the block at one length, with its error as `ClipDecoder` would have it.
+        """Returns the block at one length, with the error of what `ClipDecoder` returns.
 
-        Of several so measured, the shortest that meets `target` need not be computed again to be
-        kept; if none does, the last.
+        The shortest one measured here that meets `target`, else the last, is cached for `keep`.
         """
         lengths_C = np.asarray([length], np.int32)
         codes, encoder_present = self._encode(lengths_C)
@@ -151,7 +152,7 @@ class BlockEncoder:
         return trial
 
     def keep(self, length: int, *, target: float = np.inf) -> CodedBlock:
-        """Keeps a length: it is what the blocks that follow see of this one."""
+        """Fixes the length of the block, which determines what later blocks see of it."""
         if self._kept is None or self._kept.length != length:
             self._kept = None
             self.measure(length)
@@ -160,7 +161,7 @@ class BlockEncoder:
         self._clip.keep(trial.encoder_present, trial.decoder_present)
         self._clip.kept = (length, trial.error)
         return CodedBlock(
-            codes=np.array(trial.codes[:length]),  # a view would keep the device's buffer
+            codes=np.array(trial.codes[:length]),  # a view would keep the device's buffer alive
             error=trial.error,
             mse=trial.mse,
             met=trial.error <= target,
@@ -190,8 +191,8 @@ class ClipEncoder:
     """Encodes a clip block by block.
 
     Attributes:
-      pasts: what the next block sees of earlier ones, in the encoder and in the decoder.
-      blocks: blocks so far.
+      pasts: KV caches of earlier blocks, of the encoder and of the decoder.
+      blocks: number of blocks so far.
       kept: length and error of the newest block.
     """
 
@@ -208,12 +209,12 @@ class ClipEncoder:
 
         Args:
           frames: uint8 [F, R, R, 3].
-          inside: bool of that shape, which of them are in the clip.
+          inside: bool of that shape, false for padding.
         """
         return BlockEncoder(self, frames, inside)
 
     def keep(self, encoder_present: Any, decoder_present: Any) -> None:
-        """Adds the newest block to what later ones see."""
+        """Adds the newest block to the KV caches."""
         encoder_past, decoder_past = self.pasts
         extend = self.compiled.codec.extend
         self.pasts = extend(encoder_past, encoder_present), extend(decoder_past, decoder_present)
@@ -224,7 +225,7 @@ class ClipDecoder:
     """Decodes a clip block by block.
 
     Attributes:
-      pasts: what the next block sees of earlier ones.
+      pasts: KV caches of earlier blocks.
     """
 
     def __init__(self, compiled: CompiledCodec, *, window_blocks: int) -> None:
@@ -241,4 +242,4 @@ class ClipDecoder:
         frames, present = self._compiled.decode(padded, lengths_C, self.pasts, block=self._blocks)
         self.pasts = codec.extend(self.pasts, present)
         self._blocks += 1
-        return np.array(frames[0])  # a view would keep the device's buffer
+        return np.array(frames[0])  # a view would keep the device's buffer alive

@@ -1,6 +1,6 @@
-"""`elastictok encode` and `elastictok decode`: pictures and videos to .etok files, and back.
+"""Encodes images and videos into .etok files and decodes them, for the command line.
 
-Both go from frame to frame, so a video may be of any length: what grows with it is its tokens.
+Both directions stream, so a video may be of any length; only its tokens are held in memory.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ import numpy as np
 
 from elastictok_jax import ctrl_c
 from elastictok_jax.data import media
-from elastictok_jax.data.frame_stream import PIPE, Footage, open_footage
+from elastictok_jax.data.frame_stream import PIPE, FrameStream, open_frame_stream
 from elastictok_jax.errors import RunError, UsageError
 from elastictok_jax.pixels import psnr
 from elastictok_jax.progress import Progress
@@ -25,7 +25,7 @@ from elastictok_jax.tokenizer.goal import Goal
 from elastictok_jax.tokenizer.tiling import Grid
 from elastictok_jax.tokenizer.tokens import Tokens
 
-FPS = 24.0  # of tokens that were made without a frame rate
+FPS = 24.0  # of videos decoded from tokens without a frame rate
 LOSSLESS_SUFFIX = ".mkv"
 VIDEO_SUFFIXES = (".mp4", ".mov", ".m4v", LOSSLESS_SUFFIX)
 
@@ -45,101 +45,102 @@ def encode_file(
 ) -> dict[str, object]:
     """Encodes an image, a video or standard input ("-") into one .etok file.
 
-    A budget of a file is spent over the whole clip, which is then in memory; that of a pipe, and
-    any other goal, block by block as frames come.
+    A budget of a file is spent over the complete clip, which is then in memory. A budget of a
+    pipe, and any other goal, is met block by block as frames arrive.
 
     Args:
-      resolution: length to resize the shortest side to, in pixels; None keeps the size.
+      resolution: length in pixels to resize the shortest side to; None keeps the size.
       window_blocks: how many blocks see each other; as in training if None.
       coding: as in `Tokens.save`.
-      size: width and height of raw frames; fps: as in `open_footage`.
+      size: width and height of raw frames; fps: as in `open_frame_stream`.
 
     Returns:
-      What came of it, as JSON values.
+      The results, as JSON values.
 
     Raises:
-      UsageError: on a bad file, model or option; RunError: if the input broke off, or there is
-        more of it than one file may hold. What came before is in `output` then.
+      UsageError: on a bad file, model or option.
+      RunError: if the input ended early, or is longer than one file may hold; `output` then holds
+        the frames before.
     """
     if output.suffix != ".etok":
-        raise UsageError(f"-o {output}: tokens go into a file that ends in .etok")
+        raise UsageError(f"-o {output}: the name of a token file must end in .etok")
     require_writable(output)
     _require_window(window_blocks)
     if source == PIPE and goal.total_tokens is not None:
-        raise UsageError("--total-tokens needs to know the whole clip: with a pipe give --budget")
-    footage = open_footage(source, side=resolution, max_frames=max_frames, size=size, fps=fps)
-    for note in footage.notes:
+        raise UsageError("--total-tokens needs the complete clip; for a pipe give --budget")
+    stream = open_frame_stream(source, side=resolution, max_frames=max_frames, size=size, fps=fps)
+    for note in stream.notes:
         print(f"note: {note}", file=sys.stderr)
     tokenizer = ElasticTokenizer.from_pretrained(model)
     if coding == "entropy":
         entropy.require_coder(tokenizer.codec.code.levels)
-    layout = Grid((1, footage.height, footage.width), tokenizer.geometry).describe()
+    layout = Grid((1, stream.height, stream.width), tokenizer.geometry).describe()
     if layout:
         print(f"note: {layout}", file=sys.stderr)
     if window_blocks is not None:
         tokenizer.window_blocks = window_blocks
     if goal.spends and source != PIPE:
-        tokens = _encode_whole(tokenizer, footage, goal)
+        tokens = _encode_complete(tokenizer, stream, goal)
     else:
-        tokens = _encode_in_order(tokenizer, footage, goal)
+        tokens = _encode_in_order(tokenizer, stream, goal)
     tokens.save(output, coding=coding)
-    if footage.fault:
+    if stream.fault:
         raise RunError(
-            f"{footage.fault}: the {tokens.frames} frames before are in {output}; mend what "
+            f"{stream.fault}: the {tokens.frames} frames before are in {output}; fix what "
             "sends it, or cut it there, and encode the rest into another file"
         )
     return {"input": source, "output": str(output)} | summary(tokens, tokenizer, output, goal)
 
 
-def _encode_whole(tokenizer: ElasticTokenizer, footage: Footage, goal: Goal) -> Tokens:
-    video = np.stack(list(footage.stream))
+def _encode_complete(tokenizer: ElasticTokenizer, stream: FrameStream, goal: Goal) -> Tokens:
+    video = np.stack(list(stream.frames))
     grid = Grid(video.shape[:3], tokenizer.geometry)
     sizes = dict(low=tokenizer.min_tokens, high=tokenizer.tokens_per_block)
     count = goal.total(grid.blocks * grid.tiles, **sizes)
     if video.size // 3 > etok.MAX_PIXELS or count > etok.MAX_TOKENS:
         raise UsageError(
-            f"{footage.name} to {goal} is more than one .etok file may hold: cut it, or lower "
+            f"{stream.name} to {goal} is more than one .etok file may hold: cut it, or lower "
             "--max-frames"
         )
-    with Progress(f"encoding {footage.name}", unit="block") as progress:
+    with Progress(f"encoding {stream.name}", unit="block") as progress:
         tokens = tokenizer.encode(
-            video, **dataclasses.asdict(goal), fps=footage.fps, progress=progress.show
+            video, **dataclasses.asdict(goal), fps=stream.fps, progress=progress.show
         )
     assert isinstance(tokens, Tokens)
     return tokens
 
 
-def _encode_in_order(tokenizer: ElasticTokenizer, footage: Footage, goal: Goal) -> Tokens:
+def _encode_in_order(tokenizer: ElasticTokenizer, stream: FrameStream, goal: Goal) -> Tokens:
     options = dataclasses.asdict(goal)
     del options["total_tokens"]
     pieces: list[Tokens] = []
     frames = count = size = 0
-    with Progress(f"encoding {footage.name}", unit="frame") as progress:
+    with Progress(f"encoding {stream.name}", unit="frame") as progress:
         try:
-            for piece in tokenizer.encode_stream(footage.stream, **options, fps=footage.fps):
+            for piece in tokenizer.encode_stream(stream.frames, **options, fps=stream.fps):
                 frames, count = frames + piece.frames, count + piece.num_tokens
                 size += 9 * len(piece.codes) + sum(code.nbytes for code in piece.codes)
                 too_many = frames * piece.height * piece.width > etok.MAX_PIXELS
                 too_large = size > etok.MAX_FILE_BYTES - etok.MAX_HEADER_BYTES
                 if too_many or too_large or count > etok.MAX_TOKENS:
-                    footage.fault = f"{footage.name} is more than one .etok file may hold"
+                    stream.fault = f"{stream.name} is more than one .etok file may hold"
                     break
                 pieces.append(piece)
-                progress.show(frames, footage.frames)
-        except KeyboardInterrupt:  # how one stops a camera
+                progress.show(frames, stream.num_frames)
+        except KeyboardInterrupt:  # the usual way to stop a camera
             if not pieces:
                 raise
             ctrl_c.take_over()
-            footage.fault = f"{footage.name} was interrupted"
+            stream.fault = f"{stream.name} was interrupted"
     if not pieces:
-        raise UsageError(footage.fault or f"{footage.name} has no frames: send at least one")
+        raise UsageError(stream.fault or f"{stream.name} has no frames: send at least one")
     return Tokens.join(pieces)
 
 
 def summary(
     tokens: Tokens, tokenizer: ElasticTokenizer, path: Path, goal: Goal
 ) -> dict[str, object]:
-    """What an .etok file holds and how good it is, as JSON values."""
+    """Returns the contents and quality of an .etok file, as JSON values."""
     grid = Grid((tokens.frames, tokens.height, tokens.width), tokenizer.geometry)
     error = float(np.average(tokens.mse, weights=grid.pixels))
     return {
@@ -158,12 +159,12 @@ def summary(
         "bits": tokens.bits,
         "file_bytes": path.stat().st_size,
         "mse": error,
-        "psnr_db": psnr(error) if error else None,  # JSON knows no infinity
+        "psnr_db": psnr(error) if error else None,  # JSON has no infinity
     }
 
 
 def summary_line(results: dict) -> str:
-    """The results of `encode_file`, in a line or two."""
+    """Returns the results of `encode_file` as one or two lines of text."""
     lines = [
         f"{results['output']}: {results['frames']} frames, {results['blocks']} blocks, "
         f"{results['tokens']} tokens ({results['tokens_per_block']:.1f} of "
@@ -190,12 +191,12 @@ def decode_file(
 ) -> dict[str, object]:
     """Decodes an .etok file into a picture, numbered pictures (a name with %05d) or a video.
 
-    A video is H.264 to look at or, in .mkv, FFV1, whose pixels are exactly those decoded. It keeps
-    size and frame rate.
+    A video is encoded in H.264, for viewing, or, as .mkv, in FFV1, which is lossless. It keeps the
+    size and frame rate of the original.
 
     Args:
       window_blocks: most blocks that may see each other; as in training if None.
-      fps: frames a second of the video, in place of those of the tokens.
+      fps: frames per second of the video, overrides that of the tokens.
 
     Raises:
       UsageError: on a bad file, model or output.
@@ -244,7 +245,7 @@ def decode_file(
 
 
 def _remove_numbered(output: Path, *, first: int) -> None:
-    """Removes the pictures from `first` on that the decoding of a longer clip has left."""
+    """Removes pictures numbered `first` and above, left by the decoding of a longer clip."""
     for number in itertools.count(first):
         try:
             output.with_name(output.name % number).unlink()
@@ -253,7 +254,7 @@ def _remove_numbered(output: Path, *, first: int) -> None:
 
 
 def _require_kind(output: Path, tokens: Tokens, *, numbered: bool) -> None:
-    """Raises UsageError where a video would go into a picture or a picture into a video."""
+    """Raises UsageError if a video is to be written as one picture, or an image as a video."""
     is_video = output.suffix.lower() in VIDEO_SUFFIXES
     if is_video and (tokens.frames, tokens.fps) == (1, 0.0):
         raise UsageError(f"-o {output}: the tokens are of an image; write a .png or .jpg")
@@ -268,7 +269,7 @@ def _require_kind(output: Path, tokens: Tokens, *, numbered: bool) -> None:
 
 
 def _writable_rate(output: Path, tokens: Tokens, fps: float | None) -> float:
-    """The frame rate of the video to write; raises UsageError for one that it cannot have."""
+    """Returns the frame rate of the video to write, or raises UsageError if it is not valid."""
     rate = tokens.fps if fps is None else fps
     if fps is None and not rate:
         print(f"note: the tokens have no frame rate: {FPS:g} a second is written", file=sys.stderr)
@@ -303,7 +304,7 @@ def _require_window(window_blocks: int | None) -> None:
 
 
 def require_writable(path: Path) -> None:
-    """Raises UsageError if no file can be made at `path`: before the work, not after it."""
+    """Raises UsageError if no file can be made at `path`, before the work rather than after."""
     if path.is_dir():
         raise UsageError(f"-o {path} is a folder: name a file in it")
     if not path.parent.is_dir():

@@ -9,26 +9,27 @@ from elastictok_jax.tokenizer.allocation import BudgetPlanner, interpolate_curve
 from elastictok_jax.tokenizer.block_codec import BlockEncoder, CodedBlock
 from elastictok_jax.tokenizer.search import SEARCHES, Problem, corrected, log_spaced
 
-# How the log of the error falls with that of the length, where nothing better is known.
+# Slope of log error over log length, if nothing better is known.
 TYPICAL_SLOPE = -0.35
 
-# Errors of several lengths at once that are so near to the target, as a share of it, are measured
-# again one by one: rounding could decide.
+# If an error from several lengths at once is within this fraction of the target, rounding could
+# decide, so the length is measured again on its own.
 DOUBT = 1e-4
-POINTS = 12  # lengths at which a curve is measured where tokens are to be spent
-RESERVE_BLOCKS = 16  # how many blocks' mean a stream may be ahead of its budget
+POINTS = 12  # lengths at which a curve is measured to spend a budget
+RESERVE_BLOCKS = 16  # mean blocks that a stream may run ahead of its budget
 
-Predict = Callable[[BlockEncoder], np.ndarray]  # log error at every length, as `Router` does
+# Returns log error at every length, as `Router` does.
+Predict = Callable[[BlockEncoder], np.ndarray]
 
 
 class LengthPolicy(Protocol):
-    """Of one clip: is shown its blocks one after another, and keeps each at some length."""
+    """Chooses a length for each block of one clip, given one after another."""
 
     def keep(self, block: BlockEncoder) -> CodedBlock: ...
 
 
 class FixedLength:
-    """Keeps the lengths given, one a block."""
+    """Uses given lengths, one per block."""
 
     def __init__(self, lengths: Iterable[int]) -> None:
         self._lengths: Iterator[int] = iter(lengths)
@@ -38,10 +39,10 @@ class FixedLength:
 
 
 class TargetError:
-    """Keeps what a search of `SEARCHES` finds for a highest error.
+    """Uses the fewest tokens that a search of `SEARCHES` finds for a highest error.
 
-    What it guesses by is the curve that `router` predicts for the block or, without one, what was
-    measured on the blocks before, which most often look alike.
+    The search starts from the curve that `router` predicts for the block or, without a router, from
+    measurements on the previous blocks, which usually look alike.
     """
 
     def __init__(
@@ -56,7 +57,7 @@ class TargetError:
     def keep(self, block: BlockEncoder) -> CodedBlock:
         guess = self._guess if self._router is None else self._router(block)
         problem = Problem(self._low, self._high, self._target, guess)
-        exact: set[int] = set()  # measured as `ClipDecoder` has it
+        exact: set[int] = set()  # measured by the program that `ClipDecoder` runs
         measured: dict[int, float] = {}
         while True:
             length = self._run(problem, block, measured, exact)
@@ -70,7 +71,7 @@ class TargetError:
     def _run(
         self, problem: Problem, block: BlockEncoder, measured: dict[int, float], exact: set[int]
     ) -> int:
-        """What the search returns; what is already in `measured` is not measured again."""
+        """Returns the result of the search, which does not repeat what is in `measured`."""
         search = self._search(problem)
         try:
             lengths = next(search)
@@ -91,17 +92,18 @@ class TargetError:
 
 
 def measured_curve(block: BlockEncoder, *, low: int, high: int) -> np.ndarray:
-    """float64 [high - low + 1]: squared error at each length, measured at POINTS of them."""
+    """Returns float64 [high - low + 1], squared error by length, interpolated from POINTS."""
     lengths = log_spaced(low, high, count=POINTS)
     points = [(lengths, np.asarray(block.errors(lengths)))]
     return interpolate_curves(points, low=low, high=high)[0] * block.fraction_inside
 
 
 class Probe:
-    """Keeps the lengths given, one a block, and measures what others would have meant.
+    """Uses given lengths, one per block, and measures the error at others.
 
     Attributes:
-      curves: float64 [high - low + 1] of each block so far; errors: squared error of what was kept.
+      curves: float64 [high - low + 1] of each block so far.
+      errors: squared error of each block so far at its length.
     """
 
     def __init__(self, lengths: Iterable[int], *, low: int, high: int) -> None:
@@ -117,7 +119,7 @@ class Probe:
 
 
 class CausalBudget:
-    """Keeps to a mean number of tokens a block, knowing the past alone."""
+    """Keeps to a mean number of tokens per block without knowledge of later blocks."""
 
     def __init__(self, tokens: float, *, low: int, high: int) -> None:
         self._bounds = dict(low=low, high=high)

@@ -1,4 +1,4 @@
-"""How a clip of any size is cut into blocks of the model's size, and joined again."""
+"""Cuts clips of any size into blocks of the model's size, and joins them again."""
 
 from collections.abc import Iterable, Iterator
 
@@ -10,7 +10,7 @@ from elastictok_jax.models.base import Geometry
 
 
 class Grid:
-    """Tiles of a frame (top to bottom, left to right), each coded as a clip of its own.
+    """The tiles of a clip, top to bottom and left to right, each coded as a separate clip.
 
     Args:
       size: frames, height and width of the clip, each at least 1.
@@ -26,7 +26,7 @@ class Grid:
 
     @property
     def time_first(self) -> list[int]:
-        """Indices that bring blocks from (tile, time) order to (time, tile) order."""
+        """Indices that permute blocks from (tile, time) order to (time, tile) order."""
         order = np.arange(self.tiles * self.blocks).reshape(self.tiles, self.blocks)
         return order.T.reshape(-1).tolist()
 
@@ -42,7 +42,7 @@ class Grid:
         return np.einsum("t,r,k->trk", times, rows, columns).reshape(-1)
 
     def describe(self) -> str:
-        """What becomes of a frame that is not of the model's size, in words; "" where it is."""
+        """Returns text on how a frame of another size than the model's is coded, else ""."""
         rows, columns, side = self.rows, self.columns, self._side
         parts = []
         if self.tiles > 1:
@@ -52,8 +52,11 @@ class Grid:
         return f"{self.width}x{self.height} is {', '.join(parts)}" if parts else ""
 
     def cut(self, video_THWC: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the blocks uint8 [tiles, N, F, R, R, 3] of a clip of this size, and bool of that
-        shape: which of their values are in it. Beyond the clip its edge is repeated."""
+        """Returns the blocks uint8 [tiles, N, F, R, R, 3] of a clip of this size, and a mask.
+
+        Blocks are padded by repeating the edge of the clip; the mask, bool of the same shape, is
+        false there.
+        """
         slack = (
             (0, self.blocks * self.frames_per_block - self.frames),
             (0, self.rows * self._side - self.height),
@@ -82,19 +85,17 @@ class Grid:
         )
 
     def join(self, tiles: np.ndarray, *, block: int) -> np.ndarray:
-        """Returns the frames uint8 [t, H, W, 3] of one block, cropped, from its tiles
-        [tiles, F, R, R, 3]."""
+        """Returns the cropped frames uint8 [t, H, W, 3] of one block [tiles, F, R, R, 3]."""
         video = rearrange(tiles, "(r k) t h w c -> t (r h) (k w) c", r=self.rows, k=self.columns)
-        frames = self.frames - block * self.frames_per_block  # the last block may hold fewer
+        frames = self.frames - block * self.frames_per_block  # the last block may have fewer frames
         return video[:frames, : self.height, : self.width]
 
 
 def in_blocks(frames: Iterable[np.ndarray], frames_per_block: int) -> Iterator[np.ndarray]:
-    """Frames uint8 [H, W, 3] or [t, H, W, 3] as they come, in blocks [F, H, W, 3]; the last block
-    has what is left.
+    """Groups frames uint8 [H, W, 3] or [t, H, W, 3] into blocks [F, H, W, 3], the last one shorter.
 
     Raises:
-      UsageError: if what comes is no frame, or of another size than the first.
+      UsageError: if an item is not a frame, or has another size than the first.
     """
     held: list[np.ndarray] = []
     size = None
@@ -112,7 +113,7 @@ def in_blocks(frames: Iterable[np.ndarray], frames_per_block: int) -> Iterator[n
 
 
 def checked_video(video: np.ndarray) -> np.ndarray:
-    """uint8 [T, H, W, 3] of a clip, or of an image [H, W, 3].
+    """Returns uint8 [T, H, W, 3] of a clip or of an image [H, W, 3].
 
     Raises:
       UsageError: if it is neither.

@@ -74,7 +74,7 @@ def test_experiment_that_does_not_fit(capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (words("mesh.data=3"), "3 devices are asked for and 4 are at hand"),
+        (words("mesh.data=3"), "3 devices are requested and 4 are available"),
         (words("data.batch_size=6"), "nearest data.batch_size that fits is"),
         (words(topology="v4:3x5x1"), "unknown to the TPU compiler"),
         ([*words(), "--slices=0"], "--slices 0: must be 1 or more"),

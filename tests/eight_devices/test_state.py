@@ -18,7 +18,12 @@ from elastictok_jax.data.sources.splits import open_splits
 from elastictok_jax.errors import UsageError
 from elastictok_jax.experiment_registry import get_experiment
 from elastictok_jax.layers.scan_layout import with_layout
-from elastictok_jax.parallel.sharding import batch_sharding, left_whole, replicated, sharding_notes
+from elastictok_jax.parallel.sharding import (
+    batch_sharding,
+    replicated,
+    replicated_arrays,
+    sharding_notes,
+)
 from elastictok_jax.storage.checkpoint import Checkpointer
 from elastictok_jax.training.initialise import initialise
 from tests.tiny import abstract_state, codec_of, reader_of
@@ -87,16 +92,16 @@ def test_what_stays_whole_is_named_with_its_size():
     config = run.config_for("1x2x1x4", model__width=512, model__heads=2)
     mesh = run.mesh_for(config)
     abstract = abstract_state(config, mesh)
-    assert left_whole(abstract) == [] and sharding_notes(abstract) == []
-    small = left_whole(abstract, above_mebibytes=0.001)
+    assert replicated_arrays(abstract) == [] and sharding_notes(abstract) == []
+    small = replicated_arrays(abstract, above_mebibytes=0.001)
     assert {array.name for array in small} >= {"params/model/encoder/layers/mlp_norm/scale"}
     assert {array.shape for array in small} == {(1, 512), (512,)}
 
     large = jax.ShapeDtypeStruct((512, 1024), np.float32, sharding=replicated(mesh))
-    also = left_whole({"state": abstract, "table": large})
+    also = replicated_arrays({"state": abstract, "table": large})
     assert also == [("table", (512, 1024), 2.0)]
     notes = sharding_notes({"state": abstract, "table": large})
-    assert notes == ["whole on each of 8 devices: table [512, 1024], 2.0 MiB"]
+    assert notes == ["replicated on each of 8 devices: table [512, 1024], 2.0 MiB"]
 
 
 def test_a_width_that_fsdp_and_sequence_do_not_divide_together_is_noted_and_works():
@@ -232,4 +237,4 @@ def test_default_config_is_fully_cut_on_a_mesh_with_sequence():
     config = default_config()
     override(config, {"mesh.data": 1, "mesh.fsdp": 2, "mesh.sequence": 4})
     config = resolve(config)
-    assert left_whole(abstract_state(config, run.mesh_for(config))) == []
+    assert replicated_arrays(abstract_state(config, run.mesh_for(config))) == []

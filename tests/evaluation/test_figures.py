@@ -10,9 +10,9 @@ from elastictok_jax.evaluation.figures import (
     Measured,
     comparisons,
     correlation,
+    fraction_met_by_tokens,
     ranks,
     share_for_tokens,
-    share_met_by_tokens,
     tokens_for_share,
 )
 from elastictok_jax.evaluation.measure import MeasurementPlan, block_energy, scene_cuts
@@ -29,7 +29,7 @@ def unzip(some):
 @given(some=blocks, share=st.floats(0, 1))
 def test_share_and_tokens_are_inverses(some, share):
     lengths, met = unzip(some)
-    tokens, shares = share_met_by_tokens(lengths, met, least=4)
+    tokens, shares = fraction_met_by_tokens(lengths, met, least=4)
     assert (np.diff(tokens) >= 0).all() and (np.diff(shares) > 0).all()
     assert shares[-1] == pytest.approx(met.mean()) and tokens[0] == 4
     needed = tokens_for_share(lengths, met, least=4, share=share)
@@ -43,7 +43,7 @@ def test_share_and_tokens_are_inverses(some, share):
 @given(some=blocks)
 def test_all_blocks_met_take_what_they_need(some):
     lengths, met = unzip(some)
-    tokens, _ = share_met_by_tokens(lengths, met, least=4)
+    tokens, _ = fraction_met_by_tokens(lengths, met, least=4)
     assert tokens[-1] == pytest.approx(np.where(met, lengths, 4).mean())
 
 

@@ -108,4 +108,6 @@ def test_processes_are_the_slices_of_a_hybrid_mesh(tmp_path):
         assert report["processes"] == [0] * 4 + [1] * 4
     reports, errors = launch(tmp_path, "1x1x2x1", "--steps", 0, **options)
     assert reports is None
-    assert "mesh.tensor=2, mesh.sequence=1: 2 devices are asked for and 4 are at hand" in errors[0]
+    assert (
+        "mesh.tensor=2, mesh.sequence=1: 2 devices are requested and 4 are available" in errors[0]
+    )

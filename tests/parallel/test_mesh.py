@@ -62,7 +62,7 @@ def test_fixed_sizes_that_do_not_make_up_the_devices(sizes, devices):
     config = config_with(dict(zip(AXES, sizes, strict=True)))
     if product == devices:
         return
-    message = f"{product} devices are asked for and {devices} are at hand; set one to -1"
+    message = f"{product} devices are requested and {devices} are available; set one to -1"
     with pytest.raises(UsageError, match=message):
         mesh_sizes(config, devices=devices)
 
@@ -167,7 +167,7 @@ def test_more_slices_than_are_at_hand():
         mesh_of(config_of(mesh__dcn_fsdp=2))
     assert str(caught.value) == (
         "mesh.dcn_data=1, mesh.dcn_fsdp=2, mesh.dcn_tensor=1, mesh.dcn_sequence=1: 2 processes "
-        "are asked for and 1 are at hand; set one to -1 to take what is left"
+        "are requested and 1 are available; set one to -1 to take what is left"
     )
 
 

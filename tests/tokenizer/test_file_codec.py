@@ -19,7 +19,7 @@ from elastictok_jax import ElasticTokenizer, Tokens, cli
 from elastictok_jax.config import default_config, override, resolve, source_config, to_json
 from elastictok_jax.data import media
 from elastictok_jax.data.clip_reader import ClipReader
-from elastictok_jax.data.frame_stream import Footage, open_footage
+from elastictok_jax.data.frame_stream import FrameStream, open_frame_stream
 from elastictok_jax.data.media import raw_video
 from elastictok_jax.data.packing import PackedClip
 from elastictok_jax.data.sources.file_source import EMBEDDED, FileSource
@@ -381,7 +381,7 @@ def test_an_interrupted_stream_keeps_its_blocks(tokenizer):
         yield from frames[:6]
         raise KeyboardInterrupt
 
-    camera = Footage("camera", until_ctrl_c(), 16, 16, fps=10.0, frames=None)
+    camera = FrameStream("camera", until_ctrl_c(), 16, 16, fps=10.0, frames=None)
     tokens = _encode_in_order(tokenizer, camera, Goal(tokens=3))
     assert camera.fault == "camera was interrupted"
     assert_codes(tokens, tokenizer.encode(frames[:4], tokens=3))
@@ -479,8 +479,8 @@ def test_frames_of_a_file_are_taken_by_time_as_training_takes_them(encode, fps):
     trained = ClipReader(feeds, config, split="heldout").read_frames(
         PackedClip(0, 0, 0, 0, 1), most=99
     )
-    footage = open_footage(str(path), side=16, fps=fps)
-    taken = media.center_crop(np.stack(list(footage.stream)), height=16, width=16)
+    footage = open_frame_stream(str(path), side=16, fps=fps)
+    taken = media.center_crop(np.stack(list(footage.frames)), height=16, width=16)
     np.testing.assert_array_equal(taken, trained)
     seconds = source.frames[0] / source.fps[0]
     assert results["frames"] == tokens.frames == len(taken) == int(np.ceil(seconds * fps - 1e-9))
@@ -505,10 +505,10 @@ def test_frames_at_uneven_times_are_taken_by_time(tmp_path):
             frame.pts, frame.time_base = milliseconds, Fraction(1, 1000)
             container.mux(stream.encode(frame.reformat(format="bgr0")))
         container.mux(stream.encode())
-    footage = open_footage(path, fps=2.0)
-    seen = [int(frame[0, 0, 0]) for frame in footage.stream]
+    footage = open_frame_stream(path, fps=2.0)
+    seen = [int(frame[0, 0, 0]) for frame in footage.frames]
     assert (seen, footage.fps, footage.notes) == ([0, 100, 150, 150, 200, 250], 2.0, [])
-    assert len(list(open_footage(path).stream)) == 6
+    assert len(list(open_frame_stream(path).frames)) == 6
 
 
 def test_what_is_lost_of_an_animation_is_said(encode, tmp_path):

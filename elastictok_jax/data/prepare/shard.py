@@ -13,7 +13,12 @@ from elastictok_jax.data.media import MediaError
 from elastictok_jax.data.prepare.plan import Entry
 from elastictok_jax.data.prepare.transcode import Settings, fetch, file_records, item_records
 from elastictok_jax.data.sources.base import name_place
-from elastictok_jax.data.sources.tfds_records import WORK, RecordSource, RecordWriter, shard_name
+from elastictok_jax.data.sources.tfds_records import (
+    WORK,
+    RecordSource,
+    RecordWriter,
+    tfds_shard_name,
+)
 
 NO_ROOM = frozenset(
     {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
@@ -27,7 +32,7 @@ def sidecar_path(directory: Path, shard: int) -> Path:
 
 def is_done(directory: Path, shard: int, shards: int) -> bool:
     """Returns whether a shard is complete."""
-    return (directory / shard_name(shard, shards)).exists() and sidecar_path(
+    return (directory / tfds_shard_name(shard, shards)).exists() and sidecar_path(
         directory, shard
     ).exists()
 
@@ -115,7 +120,7 @@ def make_shard(
         text = Path(temporary) / "sidecar"
         text.write_text(json.dumps(sidecar))
         os.replace(text, sidecar_path(directory, shard))
-        os.replace(path, directory / shard_name(shard, shards))
+        os.replace(path, directory / tfds_shard_name(shard, shards))
 
 
 def _originals(entry: Entry, settings: Settings, temporary: Path):

@@ -68,7 +68,7 @@ def features() -> tfds.features.FeaturesDict:
     )
 
 
-def shard_name(shard: int, shards: int) -> str:
+def tfds_shard_name(shard: int, shards: int) -> str:
     """Returns the TFDS file name of a shard."""
     return f"{DATASET}-{SPLIT}.array_record-{shard:05}-of-{shards:05}"
 

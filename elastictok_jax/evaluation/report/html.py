@@ -64,7 +64,7 @@ class Section:
     parts: Sequence[Picture | Video | Table]
 
 
-def write_page(path: Path, *, title: str, summary: str, command: str, sections: Sequence[Section]):
+def write_html(path: Path, *, title: str, summary: str, command: str, sections: Sequence[Section]):
     """Writes the page atomically. The caller closes the plots."""
     index = "".join(
         f'<li><a href="#s{number}">{escape(section.title)}</a></li>'

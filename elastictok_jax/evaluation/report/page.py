@@ -13,7 +13,7 @@ from elastictok_jax.evaluation.frechet import FVD_METRIC
 from elastictok_jax.evaluation.measure import SHARES, MeasurementPlan, Record
 from elastictok_jax.evaluation.report import plots
 from elastictok_jax.evaluation.report.drawing import plt, save
-from elastictok_jax.evaluation.report.html import DPI, Picture, Section, Table, Video, write_page
+from elastictok_jax.evaluation.report.html import DPI, Picture, Section, Table, Video, write_html
 from elastictok_jax.storage.atomic import make_folder, write_csv
 
 PICTURES = 3  # clips whose crops are shown at several lengths
@@ -68,7 +68,7 @@ def write_report(
         f"per clip), {blocks} blocks of {first['frames_per_block']} frames at "
         f"{first['resolution']} pixels{_at_rates(limits['fps'])}; MSE is on the [-1, 1] scale."
     )
-    write_page(
+    write_html(
         output / "report.html", title=title, summary=summary, command=command, sections=sections
     )
     plt.close("all")
@@ -106,7 +106,9 @@ def _sections(
             "fewest tokens or, in the last column, what the fixed tokenizer spends on them. "
             "Paper: Fig. 4.",
             [
-                *_pictures([(plots.share_met(measured, kind_of, plan), "blocks under a target")]),
+                *_pictures(
+                    [(plots.fraction_met(measured, kind_of, plan), "blocks under a target")]
+                ),
                 Table(results["comparisons"], "tokens at an equal fraction of blocks met"),
             ],
         ),

@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from elastictok_jax.evaluation.eval_clips import EvalClip
-from elastictok_jax.evaluation.figures import CLIP_KINDS, Measured, joined, share_met_by_tokens
+from elastictok_jax.evaluation.figures import CLIP_KINDS, Measured, fraction_met_by_tokens, joined
 from elastictok_jax.evaluation.measure import MeasurementPlan, Record
 from elastictok_jax.evaluation.report.drawing import log_ticks, plt
 from elastictok_jax.evaluation.report.reconstructions import drawing
@@ -32,7 +32,7 @@ def kinds_of(models: Models) -> list[str]:
     return [kind for kind in CLIP_KINDS if kind in models[0]]
 
 
-def share_met(
+def fraction_met(
     measured: Sequence[Measured], kind_of: Mapping[str, str], plan: MeasurementPlan
 ) -> Figure | None:
     """Plots the fraction of blocks that meet each target against token use (Fig. 4)."""
@@ -51,7 +51,7 @@ def share_met(
                     one.plot(*point, "o", color=colour, markersize=5)
                     continue
                 least = model.facts["min_tokens"]
-                tokens, shares = share_met_by_tokens(lengths, met.astype(bool), least=least)
+                tokens, shares = fraction_met_by_tokens(lengths, met.astype(bool), least=least)
                 label = f"{drawing.label(model.name)}, MSE {target:g}" if one is axes[0] else None
                 one.plot(tokens / most, shares, line, color=colour, label=label, linewidth=1.6)
         one.set(xlabel="fraction of tokens used", title=kind, xlim=(0, 1.02), ylim=(-0.02, 1.02))

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from flax import struct
 
 from elastictok_jax.errors import UsageError
-from elastictok_jax.layers.attention.blockwise import Blockwise
-from elastictok_jax.layers.attention.dense import Dense, dense_attention
+from elastictok_jax.layers.attention.blockwise import BlockwiseKernel
+from elastictok_jax.layers.attention.dense import DenseKernel, dense_attention
 from elastictok_jax.layers.attention.kernel import Kernel, Visibility, flash_attention, merge
 from elastictok_jax.layers.attention.sharded import on_mesh
 
@@ -135,25 +135,25 @@ def make_kernel(backend: str, platform: str) -> Kernel:
     if backend == "auto":
         backend = "splash" if platform == "tpu" else "blockwise"
     if backend == "splash":
-        from elastictok_jax.layers.attention.splash import Splash  # Pallas is slow to import
+        from elastictok_jax.layers.attention.splash import SplashKernel  # Pallas imports slowly
 
-        return Splash(interpret=platform != "tpu")
+        return SplashKernel(interpret=platform != "tpu")
     if backend == "fused":
         return _make_fused(platform)
     if backend == "dense":
-        return Dense()
+        return DenseKernel()
     if backend == "blockwise":
-        return Blockwise()
+        return BlockwiseKernel()
     raise ValueError(f"attention backend {backend!r}: choose one of {', '.join(BACKENDS)}")
 
 
 def _make_fused(platform: str) -> Kernel:
     try:
-        from elastictok_jax.layers.attention.fused import Fused
+        from elastictok_jax.layers.attention.fused import FusedKernel
     except ImportError as error:
         raise UsageError(
             f"attention backend 'fused' needs jax.experimental.pallas.triton, which jax "
             f"{jax.__version__} lacks ({error}): install a jax of 0.10 to 0.12, or set "
             f"compute.attention = 'blockwise'"
         ) from error
-    return Fused(interpret=platform != "gpu")
+    return FusedKernel(interpret=platform != "gpu")

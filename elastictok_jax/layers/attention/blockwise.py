@@ -28,7 +28,7 @@ MIN_QUERIES = 64
 
 
 @dataclasses.dataclass(frozen=True)
-class Blockwise:
+class BlockwiseKernel:
     """Online softmax over tiles of at most `queries` x `keys` scores per head.
 
     Tiles hidden by the block mask are skipped. The backward pass recomputes the scores of a tile.
@@ -86,7 +86,7 @@ class Blockwise:
 
 
 def visible_tiles(
-    kernel: Blockwise, queries: int, keys: int, visibility: Visibility
+    kernel: BlockwiseKernel, queries: int, keys: int, visibility: Visibility
 ) -> list[tuple[range, range]]:
     """Returns tiles that cover all that the block mask leaves visible, sized as `kernel` allows."""
     length = visibility.tokens_per_block

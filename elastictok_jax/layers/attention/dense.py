@@ -20,7 +20,7 @@ Array = jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
-class Dense:
+class DenseKernel:
     """The reference as a `Kernel` with a single tile, for rings."""
 
     def forward(self, query_BHSK, key_BHTK, value_BHTK, visibility):

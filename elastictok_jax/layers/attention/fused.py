@@ -52,7 +52,7 @@ class Tiles:
 
 
 @dataclasses.dataclass(frozen=True)
-class Fused:
+class FusedKernel:
     """Flash attention in three kernels: output; gradient of queries; gradients of keys and values.
 
     Sizes are padded to multiples of the tiles. float32 is multiplied in float32, without tensor

@@ -37,7 +37,7 @@ LOW, HIGH = 0, 1
 
 
 @dataclasses.dataclass(frozen=True)
-class Ring:
+class RingKernel:
     """`kernel` on the shards of a sequence along `axis`; to be called in a shard_map.
 
     The `visibility` of its methods has the ids of a shard and tokens_per_block: the sequence
@@ -53,8 +53,8 @@ class Ring:
 
     def forward(self, query_BHSK, key_BHSK, value_BHSK, visibility):
         """As `Kernel.forward`."""
-        dealt = Dealt(self, query_BHSK.shape, visibility.tokens_per_block)
-        query, key, value, ids = dealt.deal(
+        zigzag = Zigzag(self, query_BHSK.shape, visibility.tokens_per_block)
+        query, key, value, ids = zigzag.deal(
             query_BHSK, key_BHSK, value_BHSK, visibility.query_ids_BS
         )
 
@@ -73,15 +73,15 @@ class Ring:
 
         out = jnp.zeros(query.shape, jnp.float32)
         lse = jnp.full(query.shape[:-1], HIDDEN_SCORE, jnp.float32)
-        sums, _ = dealt.go_round(add, (query, ids), (out, lse), (), (key, value, ids))
-        return dealt.gather(*sums)
+        sums, _ = zigzag.go_round(add, (query, ids), (out, lse), (), (key, value, ids))
+        return zigzag.gather(*sums)
 
     def backward(
         self, query_BHSK, key_BHSK, value_BHSK, visibility, *, out_BHSK, lse_BHS, grad_BHSK
     ):
         """As `Kernel.backward`; the gradients of keys and values travel with them."""
-        dealt = Dealt(self, query_BHSK.shape, visibility.tokens_per_block)
-        query, key, value, ids, out, lse, grad = dealt.deal(
+        zigzag = Zigzag(self, query_BHSK.shape, visibility.tokens_per_block)
+        query, key, value, ids, out, lse, grad = zigzag.deal(
             *(query_BHSK, key_BHSK, value_BHSK, visibility.query_ids_BS),
             *(out_BHSK, lse_BHS, grad_BHSK),
         )
@@ -105,8 +105,8 @@ class Ring:
 
         zeros = tuple(jnp.zeros(x.shape, jnp.float32) for x in (query, key, value))
         home = (query, ids, out, lse, grad)
-        sums, guests = dealt.go_round(add, home, zeros[:1], zeros[1:], (key, value, ids))
-        return dealt.gather(*sums, *guests)
+        sums, guests = zigzag.go_round(add, home, zeros[:1], zeros[1:], (key, value, ids))
+        return zigzag.gather(*sums, *guests)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,10 +141,10 @@ class Product:
         return zip(self.keys, *(jnp.split(x, len(self.keys)) for x in results), strict=True)
 
 
-class Dealt:
+class Zigzag:
     """The zigzag layout of half shards on this device, and its computation and communication."""
 
-    def __init__(self, ring: Ring, shape_BHSK: tuple[int, ...], tokens_per_block: int):
+    def __init__(self, ring: RingKernel, shape_BHSK: tuple[int, ...], tokens_per_block: int):
         _, heads, tokens, _ = shape_BHSK
         self.axis, self.shards = ring.axis, ring.shards
         self.ways = (1, -1) if heads % 2 == 0 and self.shards > 2 else (1,)

@@ -12,12 +12,12 @@ from jax.sharding import PartitionSpec
 
 from elastictok_jax.errors import UsageError
 from elastictok_jax.layers.attention.kernel import FILLING, Array, Kernel, Visibility, fill
-from elastictok_jax.layers.attention.ring import Ring
+from elastictok_jax.layers.attention.ring import RingKernel
 from elastictok_jax.parallel.sharding import logical_axis_shards
 
 
 @dataclasses.dataclass(frozen=True)
-class Sharded:
+class ShardedKernel:
     """`kernel` on every device of the current mesh, to be called outside a shard_map.
 
     Attributes:
@@ -73,7 +73,7 @@ class Sharded:
         return tuple(x[:, :, :tokens] for x in results)
 
 
-def on_mesh(kernel: Kernel, shape_BHSK: tuple[int, ...]) -> Sharded:
+def on_mesh(kernel: Kernel, shape_BHSK: tuple[int, ...]) -> ShardedKernel:
     """Wraps `kernel` for arrays of this shape on the current mesh, by the logical axis rules.
 
     Batch and heads are replicated if the mesh does not divide them.
@@ -85,5 +85,5 @@ def on_mesh(kernel: Kernel, shape_BHSK: tuple[int, ...]) -> Sharded:
             axes[dimension] = None
     sequence_shards = logical_axis_shards("sequence")
     if sequence_shards > 1:
-        kernel = Ring(kernel, axes[2], sequence_shards)
-    return Sharded(kernel, PartitionSpec(*axes), sequence_shards)
+        kernel = RingKernel(kernel, axes[2], sequence_shards)
+    return ShardedKernel(kernel, PartitionSpec(*axes), sequence_shards)

@@ -12,7 +12,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask_info as mask_info
 
-from elastictok_jax.layers.attention.blockwise import Blockwise
+from elastictok_jax.layers.attention.blockwise import BlockwiseKernel
 from elastictok_jax.layers.attention.kernel import FILLING, Array, Visibility, fill
 
 LANES = 128
@@ -21,7 +21,7 @@ TILE = 512
 
 
 @dataclasses.dataclass(frozen=True)
-class Splash:
+class SplashKernel:
     """Splash attention with block-causal masks; tiles hidden by the block mask are skipped.
 
     Sizes are padded to multiples of 128. If block offsets differ between rows or devices, which a
@@ -36,7 +36,7 @@ class Splash:
     def forward(self, query_BHSK, key_BHTK, value_BHTK, visibility):
         """As `Kernel.forward`."""
         if not _is_static(visibility):
-            return Blockwise().forward(query_BHSK, key_BHTK, value_BHTK, visibility)
+            return BlockwiseKernel().forward(query_BHSK, key_BHTK, value_BHTK, visibility)
         *inputs, ids = self._inputs(query_BHSK, key_BHTK, value_BHTK, visibility)
         kernel = self._kernel(inputs[0].shape, inputs[1].shape[2], visibility.tokens_per_block)
         out_BHSK, (lse_BHS,) = jax.vmap(kernel)(*inputs, ids)
@@ -48,7 +48,7 @@ class Splash:
     ):
         """As `Kernel.backward`."""
         if not _is_static(visibility):
-            return Blockwise().backward(
+            return BlockwiseKernel().backward(
                 *(query_BHSK, key_BHTK, value_BHTK, visibility),
                 out_BHSK=out_BHSK,
                 lse_BHS=lse_BHS,

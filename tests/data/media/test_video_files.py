@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from elastictok_jax.data import media
-from elastictok_jax.data.frame_stream import open_footage
+from elastictok_jax.data.frame_stream import open_frame_stream
 from elastictok_jax.data.media.containers import structure_fault
 from tests.mutations.inputs import (
     CONTAINERS,
@@ -58,7 +58,7 @@ def test_a_stream_without_a_container_is_read(codec, tmp_path):
     with media.VideoReader(path) as reader:
         assert stamped_numbers(reader.read(0, FRAMES)) == list(range(FRAMES))
         assert reader.evenly_spaced
-    assert not [note for note in open_footage(str(path)).notes if "varies" in note]
+    assert not [note for note in open_frame_stream(str(path)).notes if "varies" in note]
 
 
 @pytest.mark.parametrize("name", ["x264.mkv", "vp8.webm", "x264.mp4", "x264.flv", "live.webm"])
@@ -68,7 +68,7 @@ def test_the_mean_rate_is_that_of_the_timestamps(name, tmp_path):
     with media.VideoReader(path) as reader:
         assert reader.fps == pytest.approx(1000 * (FRAMES - 1) / pts[-1], rel=1e-3)
         assert not reader.evenly_spaced
-    (note,) = open_footage(str(path)).notes
+    (note,) = open_frame_stream(str(path)).notes
     assert f"varies; every frame is kept, at the mean of {reader.fps:.6g} a" in note
 
 

@@ -127,7 +127,7 @@ def test_frames_are_exact_across_parts(tmp_path, monkeypatch):
     """A long video is split over several records; here every 20 frames."""
     monkeypatch.setattr("elastictok_jax.data.prepare.transcode.PART_FRAMES", 20)
     monkeypatch.setattr("elastictok_jax.data.sources.tfds_records.PART_FRAMES", 20)
-    writer = tfds_records.RecordWriter(tmp_path / tfds_records.shard_name(0, 1))
+    writer = tfds_records.RecordWriter(tmp_path / tfds_records.tfds_shard_name(0, 1))
     from elastictok_jax.data.prepare.transcode import file_records
 
     names = ["bbb_kite.mp4", "bbb_stream.mp4"]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from elastictok_jax.data import media
-from elastictok_jax.evaluation.report.html import Picture, Section, Table, Video, write_page
+from elastictok_jax.evaluation.report.html import Picture, Section, Table, Video, write_html
 
 STUDY = Path(__file__).parents[3] / "docs/study/report.html"
 PHONE, DESK = (360, 740), (1280, 800)
@@ -34,7 +34,7 @@ def page_file(tmp_path_factory):
         Table(rows, "a table"),
         Video((folder / "clip.mp4").read_bytes(), "a video"),
     ]
-    write_page(
+    write_html(
         folder / "report.html",
         title="Models & <others>",
         summary="two",

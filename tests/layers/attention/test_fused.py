@@ -17,7 +17,7 @@ from jax.sharding import AbstractMesh, AxisType, use_abstract_mesh
 from elastictok_jax.errors import UsageError
 from elastictok_jax.layers.attention import fused
 from elastictok_jax.layers.attention.api import SequenceLayout, attention, make_kernel
-from elastictok_jax.layers.attention.blockwise import Blockwise
+from elastictok_jax.layers.attention.blockwise import BlockwiseKernel
 from elastictok_jax.layers.attention.kernel import Visibility, flash_attention
 
 
@@ -101,7 +101,7 @@ def test_a_query_tile_that_sees_nothing_runs_over_no_keys():
     queries = jnp.full((1, 64), 1, jnp.int32)
     keys = jnp.full((1, 64), 2, jnp.int32)
     qkv = [jnp.ones((1, 1, 64, 16))] * 3
-    out, lse = fused.Fused(interpret=True).forward(*qkv, Visibility(queries, keys))
+    out, lse = fused.FusedKernel(interpret=True).forward(*qkv, Visibility(queries, keys))
     assert np.isfinite(np.asarray(out)).all()
     assert (np.asarray(lse) < -1e29).all()
 
@@ -115,7 +115,7 @@ def test_half_precision_uses_its_own_tiles():
     ids = jnp.asarray(np.repeat([[1, 2]], 192, axis=1), jnp.int32)
     seen = Visibility(ids, ids, 128)
     results = []
-    for kernel in (fused.Fused(interpret=True), Blockwise()):
+    for kernel in (fused.FusedKernel(interpret=True), BlockwiseKernel()):
 
         @jax.jit
         def run(qkv, cotangent, kernel=kernel):
@@ -143,9 +143,9 @@ def test_what_it_cannot_take_is_named_with_the_fix(shape, dtype, fix):
 
 
 def test_auto_does_not_choose_it_before_it_is_measured():
-    assert make_kernel("auto", "gpu") == Blockwise()
-    assert make_kernel("fused", "gpu") == fused.Fused(interpret=False)
-    assert make_kernel("fused", "cpu") == fused.Fused(interpret=True)
+    assert make_kernel("auto", "gpu") == BlockwiseKernel()
+    assert make_kernel("fused", "gpu") == fused.FusedKernel(interpret=False)
+    assert make_kernel("fused", "cpu") == fused.FusedKernel(interpret=True)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])

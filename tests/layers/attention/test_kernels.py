@@ -7,18 +7,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from elastictok_jax.layers.attention.blockwise import Blockwise, visible_tiles
-from elastictok_jax.layers.attention.dense import Dense, dense_attention
-from elastictok_jax.layers.attention.fused import Fused
+from elastictok_jax.layers.attention.blockwise import BlockwiseKernel, visible_tiles
+from elastictok_jax.layers.attention.dense import DenseKernel, dense_attention
+from elastictok_jax.layers.attention.fused import FusedKernel
 from elastictok_jax.layers.attention.kernel import HIDDEN_SCORE, Visibility, flash_attention, merge
-from elastictok_jax.layers.attention.splash import Splash
+from elastictok_jax.layers.attention.splash import SplashKernel
 
 B, S, H, K = 2, 330, 2, 8
 KERNELS = {
-    "dense": Dense(),
-    "blockwise": Blockwise(64, 96),
-    "splash": Splash(interpret=True),
-    "fused": Fused(interpret=True),
+    "dense": DenseKernel(),
+    "blockwise": BlockwiseKernel(64, 96),
+    "splash": SplashKernel(interpret=True),
+    "fused": FusedKernel(interpret=True),
 }
 # Whole and partial blocks; shorter and longer than a tile; with and without divisors.
 LENGTHS = (48, 64, 100, 128, 210, 330)
@@ -145,7 +145,7 @@ def test_tiles_cover_what_is_visible_once(tokens, length, queries, keys):
     count = np.zeros((tokens, tokens), int)
     block = np.arange(tokens) // length
     visible = block[None, :] <= block[:, None]
-    for rows, columns in visible_tiles(Blockwise(queries, keys), tokens, tokens, seen):
+    for rows, columns in visible_tiles(BlockwiseKernel(queries, keys), tokens, tokens, seen):
         part = np.ix_(rows, columns)
         count[part] += 1
         assert visible[part].any()
@@ -159,7 +159,7 @@ def test_tiles_cover_what_is_visible_once(tokens, length, queries, keys):
 def test_no_hidden_score_is_computed_where_blocks_are_tiles(length):
     tokens = 4 * length
     ids = jnp.zeros((1, tokens), jnp.int32)
-    tiles = visible_tiles(Blockwise(), tokens, tokens, Visibility(ids, ids, length))
+    tiles = visible_tiles(BlockwiseKernel(), tokens, tokens, Visibility(ids, ids, length))
     assert sum(len(rows) * len(columns) for rows, columns in tiles) == 10 * length**2
 
 
@@ -169,7 +169,9 @@ def temporary_bytes(tokens):
     ids = jax.ShapeDtypeStruct((1, tokens), jnp.int32)
 
     def total(query, key, value, ids):
-        return flash_attention(Blockwise(), query, key, value, Visibility(ids, ids, 256)).sum()
+        return flash_attention(
+            BlockwiseKernel(), query, key, value, Visibility(ids, ids, 256)
+        ).sum()
 
     compiled = jax.jit(jax.grad(total, argnums=(0, 1, 2))).lower(shape, shape, shape, ids).compile()
     return compiled.memory_analysis().temp_size_in_bytes

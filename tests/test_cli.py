@@ -274,7 +274,7 @@ def test_model_that_is_missing_or_not_trained(refused, tmp_path):
         assert f"model {model} has no checkpoints yet: train it first" in refused(*words)
     (model / "checkpoints").mkdir()
     for words in verbs_on(model, tmp_path):
-        assert f"model {model} has no whole checkpoint yet: train it further" in refused(*words)
+        assert f"model {model} has no complete checkpoint yet: train it further" in refused(*words)
     assert not (tmp_path / "out").exists()
 
 

@@ -127,7 +127,7 @@ def _in_order(reader: media.VideoReader, indices: np.ndarray) -> Iterator[np.nda
 
 def _open_pipe(*, size: tuple[int, int] | None, fps: float | None) -> FrameStream:
     if sys.stdin is None or sys.stdin.isatty():
-        raise UsageError("standard input is no pipe: send raw rgb24 frames or y4m into it")
+        raise UsageError("standard input is not a pipe: send raw rgb24 frames or y4m into it")
     pipe: BinaryIO = sys.stdin.buffer
     if size is None:
         header = raw_video.read_y4m_header(pipe)

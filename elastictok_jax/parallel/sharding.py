@@ -114,8 +114,8 @@ def sharding_notes(abstract) -> list[str]:
     if mesh.shape["sequence"] > 1 and uncut:
         both = mesh.shape["fsdp"] * mesh.shape["sequence"]
         notes.append(
-            f"not cut over mesh.sequence, since mesh.fsdp x mesh.sequence = {both} does not divide "
-            f"model.width: {len(uncut)} arrays, such as {uncut[0]}"
+            f"not sharded over mesh.sequence, since mesh.fsdp x mesh.sequence = {both} does not "
+            f"divide model.width: {len(uncut)} arrays, such as {uncut[0]}"
         )
     return notes
 

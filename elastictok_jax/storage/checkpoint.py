@@ -137,7 +137,7 @@ class Checkpointer:
         steps = self.steps()
         if not steps:
             raise UsageError(
-                f"model {self.folder.parent} has no whole checkpoint yet: train it further"
+                f"model {self.folder.parent} has no complete checkpoint yet: train it further"
             )
         if which is None:
             return steps

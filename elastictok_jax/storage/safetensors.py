@@ -79,7 +79,7 @@ def load_params(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, str]
             return traverse_util.unflatten_dict(flat), dict(file.metadata() or {})
     except (OSError, safetensors.SafetensorError) as error:
         raise UsageError(
-            f"{path}: not a whole safetensors file ({error}); copy or export it again"
+            f"{path}: not a complete safetensors file ({error}); copy or export it again"
         ) from error
 
 
@@ -92,4 +92,4 @@ def _check_names(names: list[str], *, path: Path) -> None:
             raise UsageError(f"{path}: {name[:200]!r} is not a weight name such as encoder/kernel")
         for depth in range(1, len(parts)):
             if "/".join(parts[:depth]) in leaves:
-                raise UsageError(f"{path}: weight {name} lies under another weight")
+                raise UsageError(f"{path}: weight {name} is nested under another weight")

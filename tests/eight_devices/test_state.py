@@ -113,7 +113,7 @@ def test_a_width_that_fsdp_and_sequence_do_not_divide_together_is_noted_and_work
     )
     (note,) = sharding_notes(abstract)
     assert note.startswith(
-        "not cut over mesh.sequence, since mesh.fsdp x mesh.sequence = 8 does not divide "
+        "not sharded over mesh.sequence, since mesh.fsdp x mesh.sequence = 8 does not divide "
         "model.width: "
     )
     run.start(config, mesh)

@@ -48,8 +48,8 @@ class ShardedKernel:
         ranks_BS = visibility.query_ranks_BS
         if ranks_BS is not None and self.sequence_shards > 1:
             raise UsageError(
-                "attention by ranks of tokens cannot be cut over mesh.sequence: a ring knows "
-                "uniform blocks alone. Set mesh.sequence=1, and use data, fsdp or tensor instead"
+                "attention by ranks of tokens cannot be sharded over mesh.sequence: ring "
+                "attention supports only uniform blocks. Set mesh.sequence=1 and use other axes"
             )
         arrays = [*inputs, *more.values()]
         specs = [PartitionSpec(*self.spec[: x.ndim]) for x in arrays]

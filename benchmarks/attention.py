@@ -30,10 +30,10 @@ import numpy as np
 from benchmarks.machine import describe_machine
 from benchmarks.table import table
 from elastictok_jax.errors import UsageError
+from elastictok_jax.hardware import measured_matmul_flops
 from elastictok_jax.layers.attention.api import SequenceLayout, attention
 from elastictok_jax.layers.attention.blockwise import BlockwiseKernel
 from elastictok_jax.layers.attention.kernel import Kernel, Visibility, flash_attention
-from elastictok_jax.training.throughput import measured_matmul_flops
 
 TOKENS = "4096,8192,16384,32768,65536"
 BACKENDS = {

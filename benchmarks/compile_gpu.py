@@ -20,7 +20,7 @@ from jax.sharding import AxisType, Mesh
 from benchmarks.table import table
 from elastictok_jax.aot.programs import programs
 from elastictok_jax.cli import split_overrides
-from elastictok_jax.config import override, resolve
+from elastictok_jax.config import apply_overrides, resolve_config
 from elastictok_jax.errors import UsageError
 from elastictok_jax.experiment_registry import get_experiment
 from elastictok_jax.models.registry import open_family
@@ -75,7 +75,7 @@ def plan(config, *, devices: list[jax.Device]) -> dict[str, Any]:
     Raises:
       UsageError: if the config is bad, or its mesh does not fit the devices, which are one machine.
     """
-    config = resolve(config)
+    config = resolve_config(config)
     if any(config.mesh[DCN + axis] not in (1, -1) for axis in AXES):
         raise UsageError("these H200s are one machine: leave mesh.dcn_* at 1")
     sizes = mesh_sizes(config, devices=len(devices))
@@ -109,7 +109,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(words)
     jax.config.update("jax_platforms", "cpu")
     config = get_experiment(args.experiment)
-    override(config, overrides)
+    apply_overrides(config, overrides)
     print(table([plan(config, devices=h200_devices(args.devices))]))
 
 

@@ -26,14 +26,14 @@ from PIL import Image
 
 from benchmarks.machine import describe_machine
 from benchmarks.table import table
-from elastictok_jax.config import override, resolve, source_config
+from elastictok_jax.config import apply_overrides, resolve_config, source_config
 from elastictok_jax.data import media
 from elastictok_jax.data.media import color
 from elastictok_jax.data.mixture import Mixture
 from elastictok_jax.data.pipeline import read_ahead
-from elastictok_jax.data.prepare.supervisor import prepare
-from elastictok_jax.data.prepare.transcode import Settings
-from elastictok_jax.data.sources.base import name_place
+from elastictok_jax.data.prepare.supervisor import prepare_data_set
+from elastictok_jax.data.prepare.transcode import TranscodeSettings
+from elastictok_jax.data.sources.base import name_hash
 from elastictok_jax.data.sources.file_source import EMBEDDED
 from elastictok_jax.data.sources.splits import SourceSplit, open_splits
 from elastictok_jax.experiment_registry import get_experiment
@@ -55,8 +55,10 @@ def config_for(path, *, side: int, blocks: int, **options: Any):
         "video.resolution": side,
         "masking.min_tokens": 1,
     }
-    override(config, values | {key.replace("__", "."): value for key, value in options.items()})
-    return resolve(config)
+    apply_overrides(
+        config, values | {key.replace("__", "."): value for key, value in options.items()}
+    )
+    return resolve_config(config)
 
 
 def seconds(function: Callable[[], Any]) -> tuple[Any, float]:
@@ -152,7 +154,7 @@ def throughput(path, *, side: int, workers: int, threads: int, batches: int) -> 
 
 def step_consumption(*, steps: int) -> dict[str, float]:
     """Tokens and frames a second that the quick start's training step takes, fed one batch."""
-    config = resolve(get_experiment("quickstart"))
+    config = resolve_config(get_experiment("quickstart"))
     task = open_family(config).task
     reader = task.reader(open_splits(config), split="train")
     batch = {key: jnp.asarray(value) for key, value in reader(0).items() if key != "faults"}
@@ -195,7 +197,7 @@ def packing_waste(*, blocks: int, rows: int) -> dict[str, Any]:
     feeds = tuple(
         SourceSplit(
             name,
-            name_place(name),
+            name_hash(name),
             Durations(lengths),  # type: ignore[arg-type]
             source_config(path=name, weight=weight),
             np.arange(len(lengths)),
@@ -239,8 +241,10 @@ def measure(*, originals: Path, quick: bool) -> dict[str, Any]:
         folders = {}
         for side in sides:
             folders[side] = Path(temporary) / str(side)
-            options = Settings(side, crf=18, scene_cuts=False, limits=media.LIMITS)
-            prepare([str(originals)], output=folders[side], settings=options, jobs=len(cores))
+            options = TranscodeSettings(side, crf=18, scene_cuts=False, limits=media.LIMITS)
+            prepare_data_set(
+                [str(originals)], output=folders[side], settings=options, jobs=len(cores)
+            )
         os.sched_setaffinity(0, {min(cores)})
         try:
             results["against_raw"] = [

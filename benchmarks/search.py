@@ -34,11 +34,11 @@ from elastictok_jax.data.sources.file_source import EMBEDDED
 from elastictok_jax.layers.attention.api import SequenceLayout
 from elastictok_jax.masking import keep_mask
 from elastictok_jax.models.elastictok.model import build_model
-from elastictok_jax.pixels import to_float
+from elastictok_jax.pixels import pixels_to_float
 from elastictok_jax.tokenizer.api import ElasticTokenizer
 from elastictok_jax.tokenizer.block_codec import CodedBlock
 from elastictok_jax.tokenizer.goal import Goal
-from elastictok_jax.tokenizer.tiling import Grid
+from elastictok_jax.tokenizer.tiling import TileGrid
 from elastictok_jax.tokenizer.tokens import Tokens
 
 METHODS = ("full", "binned", "binary", "hybrid", "verified_regression", "regression")
@@ -62,11 +62,11 @@ def held_out_clips(
 
 def code_all(
     tokenizer: ElasticTokenizer, clips: dict[str, np.ndarray], goal: Goal
-) -> tuple[list[tuple[np.ndarray, Grid, list[CodedBlock]]], float]:
+) -> tuple[list[tuple[np.ndarray, TileGrid, list[CodedBlock]]], float]:
     """Blocks of every clip, and the seconds that they took."""
     start, coded = time.perf_counter(), []
     for clip in clips.values():
-        grid = Grid(clip.shape[:3], tokenizer.geometry)
+        grid = TileGrid(clip.shape[:3], tokenizer.geometry)
         policies = [tokenizer.threshold(goal) for _ in range(grid.tiles)]
         coded.append((clip, grid, tokenizer.code(clip, grid, policies, metric="mse")))
     return coded, time.perf_counter() - start
@@ -120,7 +120,7 @@ def all_tokens_meet(
     """bool [N]: whether all tokens meet the target, after earlier blocks as `lengths` has them."""
     meets, start = [], 0
     for clip in clips.values():
-        grid = Grid(clip.shape[:3], tokenizer.geometry)
+        grid = TileGrid(clip.shape[:3], tokenizer.geometry)
         some = lengths[start : start + grid.blocks * grid.tiles]
         start += len(some)
         policies = [Probe(some[tile :: grid.tiles], target) for tile in range(grid.tiles)]
@@ -160,12 +160,12 @@ def published_way(
     @jax.jit
     def error_of(patches_SD, lengths_W, newest):
         keep = keep_mask(lengths_W[None], tokens_per_block=per_block)
-        target_1SD = to_float(patches_SD)[None]
+        target_1SD = pixels_to_float(patches_SD)[None]
         output: Any = model.apply({"params": params}, target_1SD, keep, places)
         error_S = jnp.mean((jnp.clip(output.reconstruction, -1, 1) - target_1SD) ** 2, axis=(0, 2))
         return jax.lax.dynamic_slice_in_dim(error_S, newest * per_block, per_block).mean()
 
-    grid = Grid(clip.shape[:3], tokenizer.geometry)
+    grid = TileGrid(clip.shape[:3], tokenizer.geometry)
     blocks_met = probes = count = 0
     blocks, _ = grid.cut(clip)
     patches = tokenizer.codec.pack(blocks).reshape(grid.tiles, -1, tokenizer.geometry.input_values)

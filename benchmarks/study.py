@@ -111,7 +111,7 @@ def _compared(result: dict[str, Any], kind: str, target: float, fixed: str) -> d
 
 
 def threshold_rows(results: Sequence[dict[str, Any]], keys: Sequence[str]) -> list[dict[str, Any]]:
-    """A row for each model, kind of clip and target: `keys` of `thresholds` over seeds."""
+    """A row for each model, kind of clip and target: `keys` of `tokens_at_targets` over seeds."""
     return [
         {"model": name, "clips": kind, "MSE": rows[0]["target"]}
         | {key.replace("_", " "): over_seeds([row[key] for row in rows]) for key in keys}

@@ -25,8 +25,9 @@ from benchmarks.machine import describe_machine
 from benchmarks.profile import costs_by_part
 from benchmarks.table import table
 from elastictok_jax.cli import split_overrides
-from elastictok_jax.config import override, resolve
+from elastictok_jax.config import apply_overrides, resolve_config
 from elastictok_jax.experiment_registry import get_experiment
+from elastictok_jax.hardware import measured_matmul_flops
 from elastictok_jax.models.base import Task
 from elastictok_jax.models.registry import open_family
 from elastictok_jax.parallel.mesh import make_mesh
@@ -34,7 +35,6 @@ from elastictok_jax.parallel.sharding import batch_sharding, in_mesh, replicate
 from elastictok_jax.training.host_consensus import Votes
 from elastictok_jax.training.state import abstract_state, sharded_init
 from elastictok_jax.training.step import jit_train_step
-from elastictok_jax.training.throughput import measured_matmul_flops
 
 
 def generated_batch(task: Task, config: ml_collections.ConfigDict, sharding) -> dict[str, Any]:
@@ -121,8 +121,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--json", type=Path, help="write the results here")
     args = parser.parse_args(words)
     config = get_experiment(args.experiment)
-    override(config, overrides)
-    results = measure(resolve(config), steps=args.steps)
+    apply_overrides(config, overrides)
+    results = measure(resolve_config(config), steps=args.steps)
     if args.json:
         args.json.write_text(json.dumps(results, indent=1) + "\n")
     parts = results.pop("parts")

@@ -40,7 +40,7 @@ class _State:
     stderr = 2  # a descriptor that still leads to the terminal
 
 
-def install() -> None:
+def install_ctrl_c_handler() -> None:
     """Installs the SIGINT handler; must be called in the main thread of the program."""
     _State.stderr = os.dup(2)
     signal.signal(signal.SIGINT, _handle)
@@ -57,12 +57,12 @@ def install() -> None:
     threading.Thread(target=_watch, args=(reader,), name="ctrl-c", daemon=True).start()
 
 
-def interrupted() -> bool:
+def ctrl_c_pressed() -> bool:
     """Returns whether a first Ctrl-C has arrived."""
     return _State.interrupted
 
 
-def take_over() -> None:
+def take_over_ctrl_c() -> None:
     """Lifts the deadline and reopens stderr, for code that handles a KeyboardInterrupt itself."""
     if _State.interrupted:
         _State.taken_over = True
@@ -72,10 +72,10 @@ def take_over() -> None:
 def end_at_once() -> None:
     """Makes a later Ctrl-C end the process at once, since the command has done its work."""
     _State.finished = True
-    signal.signal(signal.SIGINT, lambda number, frame: end())
+    signal.signal(signal.SIGINT, lambda number, frame: end_interrupted())
 
 
-def say() -> None:
+def say_interrupted() -> None:
     """Prints the line once, unless the code that took over prints its own."""
     if _State.said or _State.taken_over:
         return
@@ -120,7 +120,7 @@ def _handle(number: int, frame: FrameType | None) -> None:
     with open(os.devnull, "wb") as nowhere:
         os.dup2(nowhere.fileno(), 2)
     if _loads_extension(frame):
-        end()
+        end_interrupted()
     raise KeyboardInterrupt
 
 
@@ -153,21 +153,21 @@ def _watch(reader: int) -> None:
             if first is None:
                 first = now
             elif now - first > ECHO:
-                end()
+                end_interrupted()
         if first is not None and not _State.taken_over and now - first > GRACE:
-            end()
+            end_interrupted()
         if _State.swallowed:
             _State.swallowed = False
             ctypes.pythonapi.PyThreadState_SetAsyncExc(main, ctypes.py_object(KeyboardInterrupt))
 
 
-def end() -> NoReturn:
+def end_interrupted() -> NoReturn:
     """Kills child processes, prints the line, and exits at once with INTERRUPTED."""
     with contextlib.suppress(Exception):
         processes = sys.modules.get("multiprocessing.process")
         for child in processes.active_children() if processes else ():
             child.kill()
-    say()
+    say_interrupted()
     os._exit(INTERRUPTED)
 
 

@@ -8,12 +8,12 @@ Array = jax.Array
 PEAK = 2.0  # of the [-1, 1] scale
 
 
-def to_float(pixels_uint8: Array) -> Array:
+def pixels_to_float(pixels_uint8: Array) -> Array:
     """Converts uint8 [0, 255] to float32 [-1, 1]: x / 127.5 - 1."""
     return pixels_uint8.astype(jnp.float32) / 127.5 - 1.0
 
 
-def to_uint8(pixels: Array) -> Array:
+def pixels_to_uint8(pixels: Array) -> Array:
     """Converts floats in [-1, 1] to uint8, clipped and rounded to nearest."""
     return jnp.round((jnp.clip(pixels, -1.0, 1.0) + 1.0) * 127.5).astype(jnp.uint8)
 

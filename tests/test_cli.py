@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from elastictok_jax import cli
-from elastictok_jax.config import override, resolve, to_json
+from elastictok_jax.config import apply_overrides, config_to_json, resolve_config
 from elastictok_jax.data import media
 from elastictok_jax.data.sources.file_source import EMBEDDED
 from elastictok_jax.experiment_registry import get_experiment
@@ -68,9 +68,9 @@ def refused(capsys):
 def small_model(folder: Path) -> Path:
     """Creates a workdir with a valid config.json and nothing else."""
     config = get_experiment("quickstart")
-    override(config, TINY)
+    apply_overrides(config, TINY)
     folder.mkdir()
-    (folder / "config.json").write_text(to_json(resolve(config)))
+    (folder / "config.json").write_text(config_to_json(resolve_config(config)))
     return folder
 
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from elastictok_jax import config as config_lib
 from elastictok_jax.config.defaults import SOURCE, TOP, default_sections
-from elastictok_jax.config.schema import POSITIVE, OneOf, check
+from elastictok_jax.config.schema import POSITIVE, OneOf, check_constraint
 from elastictok_jax.errors import UsageError
 from elastictok_jax.models.registry import DEFAULT_FAMILY
 from tests.tiny import block_tokens, sequence_tokens
@@ -16,7 +16,7 @@ from tests.tiny import block_tokens, sequence_tokens
 
 def changed(**overrides):
     config = config_lib.default_config()
-    config_lib.override(config, {key.replace("__", "."): v for key, v in overrides.items()})
+    config_lib.apply_overrides(config, {key.replace("__", "."): v for key, v in overrides.items()})
     return config
 
 
@@ -43,15 +43,15 @@ def changed(**overrides):
     ],
 )
 def test_override_takes_the_type_of_the_default(key, text, value):
-    got = config_lib.flatten(changed(**{key: text}))[key]
+    got = config_lib.flatten_config(changed(**{key: text}))[key]
     assert got == value and type(got) is type(value)
     if isinstance(value, tuple):
         assert [type(item) for item in got] == [type(item) for item in value]
 
 
 def test_override_leaves_the_rest_alone():
-    before = config_lib.flatten(config_lib.default_config())
-    after = config_lib.flatten(changed(model__width="512"))
+    before = config_lib.flatten_config(config_lib.default_config())
+    after = config_lib.flatten_config(changed(model__width="512"))
     assert {key for key in before if before[key] != after[key]} == {"model.width"}
     assert before.keys() == after.keys()
 
@@ -114,17 +114,17 @@ def keys_with(constraint):
 )
 def test_choices(key, choice):
     with pytest.raises(UsageError) as caught:
-        config_lib.resolve(changed(**{key: "nonsense"}))
+        config_lib.resolve_config(changed(**{key: "nonsense"}))
     assert str(caught.value) == f"{key} = 'nonsense': choose one of {choice.words}"
     for value in choice.words.split(", "):
-        config_lib.resolve(changed(**{key: value}))
+        config_lib.resolve_config(changed(**{key: value}))
 
 
 @pytest.mark.parametrize("value", [0, -1])
 @pytest.mark.parametrize("key", [key for key, _ in keys_with(lambda c: c is POSITIVE)])
 def test_what_must_be_positive(key, value):
     with pytest.raises(UsageError) as caught:
-        config_lib.resolve(changed(**{key: value}))
+        config_lib.resolve_config(changed(**{key: value}))
     assert str(caught.value).startswith(f"{key} = ")
     assert str(caught.value).endswith("must be greater than 0")
 
@@ -134,7 +134,7 @@ def test_every_key_says_what_it_means():
         for name, key in keys.items():
             assert key.doc and len(key.doc) <= 80, (section, name)
             if key.constraint and (section, name) != ("source", "path"):
-                check(name, key.default, key.constraint)
+                check_constraint(name, key.default, key.constraint)
 
 
 def test_keys_that_nobody_declared_are_refused():
@@ -143,21 +143,21 @@ def test_keys_that_nobody_declared_are_refused():
     with pytest.raises(
         UsageError, match=r"unknown config key model\.widht: did you mean model\.width"
     ):
-        config_lib.resolve(config)
+        config_lib.resolve_config(config)
     config = config_lib.default_config()
     config.model.attention = "dense"  # as before config.compute existed
     with pytest.raises(UsageError, match=r"model\.attention: it is compute\.attention now"):
-        config_lib.resolve(config)
+        config_lib.resolve_config(config)
     del config.model["attention"], config.model["width"]
     with pytest.raises(UsageError, match=r"config key model\.width is missing"):
-        config_lib.resolve(config)
+        config_lib.resolve_config(config)
 
 
 def test_another_family_is_refused_by_name():
     config = config_lib.default_config()
     config.model.family = "nonesuch"
     with pytest.raises(UsageError, match=r"model\.family = 'nonesuch': choose one of elastictok"):
-        config_lib.resolve(config)
+        config_lib.resolve_config(config)
 
 
 @pytest.mark.parametrize(
@@ -202,13 +202,13 @@ def test_another_family_is_refused_by_name():
 )
 def test_values_that_do_not_fit_each_other(overrides, message):
     with pytest.raises(UsageError) as caught:
-        config_lib.resolve(changed(**overrides))
+        config_lib.resolve_config(changed(**overrides))
     assert message in str(caught.value)
 
 
 def test_resolve_copies_and_locks():
     config = changed(model__width=512)
-    resolved = config_lib.resolve(config)
+    resolved = config_lib.resolve_config(config)
     config.model.width = 256
     assert resolved.model.width == 512
     with pytest.raises(AttributeError):
@@ -218,10 +218,10 @@ def test_resolve_copies_and_locks():
 
 
 def test_derived_sizes_are_those_of_the_paper():
-    config = config_lib.resolve(config_lib.default_config())
+    config = config_lib.resolve_config(config_lib.default_config())
     assert block_tokens(config) == 4096
     assert sequence_tokens(config) == 4 * 4096
-    vae = config_lib.resolve(changed(model__bottleneck="vae", model__patch="2,8,8"))
+    vae = config_lib.resolve_config(changed(model__bottleneck="vae", model__patch="2,8,8"))
     assert block_tokens(vae) == 2048
 
 
@@ -236,13 +236,13 @@ def test_json_round_trip(tmp_path_factory, width, levels, rate, source):
     config = config_lib.default_config()
     values = {"model.width": width, "model.fsq_levels": levels}
     values |= {"optimizer.learning_rate": rate, "data.sources.main.path": source}
-    config_lib.override(config, values)
-    config = config_lib.resolve(config)
+    config_lib.apply_overrides(config, values)
+    config = config_lib.resolve_config(config)
     path = tmp_path_factory.mktemp("config") / "config.json"
-    path.write_text(config_lib.to_json(config))
+    path.write_text(config_lib.config_to_json(config))
     back = config_lib.read_config(path)
-    assert config_lib.flatten(back) == config_lib.flatten(config)
-    assert config_lib.to_json(back) == path.read_text()
+    assert config_lib.flatten_config(back) == config_lib.flatten_config(config)
+    assert config_lib.config_to_json(back) == path.read_text()
 
 
 def test_a_key_of_a_new_source_adds_it():
@@ -257,10 +257,10 @@ def test_a_config_file_has_the_sources_it_names_and_no_more(tmp_path):
     config = changed(data__sources__web__path="/a/folder", data__sources__web__weight=3)
     del config.data.sources["main"]
     path = tmp_path / "config.json"
-    path.write_text(config_lib.to_json(config_lib.resolve(config)))
+    path.write_text(config_lib.config_to_json(config_lib.resolve_config(config)))
     back = config_lib.read_config(path)
     assert list(back.data.sources) == ["web"]
-    assert config_lib.to_json(back) == path.read_text()
+    assert config_lib.config_to_json(back) == path.read_text()
 
 
 def test_older_config_files_take_defaults_for_what_they_lack(tmp_path):

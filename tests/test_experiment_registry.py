@@ -40,7 +40,7 @@ def golden_name(name):
 def describe(name):
     """Resolved config and parameter tree of an experiment, as JSON shows them: of each weight its
     shape, logical axes, and what mesh axes cut it where each has two devices."""
-    config = config_lib.resolve(registry.get_experiment(name))
+    config = config_lib.resolve_config(registry.get_experiment(name))
     boxed = jax.eval_shape(lambda: init_params(build_model(config), jax.random.key(0)))
     specs = traverse_util.flatten_dict(param_specs(boxed, dict.fromkeys(AXES, 2)))
     parameters = {
@@ -51,7 +51,7 @@ def describe(name):
         }
         for key, leaf in sorted(traverse_util.flatten_dict(boxed).items())
     }
-    return {"config": json.loads(config_lib.to_json(config)), "parameters": parameters}
+    return {"config": json.loads(config_lib.config_to_json(config)), "parameters": parameters}
 
 
 def write_golden(path, described):
@@ -126,7 +126,7 @@ def test_experiment_file_with_and_without_argument(tmp_path):
     ],
 )
 def test_stages_of_the_paper_have_its_contexts_and_fit_its_pod(name, tokens):
-    config = config_lib.resolve(registry.get_experiment(name))
+    config = config_lib.resolve_config(registry.get_experiment(name))
     assert sequence_tokens(config) == tokens
     assert config.data.batch_size * tokens == 2**20  # 4096 tokens on each chip of a v4-512
     sizes = mesh_sizes(config, devices=256)

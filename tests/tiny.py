@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from elastictok_jax.config import default_config, override, resolve
+from elastictok_jax.config import apply_overrides, default_config, resolve_config
 from elastictok_jax.data.pipeline import BatchReader
 from elastictok_jax.models.registry import open_family
 from elastictok_jax.parallel.mesh import make_mesh
@@ -20,8 +20,10 @@ TINY = {
 def tiny_config(**overrides: Any):
     """Returns a resolved config of 8 tokens a block; `__` stands for a dot in `overrides`."""
     config = default_config()
-    override(config, TINY | {key.replace("__", "."): value for key, value in overrides.items()})
-    return resolve(config)
+    apply_overrides(
+        config, TINY | {key.replace("__", "."): value for key, value in overrides.items()}
+    )
+    return resolve_config(config)
 
 
 def task_of(config):

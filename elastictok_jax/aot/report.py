@@ -16,7 +16,7 @@ from elastictok_jax.aot.hlo import parse_module
 from elastictok_jax.aot.programs import Program, programs
 from elastictok_jax.aot.roofline import roofline
 from elastictok_jax.aot.topology import Topology
-from elastictok_jax.config import resolve
+from elastictok_jax.config import resolve_config
 from elastictok_jax.errors import RunError
 from elastictok_jax.hardware import GIB, Chip
 from elastictok_jax.models.registry import open_family
@@ -30,13 +30,13 @@ def compile_experiment(config: ml_collections.ConfigDict, topology: Topology) ->
 
     Returns:
       The output of `--json`: the pod and the mesh, the figures of the training step, and those of
-      the tokenizer under "encode" and "decode". `analyse` documents the figures.
+      the tokenizer under "encode" and "decode". `program_figures` documents the figures.
 
     Raises:
       UsageError: if the config is invalid, or its mesh does not fit the pod.
       RunError: if the compiler fails.
     """
-    config = resolve(config)
+    config = resolve_config(config)
     mesh = make_mesh(config, topology.devices, check_model=open_family(config).task.check_mesh)
     train_step, *halves = programs(config, mesh)
     return {
@@ -66,10 +66,10 @@ def compile_program(program: Program, mesh: Mesh, chip: Chip) -> Results:
         compiled = program.lower().compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" in str(error) and "hbm" in str(error).lower():
-            return refused(str(error), chip)
+            return compile_refusal(str(error), chip)
         reason = str(error).splitlines()[0]
         raise RunError(f"the TPU compiler failed on {program.name}: {reason}") from error
-    results = analyse(compiled, mesh=mesh, chip=chip, model_flops=program.model_flops)
+    results = program_figures(compiled, mesh=mesh, chip=chip, model_flops=program.model_flops)
     seconds = results["predicted"]["step_seconds"]
     return results | {
         "tokens": program.tokens,
@@ -78,7 +78,7 @@ def compile_program(program: Program, mesh: Mesh, chip: Chip) -> Results:
     }
 
 
-def refused(message: str, chip: Chip) -> Results:
+def compile_refusal(message: str, chip: Chip) -> Results:
     """Returns the results of a program that needs more memory than a device has."""
     needed = re.search(r"\((\d[\d.]*)([KMGT])\)? exceeds|Used (\d[\d.]*)([KMGT]) of", message)
     total = None
@@ -92,7 +92,7 @@ def refused(message: str, chip: Chip) -> Results:
     }
 
 
-def analyse(
+def program_figures(
     compiled: jax.stages.Compiled, *, mesh: Mesh, chip: Chip, model_flops: float
 ) -> Results:
     """Returns figures of a compiled program on `chip`, which may differ from its target.
@@ -136,7 +136,7 @@ def analyse(
             "hardware_flops_utilisation": costs.flops / line.seconds / peak,
             "model_flops_utilisation": mine / line.seconds / peak,
         },
-        "notes": notes(costs, network_known=line.network is not None),
+        "notes": compile_notes(costs, network_known=line.network is not None),
     }
 
 
@@ -197,7 +197,7 @@ def kernel_rows(costs: Costs) -> list[Results]:
     return sorted(rows, key=lambda row: row["name"])
 
 
-def notes(costs: Costs, *, network_known: bool) -> list[str]:
+def compile_notes(costs: Costs, *, network_known: bool) -> list[str]:
     """Returns notes on what the figures omit or overestimate."""
     found = []
     unknown = sorted({kernel.name for kernel in costs.kernels if kernel.basis == "unknown"})

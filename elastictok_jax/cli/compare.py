@@ -15,12 +15,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, overrides: dict[str, str]) -> None:
-    from elastictok_jax.evaluation.compare import compare_runs, in_columns, warning
+    from elastictok_jax.evaluation.compare import compare_runs, compared_columns, held_out_warning
 
     rows = compare_runs(args.runs, output=args.output)
-    if other_data := warning(rows):
+    if other_data := held_out_warning(rows):
         print(f"note: {other_data}", file=sys.stderr)
     if args.json:
         print_results(rows, args)
     else:
-        print(in_columns(rows))
+        print(compared_columns(rows))

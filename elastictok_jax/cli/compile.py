@@ -21,11 +21,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, overrides: dict[str, str]) -> int:
     from elastictok_jax.aot.report import compile_experiment, report_text
     from elastictok_jax.aot.topology import describe_topology
-    from elastictok_jax.config import override
+    from elastictok_jax.config import apply_overrides
     from elastictok_jax.experiment_registry import get_experiment
 
     config = get_experiment(args.experiment)
-    override(config, overrides)
+    apply_overrides(config, overrides)
     topology = describe_topology(args.topology, slices=args.slices)
     results = compile_experiment(config, topology)
     if args.json:

@@ -16,13 +16,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, overrides: dict[str, str]) -> None:
-    from elastictok_jax.config import flatten, key_docs, override, resolve
+    from elastictok_jax.config import apply_overrides, flatten_config, key_docs, resolve_config
     from elastictok_jax.experiment_registry import get_experiment
 
     def values(experiment: str, changes: dict[str, str]) -> dict:
         config = get_experiment(experiment)
-        override(config, changes)
-        return flatten(resolve(config))
+        apply_overrides(config, changes)
+        return flatten_config(resolve_config(config))
 
     ours = values(args.experiment, overrides)
     if args.diff is None:

@@ -11,10 +11,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, overrides: dict[str, str]) -> None:
-    from elastictok_jax.training.inspection import in_lines, inspect_run
+    from elastictok_jax.training.inspection import inspect_run, inspection_lines
 
     found = inspect_run(args.folder)
     if args.json:
         print_results(found, args)
     else:
-        print(in_lines(found))
+        print(inspection_lines(found))

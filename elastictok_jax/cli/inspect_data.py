@@ -18,12 +18,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, overrides: dict[str, str]) -> None:
-    from elastictok_jax.config import override
+    from elastictok_jax.config import apply_overrides
     from elastictok_jax.evaluation.inspect_batch import inspect_data
     from elastictok_jax.experiment_registry import get_experiment
 
     config = get_experiment(args.experiment)
-    override(config, overrides)
+    apply_overrides(config, overrides)
     results = inspect_data(config, output=args.output, split=args.split, batch=args.batch)
     print(f"batch drawn in {args.output}", file=sys.stderr)
     print_results(results, args)

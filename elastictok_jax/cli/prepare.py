@@ -35,8 +35,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, overrides: dict[str, str]) -> None:
     from elastictok_jax.data.media import MediaLimits
-    from elastictok_jax.data.prepare.supervisor import prepare, summary
-    from elastictok_jax.data.prepare.transcode import Settings
+    from elastictok_jax.data.prepare.supervisor import prepare_data_set, prepare_summary
+    from elastictok_jax.data.prepare.transcode import TranscodeSettings
 
     index, _, machines = args.shard.partition("/")
     if not (index.isdecimal() and machines.isdecimal() and int(index) < int(machines)):
@@ -47,10 +47,10 @@ def run(args: argparse.Namespace, overrides: dict[str, str]) -> None:
             raise UsageError(f"--{name.replace('_', '-')} must be greater than 0, and a number")
     if args.resolution < 0 or not 0 <= args.crf <= 51:
         raise UsageError("--resolution must be 0 or more, and --crf in [0, 51]")
-    report = prepare(
+    report = prepare_data_set(
         args.inputs,
         output=args.output,
-        settings=Settings(
+        settings=TranscodeSettings(
             resolution=args.resolution,
             crf=args.crf,
             scene_cuts=args.scene_cuts,
@@ -62,5 +62,5 @@ def run(args: argparse.Namespace, overrides: dict[str, str]) -> None:
         timeout=args.timeout,
     )
     if "plan" in report:
-        print(summary(report), file=sys.stderr)
+        print(prepare_summary(report), file=sys.stderr)
     print_results(report, args)

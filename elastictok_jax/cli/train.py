@@ -17,22 +17,22 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, overrides: dict[str, str]) -> int:
-    from elastictok_jax.config import override
+    from elastictok_jax.config import apply_overrides
     from elastictok_jax.data.sources.splits import has_held_out
     from elastictok_jax.experiment_registry import get_experiment
     from elastictok_jax.parallel import distributed
-    from elastictok_jax.training.loop import train
+    from elastictok_jax.training.loop import train_experiment
 
     config = get_experiment(args.experiment)
-    override(config, overrides)
+    apply_overrides(config, overrides)
     distributed.initialize(
         coordinator=args.coordinator,
         processes=args.processes,
         process=args.process,
         timeout=args.initialization_timeout,
     )
-    process, processes = distributed.place()
-    finished = train(config, workdir=args.workdir)
+    process, processes = distributed.process_place()
+    finished = train_experiment(config, workdir=args.workdir)
     distributed.shutdown()
     if not finished:
         return STOPPED

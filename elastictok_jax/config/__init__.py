@@ -2,23 +2,23 @@
 
 from elastictok_jax.config.defaults import default_config, source_config
 from elastictok_jax.config.load import (
-    flatten,
+    apply_overrides,
+    config_to_json,
+    flatten_config,
     key_docs,
-    override,
-    parse_value,
+    parse_config_value,
     read_config,
-    resolve,
-    to_json,
+    resolve_config,
 )
 
 __all__ = [
+    "apply_overrides",
+    "config_to_json",
     "default_config",
-    "flatten",
+    "flatten_config",
     "key_docs",
-    "override",
-    "parse_value",
+    "parse_config_value",
     "read_config",
-    "resolve",
+    "resolve_config",
     "source_config",
-    "to_json",
 ]

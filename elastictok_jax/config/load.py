@@ -16,7 +16,7 @@ from elastictok_jax.config.defaults import (
     default_sections,
     source_config,
 )
-from elastictok_jax.config.schema import check
+from elastictok_jax.config.schema import check_constraint
 from elastictok_jax.errors import UsageError
 from elastictok_jax.models.registry import DEFAULT_FAMILY, family_module
 
@@ -28,7 +28,7 @@ MOVED = {
 }
 
 
-def override(config: ml_collections.ConfigDict, overrides: dict[str, Any]) -> None:
+def apply_overrides(config: ml_collections.ConfigDict, overrides: dict[str, Any]) -> None:
     """Sets dotted keys in place, as `--config.KEY=VALUE` does; values take the default's type.
 
     A key of a source that is not there yet adds that source.
@@ -40,11 +40,11 @@ def override(config: ml_collections.ConfigDict, overrides: dict[str, Any]) -> No
         named = re.match(IN_SOURCE, key)
         if named and named[1] not in config.data.sources:
             config.data.sources[named[1]] = source_config()
-    known = flatten(config)
+    known = flatten_config(config)
     for key, value in overrides.items():
         if key not in known:
             raise UsageError(f"unknown config key {key}: {_nearest(key, known)}")
-        config.update_from_flattened_dict({key: parse_value(key, value, like=known[key])})
+        config.update_from_flattened_dict({key: parse_config_value(key, value, like=known[key])})
 
 
 def _nearest(key: str, known: Iterable[str]) -> str:
@@ -54,7 +54,7 @@ def _nearest(key: str, known: Iterable[str]) -> str:
     return f"did you mean {near[0]}?" if near else f"keys are {', '.join(sorted(known))}"
 
 
-def parse_value(key: str, value: Any, *, like: Any) -> Any:
+def parse_config_value(key: str, value: Any, *, like: Any) -> Any:
     """`value` (often a string) as the type of `like`."""
     kind = type(like)
     try:
@@ -77,12 +77,12 @@ def _parse_scalar(value: Any, kind: type) -> Any:
     return kind(value)
 
 
-def flatten(config: ml_collections.ConfigDict, prefix: str = "") -> dict[str, Any]:
+def flatten_config(config: ml_collections.ConfigDict, prefix: str = "") -> dict[str, Any]:
     """Nested config as dotted keys."""
     flat: dict[str, Any] = {}
     for key, value in config.items():
         if isinstance(value, ml_collections.ConfigDict):
-            flat |= flatten(value, f"{prefix}{key}.")
+            flat |= flatten_config(value, f"{prefix}{key}.")
         else:
             flat[prefix + key] = value
     return flat
@@ -101,7 +101,7 @@ def _check_sources(config: ml_collections.ConfigDict) -> None:
         for name, value in source.items():
             if name not in SOURCE:
                 raise UsageError(f"unknown config key {key}.{name}: {_nearest(name, SOURCE)}")
-            check(f"{key}.{name}", value, SOURCE[name].constraint)
+            check_constraint(f"{key}.{name}", value, SOURCE[name].constraint)
         if source.resolution and source.resolution < side:
             raise UsageError(
                 f"{key}.resolution = {source.resolution} is less than video.resolution = {side}: "
@@ -111,7 +111,7 @@ def _check_sources(config: ml_collections.ConfigDict) -> None:
         raise UsageError("data.sources: no source has a weight above 0, so there is no data")
 
 
-def resolve(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+def resolve_config(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     """Returns a validated copy with locked keys.
 
     Raises:
@@ -123,13 +123,15 @@ def resolve(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     keys = {name: key for name, key in TOP.items()}
     for section, of_section in default_sections(family).items():
         keys |= {f"{section}.{name}": key for name, key in of_section.items()}
-    flat = {key: value for key, value in flatten(config).items() if not re.match(IN_SOURCE, key)}
+    flat = {
+        key: value for key, value in flatten_config(config).items() if not re.match(IN_SOURCE, key)
+    }
     for key in flat.keys() - keys.keys():
         raise UsageError(f"unknown config key {key}: {_nearest(key, keys)}")
     for key in keys.keys() - flat.keys():
         raise UsageError(f"config key {key} is missing: begin with default_config({family!r})")
     for key, value in flat.items():
-        check(key, value, keys[key].constraint)
+        check_constraint(key, value, keys[key].constraint)
     _check_sources(config)
     family_module(family).check(config)
     targets = config.evaluation.targets
@@ -156,7 +158,7 @@ def key_docs(flat: Mapping[str, Any]) -> list[tuple[str, Any, str]]:
     return [(key, flat[key], docs[key]) for key in order if key in flat]
 
 
-def to_json(config: ml_collections.ConfigDict) -> str:
+def config_to_json(config: ml_collections.ConfigDict) -> str:
     """Sorted JSON text of a config, the same text for the same config."""
     return json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n"
 
@@ -179,10 +181,10 @@ def read_config(path: Path) -> ml_collections.ConfigDict:
         raise UsageError(f"{path} is damaged (not a JSON object): restore it from a copy")
     values = {
         MOVED.get(key, key): value
-        for key, value in flatten(ml_collections.ConfigDict(loaded)).items()
+        for key, value in flatten_config(ml_collections.ConfigDict(loaded)).items()
     }
     config = default_config(values.get("model.family", DEFAULT_FAMILY))
     if any(re.match(IN_SOURCE, key) for key in values):
         config.data.sources = ml_collections.ConfigDict()  # those that the file names, and no more
-    override(config, values)
-    return resolve(config)
+    apply_overrides(config, values)
+    return resolve_config(config)

@@ -54,7 +54,7 @@ def one_of(*choices: Any) -> Constraint:
     return OneOf(", ".join(map(str, choices)), lambda x: x in choices)
 
 
-def check(key: str, value: Any, constraint: Constraint | None) -> None:
+def check_constraint(key: str, value: Any, constraint: Constraint | None) -> None:
     """Raises UsageError, naming the key, if its value is not allowed."""
     if constraint is None or constraint.allows(value):
         return
@@ -63,6 +63,6 @@ def check(key: str, value: Any, constraint: Constraint | None) -> None:
     raise UsageError(f"{key} = {value!r}: must be {constraint.words}")
 
 
-def defaults(section: Section) -> dict[str, Any]:
+def section_defaults(section: Section) -> dict[str, Any]:
     """Returns the default of each key."""
     return {name: key.default for name, key in section.items()}

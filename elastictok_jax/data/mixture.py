@@ -14,7 +14,7 @@ import numpy as np
 from grain.experimental import index_shuffle
 
 from elastictok_jax.data.frame_rate import frames_read, step_between
-from elastictok_jax.data.packing import PackedClip, pack
+from elastictok_jax.data.packing import PackedClip, pack_clips
 from elastictok_jax.data.sources.splits import SPLITS, SourceSplit
 from elastictok_jax.errors import UsageError
 
@@ -138,12 +138,14 @@ class Mixture:
                 for index, (start, stop) in enumerate(parts)
                 for clip in self.streams[index].take(start, stop, feed=index)
             ]
-            return pack(clips, rows=rows, row_blocks=row_blocks, rng=rng)
+            return pack_clips(clips, rows=rows, row_blocks=row_blocks, rng=rng)
         queues = []
         for index, (start, stop) in enumerate(self._parts(group, units=rows)):
             blocks = start * row_blocks, stop * row_blocks
             clips = self.streams[index].take(*blocks, feed=index)
-            queues.append(pack(clips, rows=stop - start, row_blocks=row_blocks, rng=rng)[::-1])
+            queues.append(
+                pack_clips(clips, rows=stop - start, row_blocks=row_blocks, rng=rng)[::-1]
+            )
         turns = np.repeat(np.arange(len(queues)), [len(queue) for queue in queues])
         return [queues[index].pop() for index in rng.permutation(turns)]
 

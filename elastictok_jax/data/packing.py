@@ -29,7 +29,7 @@ class PackedClip:
         return dataclasses.replace(self, blocks=blocks), rest
 
 
-def pack(
+def pack_clips(
     clips: Sequence[PackedClip], *, rows: int, row_blocks: int, rng: np.random.Generator
 ) -> list[list[PackedClip]]:
     """Packs `clips` into `rows` rows of `row_blocks` blocks, in random order.
@@ -77,7 +77,7 @@ def _best_fit(
 ) -> list[list[tuple[int, int]]]:
     """Returns the places [(row, blocks)] of each size, several where it had to be cut.
 
-    Places the longest first, each into the fullest row that has room for it; see `pack`.
+    Places the longest first, each into the fullest row that has room for it; see `pack_clips`.
     """
     by_room: dict[int, list[int]] = {row_blocks: list(range(rows))} if rows else {}
     rooms = sorted(by_room)  # ascending, those in use

@@ -36,7 +36,7 @@ ENOUGH_BLOCKS = 100  # to judge from which fraction of the data is damaged
 
 
 @dataclasses.dataclass(frozen=True)
-class Part:
+class BatchPart:
     """The blocks of each global batch that a process reads, those of its devices.
 
     Attributes:
@@ -61,10 +61,10 @@ class Part:
         return math.gcd(*runs.tolist())
 
 
-def complete(config: ml_collections.ConfigDict) -> Part:
+def complete_batch(config: ml_collections.ConfigDict) -> BatchPart:
     """All of a batch."""
     needed_BN = np.ones((config.data.batch_size, config.data.sequence_blocks), bool)
-    return Part(needed_BN, needed_BN)
+    return BatchPart(needed_BN, needed_BN)
 
 
 class BatchReader:
@@ -86,13 +86,13 @@ class BatchReader:
         *,
         codec: Codec,
         split: str,
-        part: Part | None = None,
+        part: BatchPart | None = None,
         first_row: int = 0,
     ):
         self.config, self.codec, self.geometry = config, codec, codec.geometry
         self.first_row = first_row
         self._batch_size = config.data.batch_size  # read once: a ConfigDict is slow
-        self.part = complete(config) if part is None else part
+        self.part = complete_batch(config) if part is None else part
         self.feeds = feeds.split(split)
         if not self.feeds:
             raise UsageError(
@@ -106,8 +106,8 @@ class BatchReader:
         """Returns this process's part of batch `index`.
 
         "patches" uint8 [n, s, D] and "segment_ids" int32 [n, s] are the part as n stretches of
-        equal length (`Part.stretch`), in the order of rows and blocks; of a complete batch these
-        are its rows. "faults" has a line for each counted block that had to be replaced.
+        equal length (`BatchPart.stretch`), in the order of rows and blocks; of a complete batch
+        these are its rows. "faults" has a line for each counted block that had to be replaced.
         """
         first = self.first_row + index * self._batch_size
         needed_BN, counted_BN = self.part.needed_BN, self.part.counted_BN
@@ -174,13 +174,13 @@ class BatchReader:
         }
 
 
-def local_part(
+def local_batch_part(
     sharding: NamedSharding,
     config: ml_collections.ConfigDict,
     geometry: Geometry,
     *,
     process: int | None = None,
-) -> Part:
+) -> BatchPart:
     """Returns the blocks of a global batch of which the devices of a process hold any part.
 
     They need not form a rectangle, since the chips of a process are rarely neighbours in a mesh. Of
@@ -202,7 +202,7 @@ def local_part(
         held = slice(top, bottom), slice(left // per_block, -(-right // per_block))
         needed_BN[held] |= device.process_index == process
         first_BN[held] = np.minimum(first_BN[held], device.process_index)
-    return Part(needed_BN, first_BN == process)
+    return BatchPart(needed_BN, first_BN == process)
 
 
 def read_ahead(reader: BatchReader, *, start: int, stop: int) -> Iterator[dict[str, Any]]:
@@ -247,7 +247,9 @@ def end_with_parent(worker: int, workers: int) -> None:
     threading.Thread(target=wait, name="end with parent", daemon=True).start()
 
 
-def to_device(batch: Batch, reader: BatchReader, sharding: NamedSharding) -> dict[str, jax.Array]:
+def batch_to_device(
+    batch: Batch, reader: BatchReader, sharding: NamedSharding
+) -> dict[str, jax.Array]:
     """Puts a reader's part of a batch on the devices, as shards of global [B, S, ...] arrays."""
     shape = reader.config.data.batch_size, reader.geometry.row_inputs
     per_block, places_BN = reader.geometry.inputs, reader.part.places_BN
@@ -347,7 +349,7 @@ class DeviceBatches:
         try:
             for batch in read_ahead(self._reader, start=start, stop=stop):
                 faults = batch["faults"].splitlines()
-                self._put((to_device(batch, self._reader, self._sharding), faults))
+                self._put((batch_to_device(batch, self._reader, self._sharding), faults))
                 if self._closed.is_set():
                     return
         except BaseException as error:  # any error must reach the loop

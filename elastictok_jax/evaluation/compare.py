@@ -10,12 +10,19 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from elastictok_jax.config import flatten, read_config
+from elastictok_jax.config import flatten_config, read_config
 from elastictok_jax.errors import UsageError
 from elastictok_jax.evaluation.report.drawing import plt
-from elastictok_jax.evaluation.report.html import DPI, Picture, Section, Table, text, write_html
+from elastictok_jax.evaluation.report.html import (
+    DPI,
+    Picture,
+    Section,
+    Table,
+    html_text,
+    write_html,
+)
 from elastictok_jax.evaluation.report.reconstructions import drawing
-from elastictok_jax.storage.atomic import columns, make_folder, write_csv, write_json
+from elastictok_jax.storage.atomic import csv_columns, make_folder, write_csv, write_json
 from elastictok_jax.training.metric_writers import read_metrics
 from elastictok_jax.training.workdir import read_held_out
 
@@ -41,7 +48,7 @@ def compare_runs(runs: Sequence[Path], *, output: Path | None) -> list[dict[str,
       UsageError: if there is no run, or a run has no metrics yet.
     """
     workdirs = _workdirs(runs)
-    configs = [flatten(read_config(workdir / "config.json")) for workdir in workdirs]
+    configs = [flatten_config(read_config(workdir / "config.json")) for workdir in workdirs]
     lines = [read_metrics(workdir / "metrics.jsonl") for workdir in workdirs]
     for workdir, some in zip(workdirs, lines, strict=True):
         if not some:
@@ -67,7 +74,7 @@ def compare_runs(runs: Sequence[Path], *, output: Path | None) -> list[dict[str,
     return rows
 
 
-def warning(rows: Sequence[dict[str, Any]]) -> str | None:
+def held_out_warning(rows: Sequence[dict[str, Any]]) -> str | None:
     """Returns a warning if the runs were evaluated on different held-out data, else None."""
     groups: dict[str, list[str]] = {}
     for row in rows:
@@ -97,10 +104,10 @@ def _held_out(workdirs: Sequence[Path], configs: Sequence[dict[str, Any]]) -> li
     return digests
 
 
-def in_columns(rows: Sequence[dict[str, Any]]) -> str:
+def compared_columns(rows: Sequence[dict[str, Any]]) -> str:
     """Formats rows for a terminal, with a line per key and a column per run."""
-    keys = columns(rows)
-    cells = [[key, *(text(row.get(key)) for row in rows)] for key in keys]
+    keys = csv_columns(rows)
+    cells = [[key, *(html_text(row.get(key)) for row in rows)] for key in keys]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
@@ -142,13 +149,13 @@ def _write(
     picture.unlink(missing_ok=True)
     if keys:
         figure = _curves(keys, lines)
-        drawing.save(figure, picture, dpi=DPI)
+        drawing.save_figure(figure, picture, dpi=DPI)
         parts.insert(0, Picture(figure, "metrics by step"))
     command = shlex.join(["elastictok", "compare", *map(str, runs), "-o", "DIR"])
     write_html(
         output / "report.html",
         title=f"{len(rows)} runs",
-        summary=" ".join(filter(None, ("From their metrics.jsonl.", warning(rows)))),
+        summary=" ".join(filter(None, ("From their metrics.jsonl.", held_out_warning(rows)))),
         command=command,
         sections=[Section("Runs", "", parts)],
     )
@@ -163,7 +170,7 @@ def _curves(keys: Sequence[str], lines: dict[str, list[dict[str, float]]]) -> Fi
         for name, some in lines.items():
             points = [(line["step"], line[key]) for line in some if key in line]
             if points:
-                one.plot(*zip(*points, strict=True), label=drawing.label(name), linewidth=1.4)
+                one.plot(*zip(*points, strict=True), label=drawing.plot_label(name), linewidth=1.4)
         one.set(title=key, xlabel="step", yscale="log")
         drawing.log_ticks(one.yaxis)
         one.grid(alpha=0.3)

@@ -12,7 +12,7 @@ from functools import partial
 import ml_collections
 import numpy as np
 
-from elastictok_jax.config import override, resolve, source_config
+from elastictok_jax.config import apply_overrides, resolve_config, source_config
 from elastictok_jax.data import media, packing
 from elastictok_jax.data.clip_reader import ClipReader
 from elastictok_jax.data.mixture import frame_step
@@ -82,8 +82,8 @@ class EvaluationOverrides:
         """
         given = {k: v for k, v in dataclasses.asdict(self).items() if v is not None}
         changed = ml_collections.ConfigDict(config.to_dict())
-        override(changed, {f"evaluation.{key}": value for key, value in given.items()})
-        return resolve(changed)
+        apply_overrides(changed, {f"evaluation.{key}": value for key, value in given.items()})
+        return resolve_config(changed)
 
 
 def evaluation_clips(

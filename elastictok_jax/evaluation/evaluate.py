@@ -17,7 +17,7 @@ from elastictok_jax.evaluation.eval_clips import (
     EvaluationOverrides,
     evaluation_clips,
 )
-from elastictok_jax.evaluation.figures import Measured, summarise
+from elastictok_jax.evaluation.figures import Measured, summarise_evaluation
 from elastictok_jax.evaluation.frame_metrics import make_frame_metrics
 from elastictok_jax.evaluation.measure import (
     MeasurementPlan,
@@ -27,7 +27,7 @@ from elastictok_jax.evaluation.measure import (
     measurement_plan,
 )
 from elastictok_jax.evaluation.measurement_store import measure_all
-from elastictok_jax.evaluation.report.drawing import label
+from elastictok_jax.evaluation.report.drawing import plot_label
 from elastictok_jax.evaluation.report.page import write_report
 from elastictok_jax.evaluation.report.reconstructions import draw_report, write_side_by_side
 from elastictok_jax.progress import Progress
@@ -84,16 +84,18 @@ def evaluate_models(
         )
     measured = [
         Measured(name, describe_model(tokenizer), of_model)
-        for name, tokenizer, of_model in zip(short_names(models), tokenizers, records, strict=True)
+        for name, tokenizer, of_model in zip(
+            short_model_names(models), tokenizers, records, strict=True
+        )
     ]
-    results = summarise(measured, clips, plan)
+    results = summarise_evaluation(measured, clips, plan)
     results["plan"] |= {key: config.evaluation[key] for key in ("max_clips", "max_blocks")}
     results["plan"]["fps"] = sorted({clip.fps for clip in clips if clip.fps})
     curve = read_metrics(Path(models[0]) / "metrics.jsonl")
     held_out = [line["eval/mse"] for line in curve if "eval/mse" in line]
     if held_out:
         results["held_out_mse"] = {"first": held_out[0], "last": held_out[-1]}
-    shown = pictured(clips)
+    shown = clips_to_show(clips)
     coded, results["clips"] = [], {}
     for clip in clips:
         of_clip = decode_record(tokenizers[0], clip, measured[0].records[clip.name], plan)
@@ -108,16 +110,15 @@ def evaluate_models(
         frames_per_block=config.video.frames_per_block,
         tokens_per_block=tokenizers[0].tokens_per_block,
     )
-    title = (
-        f"{label(config.name)}: held-out clips, at most {sizes['tokens_per_block']} tokens a block"
-    )
+    most = sizes["tokens_per_block"]
+    title = f"{plot_label(config.name)}: held-out clips, at most {most} tokens a block"
     draw_report(output / "report.png", coded, title=title, curve=curve, **sizes)
     video = output / "report.mp4"
     write_side_by_side(video, coded, **sizes)
     write_report(
         output,
         title=f"Evaluation of {', '.join(model.name for model in measured)}",
-        command=command_line(models, data, fps, limits),
+        command=evaluate_command(models, data, fps, limits),
         measured=measured,
         results=results,
         clips=clips,
@@ -129,7 +130,7 @@ def evaluate_models(
     return results
 
 
-def pictured(clips: Sequence[EvalClip]) -> list[EvalClip]:
+def clips_to_show(clips: Sequence[EvalClip]) -> list[EvalClip]:
     """Selects a few evenly spaced videos and images to show in the report."""
     chosen: list[EvalClip] = []
     for is_video, most in ((True, VIDEOS_SHOWN), (False, IMAGES_SHOWN)):
@@ -150,7 +151,7 @@ def decode_record(
     return coded
 
 
-def command_line(
+def evaluate_command(
     models: Sequence[str | Path], data: str | None, fps: float | None, limits: EvaluationOverrides
 ) -> str:
     """Returns the command that reproduces an evaluation."""
@@ -166,7 +167,7 @@ def command_line(
     return shlex.join([*words, "-o", "DIR"])
 
 
-def short_names(models: Sequence[str | Path]) -> list[str]:
+def short_model_names(models: Sequence[str | Path]) -> list[str]:
     """Returns the folders' names, with as much of their paths as makes them distinct."""
     paths = [Path(model).resolve() for model in models]
     parts = 1

@@ -38,7 +38,7 @@ class Measured:
     records: Mapping[str, Record]
 
 
-def joined(records: Sequence[Record], key: str) -> np.ndarray:
+def join_records(records: Sequence[Record], key: str) -> np.ndarray:
     """Concatenates the arrays under `key`; returns an empty array if no record has it."""
     found = [np.atleast_1d(record[key]) for record in records if key in record]
     return np.concatenate(found) if found else np.zeros(0)
@@ -108,7 +108,7 @@ def model_figures(
             continue
         figures[kind] = {
             "clips": len(records),
-            "blocks": len(joined(records, "energy")),
+            "blocks": len(join_records(records, "energy")),
             "thresholds": [_threshold(model, records, target) for target in plan.targets],
             "rates": [_rate(model, records, share) for share in model.facts["shares"]],
             "context": _context(model, records, plan),
@@ -120,7 +120,7 @@ def model_figures(
 
 def _threshold(model: Measured, records: Sequence[Record], target: float) -> dict[str, Any]:
     values = {
-        name: joined(records, f"target/{target:g}/{name}")
+        name: join_records(records, f"target/{target:g}/{name}")
         for name in ("lengths", "met", "mse", "evaluations", "encoder_passes")
     }
     lengths, met = values["lengths"], values["met"].astype(bool)
@@ -148,22 +148,22 @@ def _threshold(model: Measured, records: Sequence[Record], target: float) -> dic
 
 def _rate(model: Measured, records: Sequence[Record], share: float) -> dict[str, Any]:
     prefix = f"share/{share:g}"
-    pixels = joined(records, "pixels").sum()
-    bits, coded = (joined(records, f"{prefix}/{name}") for name in ("bits", "coded_bits"))
-    mse = float(joined(records, f"{prefix}/mse").mean())
+    pixels = join_records(records, "pixels").sum()
+    bits, coded = (join_records(records, f"{prefix}/{name}") for name in ("bits", "coded_bits"))
+    mse = float(join_records(records, f"{prefix}/mse").mean())
     row: dict[str, Any] = {
         "share": share,
-        "tokens": float(joined(records, f"{prefix}/lengths").mean()),
+        "tokens": float(join_records(records, f"{prefix}/lengths").mean()),
         "bpp16": 16 * float(bits.sum()) / pixels,
         "bpp16_coded": 16 * float(coded.sum()) / pixels if len(coded) == len(records) else None,
         "mse": mse,
         "psnr_of_mse": min(psnr(mse), PSNR_SHOWN),
     }
     for name in FRAME_METRICS:
-        values = joined(records, f"{prefix}/{name}")
+        values = join_records(records, f"{prefix}/{name}")
         row[name] = _mean(np.minimum(values, PSNR_SHOWN))
     row[FVD_METRIC] = _frechet(records, prefix)
-    codes = joined(records, f"{prefix}/codes")
+    codes = join_records(records, f"{prefix}/codes")
     if codes.size:
         size = model.facts["codebook_size"]
         use = codebook_statistics(codes, size=size)
@@ -173,7 +173,7 @@ def _rate(model: Measured, records: Sequence[Record], share: float) -> dict[str,
 
 def _frechet(records: Sequence[Record], prefix: str) -> float | None:
     pairs = [r for r in records if "original/features" in r and f"{prefix}/features" in r]
-    sides = [joined(pairs, key) for key in ("original/features", f"{prefix}/features")]
+    sides = [join_records(pairs, key) for key in ("original/features", f"{prefix}/features")]
     if len(sides[0]) < 2:
         return None
     return frechet_distance(*map(Moments.of, sides))
@@ -203,9 +203,9 @@ def _energy(
     """Correlates token use with high-frequency energy, per block alone and in context (Fig. 9)."""
     if model.facts["fixed_tokens"] is not None:
         return None
-    energy = joined(records, "energy")
-    single = joined(records, "single/lengths")
-    multi = joined(records, f"target/{plan.main_target:g}/lengths")
+    energy = join_records(records, "energy")
+    single = join_records(records, "single/lengths")
+    multi = join_records(records, f"target/{plan.main_target:g}/lengths")
     log = np.log(energy + 1e-9)
     return {
         name: {
@@ -221,20 +221,20 @@ def _energy(
 
 def _searches(records: Sequence[Record]) -> list[dict[str, Any]]:
     """Compares the evaluations and errors of each search with the full search (Table 2)."""
-    exact = joined(records, "search/full/lengths")
+    exact = join_records(records, "search/full/lengths")
     rows = []
     for name in SEARCHES:
-        lengths = joined(records, f"search/{name}/lengths")
+        lengths = join_records(records, f"search/{name}/lengths")
         if not exact.size or not lengths.size:
             continue
-        met = joined(records, f"search/{name}/met").astype(bool)
-        possible = joined(records, "search/full/met").astype(bool)
+        met = join_records(records, f"search/{name}/met").astype(bool)
+        possible = join_records(records, "search/full/met").astype(bool)
         rows.append(
             {
                 "search": name,
                 "blocks": len(lengths),
                 "evaluations_per_block": float(
-                    joined(records, f"search/{name}/evaluations").mean()
+                    join_records(records, f"search/{name}/evaluations").mean()
                 ),
                 "missed_share": float((possible & ~met).mean()),
                 "count_error": _mean(np.abs(lengths - exact)[possible] / exact[possible]),
@@ -247,7 +247,7 @@ def _mean(values: np.ndarray) -> float | None:
     return float(values.mean()) if values.size else None
 
 
-def comparisons(
+def compare_token_use(
     elastic: Measured, fixed: Sequence[Measured], kind_of: Mapping[str, str], plan: MeasurementPlan
 ) -> list[dict[str, Any]]:
     """Compares token use at the fraction of blocks that a fixed tokenizer brings to each target.
@@ -261,11 +261,11 @@ def comparisons(
         for target in plan.targets if names else ():
             ours = [elastic.records[name] for name in names]
             lengths, met = (
-                joined(ours, f"target/{target:g}/{name}") for name in ("lengths", "met")
+                join_records(ours, f"target/{target:g}/{name}") for name in ("lengths", "met")
             )
             for other in fixed:
                 theirs = [other.records[name] for name in names]
-                share = float(joined(theirs, f"target/{target:g}/met").mean())
+                share = float(join_records(theirs, f"target/{target:g}/met").mean())
                 tokens = other.facts["fixed_tokens"]
                 needed = alike = None  # the fixed tokenizer may meet the target on no block
                 if share > 0:
@@ -289,7 +289,7 @@ def comparisons(
     return rows
 
 
-def summarise(
+def summarise_evaluation(
     measured: Sequence[Measured], clips: Sequence[EvalClip], plan: MeasurementPlan
 ) -> dict[str, Any]:
     """Returns the content of metrics.json except for the individual clips, as JSON values."""
@@ -305,7 +305,7 @@ def summarise(
         },
         "models": [model_figures(model, kind_of, plan) for model in measured],
         "comparisons": [
-            row for model in elastic for row in comparisons(model, fixed, kind_of, plan)
+            row for model in elastic for row in compare_token_use(model, fixed, kind_of, plan)
         ],
     }
 

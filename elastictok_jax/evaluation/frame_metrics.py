@@ -21,7 +21,7 @@ from elastictok_jax.perceptual.i3d import CLASSES
 from elastictok_jax.perceptual.i3d_weights import load_i3d
 from elastictok_jax.perceptual.lpips import NETS, lpips
 from elastictok_jax.perceptual.lpips_weights import load_lpips
-from elastictok_jax.pixels import to_float
+from elastictok_jax.pixels import pixels_to_float
 
 FRAMES_AT_ONCE = 8
 
@@ -75,4 +75,4 @@ def _video_features() -> Callable[[np.ndarray], np.ndarray] | None:
 
 
 def _lpips(params, x, y, *, net: str) -> jax.Array:
-    return lpips(params, to_float(x), to_float(y), net=net, precision="highest")
+    return lpips(params, pixels_to_float(x), pixels_to_float(y), net=net, precision="highest")

@@ -19,12 +19,12 @@ from matplotlib.patches import Rectangle
 from PIL import Image
 from tqdm import tqdm
 
-from elastictok_jax.config import resolve
+from elastictok_jax.config import resolve_config
 from elastictok_jax.data.packing import PackedClip
 from elastictok_jax.data.pipeline import BatchReader
 from elastictok_jax.data.sources.splits import open_splits
 from elastictok_jax.errors import UsageError
-from elastictok_jax.evaluation.report.drawing import label, plt, save, shorten
+from elastictok_jax.evaluation.report.drawing import plot_label, plt, save_figure, shorten_label
 from elastictok_jax.evaluation.report.reconstructions import COLOURS
 from elastictok_jax.models.base import StepKeys, Task
 from elastictok_jax.models.registry import open_family
@@ -53,11 +53,11 @@ def inspect_data(
     if output.suffix.lower() != ".png" or not output.parent.is_dir():
         raise UsageError(f"-o {output}: give a .png in a folder that exists")
     require_file(output, change="choose another -o")
-    config = resolve(config)
+    config = resolve_config(config)
     task = open_family(config).task
     reader = task.reader(open_splits(config), split=split)
-    blocks = evenly(config.data.sequence_blocks, most=MOST_THUMBS)
-    frames = evenly(config.video.frames_per_block, most=MOST_THUMBS // len(blocks))
+    blocks = evenly_spaced(config.data.sequence_blocks, most=MOST_THUMBS)
+    frames = evenly_spaced(config.video.frames_per_block, most=MOST_THUMBS // len(blocks))
     lengths_BN = batch_lengths(config, task, batch) if split == "train" else None
     rows = read_rows(
         reader,
@@ -74,7 +74,7 @@ def inspect_data(
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class BatchRow:
     """A row of a global batch.
 
     Attributes:
@@ -118,7 +118,7 @@ def read_rows(
     blocks: np.ndarray,
     lengths_BN: np.ndarray | None,
     shrink: Callable[[np.ndarray], np.ndarray],
-) -> list[Row]:
+) -> list[BatchRow]:
     """Returns all rows of a batch, with the frames of `blocks` of each, reduced by `shrink`.
 
     Each thread holds one row at full size, since a batch of long rows may not fit in memory.
@@ -126,7 +126,7 @@ def read_rows(
     config = reader.config
     first = reader.first_row + batch * config.data.batch_size
 
-    def read(place: int) -> Row:
+    def read(place: int) -> BatchRow:
         lengths_N = None if lengths_BN is None else lengths_BN[place]
         row = read_row(reader, first + place, blocks=blocks, lengths_N=lengths_N)
         return dataclasses.replace(row, frames_nFHWC=shrink(row.frames_nFHWC))
@@ -139,7 +139,7 @@ def read_rows(
 
 def read_row(
     reader: BatchReader, number: int, *, blocks: np.ndarray, lengths_N: np.ndarray | None
-) -> Row:
+) -> BatchRow:
     """Returns global row `number`, with the frames of `blocks`."""
     per_block = reader.geometry.inputs
     parts = reader.read_row(number)
@@ -152,7 +152,7 @@ def read_row(
         for clip in clips
         for feed in (reader.feeds[clip.feed],)
     ]
-    return Row(
+    return BatchRow(
         number=number,
         clips=named,
         segments_N=segments_N,
@@ -178,7 +178,7 @@ def batch_lengths(config: ml_collections.ConfigDict, task: Task, step: int) -> n
 
 def summarise_batch(
     config: ml_collections.ConfigDict,
-    rows: list[Row],
+    rows: list[BatchRow],
     *,
     split: str,
     batch: int,
@@ -202,7 +202,7 @@ def summarise_batch(
     }
 
 
-def evenly(count: int, *, most: int) -> np.ndarray:
+def evenly_spaced(count: int, *, most: int) -> np.ndarray:
     """Returns int64, up to `most` of 0, ..., count - 1, evenly spaced from 0."""
     shown = min(count, max(1, most))
     return np.arange(shown) * count // shown
@@ -234,7 +234,7 @@ def _title(
         limits = f"{masking.kind}, {masking.min_tokens} to {tokens_per_block}"
         bars = f"bars: tokens kept at that step ({limits})"
     return (
-        f"{label(config.name)}: {split} batch {batch}{use}\n{data.batch_size} rows of "
+        f"{plot_label(config.name)}: {split} batch {batch}{use}\n{data.batch_size} rows of "
         f"{data.sequence_blocks} blocks; a block: {video.frames_per_block} frames of {side} x "
         f"{side}, {tokens_per_block} tokens; {bars}"
     )
@@ -242,7 +242,7 @@ def _title(
 
 def draw_batch(
     path: Path,
-    rows: list[Row],
+    rows: list[BatchRow],
     *,
     config: ml_collections.ConfigDict,
     title: str,
@@ -277,17 +277,17 @@ def draw_batch(
         if row.lengths_N is not None:
             top += LABEL + THUMB + 4
             _draw_lengths(axes, row, top=top, blocks=blocks, most=tokens_per_block)
-    save(figure, path, dpi=DPI)
+    save_figure(figure, path, dpi=DPI)
     plt.close(figure)
 
 
-def _colour(row: Row, block: int) -> str:
+def _colour(row: BatchRow, block: int) -> str:
     if block in row.replaced:
         return REPLACED
     return "#888888" if row.clip_N[block] < 0 else COLOURS[row.clip_N[block] % len(COLOURS)]
 
 
-def _draw_row(axes, row: Row, *, top: int, blocks: np.ndarray) -> None:
+def _draw_row(axes, row: BatchRow, *, top: int, blocks: np.ndarray) -> None:
     """Draws labels and thumbnails, with a frame around each run of blocks of one segment."""
     count, padding = len(row.segments_N), int((row.segments_N == 0).sum())
     about = f"row {row.number}\n{len(row.clips)} clips"
@@ -304,10 +304,10 @@ def _draw_row(axes, row: Row, *, top: int, blocks: np.ndarray) -> None:
         letters = int(wide / LETTER)
         for line, text in enumerate(_label(row, first)):
             y = top + 2 + line * 13
-            axes.text(
-                left + 3, y, shorten(label(text), letters), fontsize=7.5, va="top", color=colour,
-                weight="bold" if line == 0 else "normal",
-            )  # fmt: skip
+            shown = shorten_label(plot_label(text), letters)
+            weight = "bold" if line == 0 else "normal"
+            style = dict(fontsize=7.5, va="top", color=colour, weight=weight)
+            axes.text(left + 3, y, shown, **style)
         box = dict(xy=(left + 2, top + LABEL), width=wide - 4, height=THUMB, linewidth=3)
         if segment == 0:
             axes.add_patch(Rectangle(**box, facecolor="white", edgecolor="#888888", hatch="///"))
@@ -330,7 +330,7 @@ def _draw_row(axes, row: Row, *, top: int, blocks: np.ndarray) -> None:
                 )  # fmt: skip
 
 
-def _label(row: Row, block: int) -> tuple[str, str]:
+def _label(row: BatchRow, block: int) -> tuple[str, str]:
     """Returns the source, blocks and item of the clip in a block, as text."""
     if row.segments_N[block] == 0:
         return "padding", ""
@@ -342,7 +342,7 @@ def _label(row: Row, block: int) -> tuple[str, str]:
     return f"{source}, {span}", item
 
 
-def _draw_lengths(axes, row: Row, *, top: int, blocks: np.ndarray, most: int) -> None:
+def _draw_lengths(axes, row: BatchRow, *, top: int, blocks: np.ndarray, most: int) -> None:
     """Draws a bar for every block of the row, with or without thumbnail."""
     assert row.lengths_N is not None
     count = len(row.lengths_N)

@@ -44,7 +44,7 @@ from elastictok_jax.tokenizer.block_codec import CodedBlock
 from elastictok_jax.tokenizer.goal import Goal
 from elastictok_jax.tokenizer.length_policies import FixedLength, LengthPolicy
 from elastictok_jax.tokenizer.search import SEARCHES
-from elastictok_jax.tokenizer.tiling import Grid
+from elastictok_jax.tokenizer.tiling import TileGrid
 from elastictok_jax.tokenizer.tokens import Tokens
 
 Record = dict[str, np.ndarray]
@@ -92,7 +92,7 @@ def measure_clip(
     tokenizer: ElasticTokenizer, clip: EvalClip, plan: MeasurementPlan, frame_metrics: FrameMetrics
 ) -> Record:
     """Returns all figures of a clip of the model's resolution, cut into blocks of one tile."""
-    grid = Grid(clip.frames.shape[:3], tokenizer.geometry)
+    grid = TileGrid(clip.frames.shape[:3], tokenizer.geometry)
     record: Record = {
         "pixels": np.asarray(math.prod(clip.frames.shape[:3])),
         "energy": block_energy(clip.frames, frames_per_block=grid.frames_per_block),
@@ -121,7 +121,7 @@ def measure_clip(
                 record |= _named(f"search/{search}", found)
     if frame_metrics.features is not None and len(clip.frames) > 1:
         record["original/features"] = frame_metrics.features(clip.frames)
-    for share in shares_of(tokenizer):
+    for share in measured_fractions(tokenizer):
         record |= _named(f"share/{share:g}", _at_share(tokenizer, clip, grid, share, frame_metrics))
     if grid.blocks > 1 and fixed is None:
         half = max(tokenizer.min_tokens, round(CONTEXT_SHARE * tokenizer.tokens_per_block))
@@ -175,11 +175,11 @@ def describe_model(tokenizer: ElasticTokenizer) -> dict[str, Any]:
         "resolution": config.video.resolution,
         "pixels_per_block": pixels_per_block(config),
         "window_blocks": tokenizer.window_blocks,
-        "shares": list(shares_of(tokenizer)),
+        "shares": list(measured_fractions(tokenizer)),
     }
 
 
-def shares_of(tokenizer: ElasticTokenizer) -> tuple[float, ...]:
+def measured_fractions(tokenizer: ElasticTokenizer) -> tuple[float, ...]:
     """Returns the fractions of all tokens that a model is measured at, ascending.
 
     These are SHARES and, for video, those of BPP16, down to the fewest tokens in training; for a
@@ -239,7 +239,7 @@ def _timed_code(
     tokenizer: ElasticTokenizer, clip: EvalClip, policy: LengthPolicy
 ) -> tuple[list[CodedBlock], float]:
     """Returns the coded blocks of a clip, and the seconds that it took."""
-    grid = Grid(clip.frames.shape[:3], tokenizer.geometry)
+    grid = TileGrid(clip.frames.shape[:3], tokenizer.geometry)
     start = time.perf_counter()
     coded = tokenizer.code(clip.frames, grid, [policy], metric="mse")
     return coded, time.perf_counter() - start
@@ -261,7 +261,7 @@ def _as_coded(coded: Sequence[CodedBlock], seconds: float, *, target: float) -> 
 def _at_share(
     tokenizer: ElasticTokenizer,
     clip: EvalClip,
-    grid: Grid,
+    grid: TileGrid,
     share: float,
     frame_metrics: FrameMetrics,
 ) -> Record:

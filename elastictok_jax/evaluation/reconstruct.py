@@ -8,7 +8,7 @@ import numpy as np
 from elastictok_jax.data.frame_stream import PIPE, open_frame_stream
 from elastictok_jax.errors import UsageError
 from elastictok_jax.evaluation.eval_clips import EvalClip, code_clip
-from elastictok_jax.evaluation.report.drawing import label
+from elastictok_jax.evaluation.report.drawing import plot_label
 from elastictok_jax.evaluation.report.reconstructions import draw_report, write_side_by_side
 from elastictok_jax.storage.atomic import make_folder, remove_outputs, write_json
 from elastictok_jax.tokenizer.api import ElasticTokenizer
@@ -51,7 +51,10 @@ def reconstruct_file(
     )
     remove_outputs(output, RECONSTRUCTION)
     draw_report(
-        output / "reconstruction.png", [(clip, coded)], title=f"{label(clip.name)}: {goal}", **sizes
+        output / "reconstruction.png",
+        [(clip, coded)],
+        title=f"{plot_label(clip.name)}: {goal}",
+        **sizes,
     )
     write_side_by_side(output / "reconstruction.mp4", [(clip, coded)], **sizes)
     results = {"input": str(source), "fps": clip.fps, **coded[0].summary(frames)}

@@ -17,7 +17,7 @@ from flax import traverse_util
 from elastictok_jax import config as config_lib
 from elastictok_jax.errors import UsageError
 from elastictok_jax.interop.published_stream import Key, published_keys, read_published
-from elastictok_jax.layers.scan_layout import is_stacked, relayout_shapes, with_layout
+from elastictok_jax.layers.scan_layout import is_stacked, relayout_shapes, stack_or_unstack
 from elastictok_jax.models.registry import open_family
 from elastictok_jax.storage import safetensors
 
@@ -151,7 +151,9 @@ def import_params(path: str | os.PathLike, *, abstract_params: dict[str, Any]) -
             f"{path}: the weights do not fit the config: {'; '.join(problems)}. "
             "Use the config that was published with this file"
         )
-    return with_layout(traverse_util.unflatten_dict(params), stacked=is_stacked(abstract_params))
+    return stack_or_unstack(
+        traverse_util.unflatten_dict(params), stacked=is_stacked(abstract_params)
+    )
 
 
 def import_published(
@@ -174,8 +176,8 @@ def import_published(
     published = _read_json(Path(config_file))
     conditioned = any(key[-1] == "is_kept_embed" for key in published_keys(file))
     config = config_lib.default_config()
-    config_lib.override(config, convert_config(published, conditioned=conditioned))
-    config = config_lib.resolve(config)
+    config_lib.apply_overrides(config, convert_config(published, conditioned=conditioned))
+    config = config_lib.resolve_config(config)
     params = import_params(file, abstract_params=open_family(config).codec.params_shapes())
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -185,7 +187,7 @@ def import_published(
             safetensors.save_params(
                 folder / "model.safetensors", params, metadata={"source": f"published {file.name}"}
             )
-            (folder / "config.json").write_text(config_lib.to_json(config))
+            (folder / "config.json").write_text(config_lib.config_to_json(config))
             os.replace(folder, output)  # atomic
     except OSError as error:
         raise UsageError(f"cannot write {output}: {error}") from error

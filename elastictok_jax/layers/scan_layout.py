@@ -24,7 +24,7 @@ def is_stacked(params) -> bool:
     return any(stacked for stacked, _ in _layers(params).values())
 
 
-def depths(params) -> dict[Path, int]:
+def layer_counts(params) -> dict[Path, int]:
     """Returns the number of layers below each path that has some, in either layout."""
     return {path: depth for path, (_, depth) in _layers(params).items()}
 
@@ -48,7 +48,7 @@ def _count(tree: Mapping[str, Any]) -> int:
     return next(index for index in itertools.count() if f"{UNSTACKED}{index}" not in tree)
 
 
-def with_layout(
+def stack_or_unstack(
     tree,
     *,
     stacked: bool,
@@ -92,7 +92,7 @@ def with_layout(
 
 def relayout_shapes(abstract, *, stacked: bool):
     """Returns the ShapeDtypeStructs of `abstract`, shardings included, in the layout asked for."""
-    return with_layout(abstract, stacked=stacked, stack=_box, unstack=_unbox)
+    return stack_or_unstack(abstract, stacked=stacked, stack=_box, unstack=_unbox)
 
 
 def relayout(tree, *, stacked: bool):
@@ -101,7 +101,7 @@ def relayout(tree, *, stacked: bool):
     Arrays of the other layout are freed one weight at a time, so at most one weight of all layers
     is held twice.
     """
-    return with_layout(tree, stacked=stacked, stack=_stack, unstack=_unstack)
+    return stack_or_unstack(tree, stacked=stacked, stack=_stack, unstack=_unstack)
 
 
 def stacked_struct(layer: jax.ShapeDtypeStruct, count: int) -> jax.ShapeDtypeStruct:

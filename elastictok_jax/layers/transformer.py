@@ -124,11 +124,11 @@ class Linear(nn.Module):
         shape = (*x.shape[-contracted:], *self.features)
         weights: Any = self.param("kernel", nn.with_logical_partitioning(init, self.axes), shape)
         kernel = self.kernel_view(weights.astype(self.dtype))
-        return contract(x.astype(self.dtype), kernel, contracted)
+        return contract_axes(x.astype(self.dtype), kernel, contracted)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
-def contract(x: Array, kernel: Array, count: int) -> Array:
+def contract_axes(x: Array, kernel: Array, count: int) -> Array:
     """Contracts the last `count` axes of `x` with the first ones of `kernel`.
 
     The kernel's gradient is a product with `x` on the left. JAX's own rule puts the output's
@@ -149,7 +149,7 @@ def _contract_backward(count: int, saved: tuple[Array, Array], grad: Array):
     return jnp.tensordot(grad, kernel, axes=outputs), jnp.tensordot(x, grad, axes=(lead, lead))
 
 
-contract.defvjp(_contract_forward, _contract_backward)
+contract_axes.defvjp(_contract_forward, _contract_backward)
 
 
 def rotary_turns(head_width: int, theta: float) -> np.ndarray:
@@ -254,7 +254,7 @@ class SwiGLU(nn.Module):
         )
 
 
-def in_chunks(mlp: SwiGLU, x_BSW: Array) -> Array:
+def mlp_in_chunks(mlp: SwiGLU, x_BSW: Array) -> Array:
     """Returns `mlp(x_BSW)`, computed for a chunk of each device's tokens at a time.
 
     The hidden units of all tokens are thus never in memory at once; the backward pass recomputes
@@ -297,7 +297,7 @@ class Layer(nn.Module):
         normed_BSW = self.spec.norm("attention_norm")(x_BSW)
         x_BSW += SelfAttention(self.spec, name="attention")(normed_BSW, places)
         normed_BSW = self.spec.norm("mlp_norm")(x_BSW)
-        return x_BSW + in_chunks(SwiGLU(self.spec, name="mlp"), normed_BSW), None
+        return x_BSW + mlp_in_chunks(SwiGLU(self.spec, name="mlp"), normed_BSW), None
 
 
 def transformer_layers(count: int, spec: LayerSpec) -> Callable[[Array, SequenceLayout], Array]:

@@ -27,7 +27,7 @@ from elastictok_jax.config.schema import (
     Section,
     one_of,
 )
-from elastictok_jax.data.pipeline import BatchReader, Part
+from elastictok_jax.data.pipeline import BatchPart, BatchReader
 from elastictok_jax.data.sources.splits import SourceSplits
 from elastictok_jax.errors import UsageError
 from elastictok_jax.layers.codebook import codebook_counts, codebook_use
@@ -37,14 +37,14 @@ from elastictok_jax.losses.perceptual import PerceptualLoss
 from elastictok_jax.losses.reconstruction import KL, SquaredError, squared_error_sum
 from elastictok_jax.models.base import Batch, Codec, Geometry, Metrics, StepKeys
 from elastictok_jax.models.rate_points import (
-    fractions_of,
+    evaluated_fractions,
     metric_directions,
     mse_name,
-    thresholds,
+    tokens_at_targets,
 )
 from elastictok_jax.perceptual.lpips import lpips_shapes
 from elastictok_jax.perceptual.lpips_weights import load_lpips
-from elastictok_jax.pixels import to_float, to_uint8
+from elastictok_jax.pixels import pixels_to_float, pixels_to_uint8
 
 Array = jax.Array
 PICTURE_ROWS = 8  # of a batch
@@ -170,7 +170,7 @@ class AutoencoderTask:
 
     @property
     def points(self) -> tuple[float, ...]:
-        return fractions_of(self.config)
+        return evaluated_fractions(self.config)
 
     @property
     def better(self) -> Mapping[str, str]:
@@ -205,7 +205,9 @@ class AutoencoderTask:
             "segment_ids": jax.ShapeDtypeStruct(shape, jnp.int32),
         }
 
-    def reader(self, splits: SourceSplits, *, split: str, part: Part | None = None) -> BatchReader:
+    def reader(
+        self, splits: SourceSplits, *, split: str, part: BatchPart | None = None
+    ) -> BatchReader:
         return BatchReader(self.config, splits, codec=self.codec, split=split, part=part)
 
     def totals(self, batch: Batch) -> Metrics:
@@ -264,7 +266,7 @@ class AutoencoderTask:
         keep_BT = masking.keep_mask(
             self.keep_lengths(rows_B, keys), tokens_per_block=geometry.tokens
         )
-        target_BSD = to_float(batch["patches"])
+        target_BSD = pixels_to_float(batch["patches"])
         noise_keys_B = jax.vmap(functools.partial(jax.random.fold_in, keys("noise")))(rows_B)
         output = self.network(params[group], target_BSD, keep_BT, segments_BS, noise_keys_B)
         made = Reconstruction(
@@ -294,7 +296,7 @@ class AutoencoderTask:
         lengths = jnp.maximum(1, jnp.round(point * geometry.tokens)).astype(jnp.int32)
         lengths_BN = jnp.full((segments_BS.shape[0], geometry.window), lengths)
         keep_BT = masking.keep_mask(lengths_BN, tokens_per_block=geometry.tokens)
-        target_BSD = to_float(batch["patches"])
+        target_BSD = pixels_to_float(batch["patches"])
         output = self.network(params[self.groups[0]], target_BSD, keep_BT, segments_BS, None)
         decoded_BSD = jnp.clip(output.decoded, -1.0, 1.0)
         error_BS = jnp.mean((decoded_BSD - target_BSD) ** 2, axis=-1)
@@ -314,7 +316,7 @@ class AutoencoderTask:
         return sums, decoded_BSD
 
     def summarise(self, sums: Sequence[Mapping[str, np.ndarray]]) -> dict[str, float]:
-        """Returns the MSE at each point, use of the codebook at the first, and `thresholds`."""
+        """Returns the MSE at each point, use of the codebook at the first, `tokens_at_targets`."""
         results: dict[str, float] = {}
         for point, total in zip(self.points, sums, strict=True):
             results[mse_name(point, self.points)] = float(total["error"] / total["tokens"])
@@ -323,14 +325,14 @@ class AutoencoderTask:
                 results |= {f"codebook_{name}": value for name, value in statistics.items()}
         tokens_K = np.maximum(1, np.round(np.asarray(self.points) * self.codec.geometry.tokens))
         errors_KN = np.stack([total["block_error"] for total in sums])
-        return results | thresholds(errors_KN, tokens_K, self.config.evaluation.targets)
+        return results | tokens_at_targets(errors_KN, tokens_K, self.config.evaluation.targets)
 
     def picture(self, values: Array) -> Array:
         """Returns the first frame of the first rows, one below the other, uint8 [rows R, R, 3]."""
         geometry = self.codec.geometry
         patches_BLD = values[:PICTURE_ROWS, : geometry.inputs]
         if patches_BLD.dtype != jnp.uint8:
-            patches_BLD = to_uint8(patches_BLD)
+            patches_BLD = pixels_to_uint8(patches_BLD)
         return self.codec.unpack(patches_BLD)[:, 0].reshape(-1, geometry.side, 3)
 
     def flops_per_row(self) -> float:

@@ -14,7 +14,7 @@ import numpy as np
 
 from elastictok_jax.config import read_config
 from elastictok_jax.errors import UsageError
-from elastictok_jax.layers.scan_layout import is_stacked, relayout_shapes, with_layout
+from elastictok_jax.layers.scan_layout import is_stacked, relayout_shapes, stack_or_unstack
 from elastictok_jax.models.base import Family
 from elastictok_jax.models.registry import open_family
 from elastictok_jax.storage.checkpoint import BestMetric, Checkpointer, shape_mismatches
@@ -133,7 +133,7 @@ class _Exported:
         if wrong:
             weights = self.folder / WEIGHTS
             raise UsageError(f"{weights} does not fit its config.json: {'; '.join(wrong)}")
-        return with_layout(self.shapes, stacked=is_stacked(abstract))
+        return stack_or_unstack(self.shapes, stacked=is_stacked(abstract))
 
 
 class _Workdir:

@@ -11,7 +11,7 @@ import numpy as np
 FRACTIONS = (1.0, 0.5, 0.25, 0.125, 0.0625)  # of a block's tokens
 
 
-def fractions_of(config: ml_collections.ConfigDict) -> tuple[float, ...]:
+def evaluated_fractions(config: ml_collections.ConfigDict) -> tuple[float, ...]:
     """Returns the fractions of a block's tokens to evaluate: FRACTIONS, or the one trained for."""
     return (config.masking.fraction,) if config.masking.kind == "fixed" else FRACTIONS
 
@@ -30,7 +30,7 @@ def mse_name(fraction: float, fractions: Sequence[float]) -> str:
     return "mse" if fraction == fractions[0] else f"mse_at_{fraction:g}"
 
 
-def thresholds(
+def tokens_at_targets(
     errors_KN: np.ndarray, tokens_K: np.ndarray, targets: Sequence[float]
 ) -> dict[str, float]:
     """Returns how few tokens meet each target.

@@ -274,7 +274,7 @@ def _has_tpu(environment: Mapping[str, str]) -> bool:
     return bool(chips) and importlib.util.find_spec("libtpu") is not None
 
 
-def client():
+def coordination_client():
     """Returns the client of jax's coordination service, or None in a single process."""
     return _distributed.global_state.client
 
@@ -285,13 +285,13 @@ def coordinator_address() -> tuple[str, int]:
     return host.strip("[]"), int(port)
 
 
-def place() -> tuple[int, int]:
+def process_place() -> tuple[int, int]:
     """Returns (index of this process, number of processes), without waiting for a device."""
     state = _distributed.global_state
     return state.process_id, state.num_processes
 
 
-def meet(mesh: Mesh, *, timeout: float) -> None:
+def wait_for_all_processes(mesh: Mesh, *, timeout: float) -> None:
     """Waits for all processes, then forms the groups of devices that collectives run in.
 
     On CPUs a group is formed by the first collective that needs it, and its processes wait for each
@@ -300,11 +300,11 @@ def meet(mesh: Mesh, *, timeout: float) -> None:
     Raises:
       RunError: if not all have started within `timeout` seconds.
     """
-    store = client()
+    store = coordination_client()
     if store is None:
         return
     try:
-        store.wait_at_barrier(run_key("meet"), int(timeout * 1000))
+        store.wait_at_barrier(run_scoped_key("meet"), int(timeout * 1000))
     except RuntimeError as error:
         raise RunError(f"not all processes started within {timeout:g} s: see their logs") from error
     axes = [axis for axis in mesh.axis_names if mesh.shape[axis] > 1]
@@ -326,8 +326,8 @@ def meet(mesh: Mesh, *, timeout: float) -> None:
 
 def require_same_count(*, timeout: float) -> None:
     """Raises UsageError if this process and process 0 were given different --processes."""
-    process, processes = place()
-    first = int(first_says("processes", str(processes), timeout=timeout))
+    process, processes = process_place()
+    first = int(broadcast_from_first("processes", str(processes), timeout=timeout))
     if first != processes:
         raise UsageError(
             f"process 0 is given --processes {first} and process {process} is given --processes "
@@ -346,25 +346,25 @@ def begin_run() -> None:
     _Runs.begun += 1
 
 
-def run_key(name: str) -> str:
+def run_scoped_key(name: str) -> str:
     """Returns a key of the shared store that no earlier run of this program has used."""
     return f"elastictok/{_Runs.begun}/{name}"
 
 
-def first_says(name: str, value: str, *, timeout: float) -> str:
+def broadcast_from_first(name: str, value: str, *, timeout: float) -> str:
     """Broadcasts the `value` of process 0 under this `name`: returns it in every process.
 
     Raises:
       RunError: if process 0 has not sent it within `timeout` seconds.
     """
-    store = client()
+    store = coordination_client()
     if store is None:
         return value
-    if place()[0] == 0:
-        store.key_value_set(run_key(f"first/{name}"), value)
+    if process_place()[0] == 0:
+        store.key_value_set(run_scoped_key(f"first/{name}"), value)
         return value
     try:
-        return store.blocking_key_value_get(run_key(f"first/{name}"), int(timeout * 1000))
+        return store.blocking_key_value_get(run_scoped_key(f"first/{name}"), int(timeout * 1000))
     except RuntimeError as error:
         raise RunError(
             f"process 0 did not reach {name!r} within {timeout:g} s: see its log"

@@ -18,7 +18,7 @@ from typing import NoReturn
 
 from elastictok_jax.errors import RunError, UsageError
 from elastictok_jax.parallel import distributed
-from elastictok_jax.parallel.sigabrt import on_abort, say
+from elastictok_jax.parallel.sigabrt import on_abort, say_last_word
 
 BEAT = 1.0  # seconds between heartbeats
 LOST = 30.0  # seconds without a heartbeat until a process counts as lost
@@ -39,10 +39,13 @@ class Peers:
     def __init__(self, *, kept: Callable[[], str]):
         distributed.begin_run()
         self._kept = kept
-        self._signs, self._verdict = distributed.run_key("signs/"), distributed.run_key("verdict")
+        self._signs, self._verdict = (
+            distributed.run_scoped_key("signs/"),
+            distributed.run_scoped_key("verdict"),
+        )
         self.before_end: Callable[[], None] = lambda: None
-        self._client = distributed.client()
-        self.process, self.processes = distributed.place()
+        self._client = distributed.coordination_client()
+        self.process, self.processes = distributed.process_place()
         self.name = f"process {self.process} of {self.processes} ({socket.gethostname()})"
         self._state = "alive"  # then "done" or "failed"
         self._left = threading.Event()
@@ -69,7 +72,7 @@ class Peers:
             try:
                 yield
             except (RunError, UsageError, OSError) as error:
-                within(LOST, self.before_end)  # a checkpoint may be being written
+                result_within(LOST, self.before_end)  # a checkpoint may be being written
                 usage = isinstance(error, UsageError)
                 self.end(str(error), status=UsageError.status if usage else RunError.status)
             except Exception as error:  # a collective that failed because a peer did, or a bug
@@ -88,12 +91,14 @@ class Peers:
 
     def kept(self) -> str:
         """Returns a sentence on what is saved and how to go on, even if the disk hangs."""
-        return within(ANSWER, self._kept) or "See in the workdir what is saved"
+        return result_within(ANSWER, self._kept) or "See in the workdir what is saved"
 
     def end(self, message: str, *, status: int = RunError.status) -> NoReturn:
         """Ends this process and all others, even if their main threads are stuck."""
         if self._client is not None:
-            within(ANSWER, lambda: self._give_verdict(f"{self.name} failed: {message}", status))
+            result_within(
+                ANSWER, lambda: self._give_verdict(f"{self.name} failed: {message}", status)
+            )
         self._exit(message, status)
 
     def _give_verdict(self, message: str, status: int) -> None:
@@ -105,7 +110,7 @@ class Peers:
         self._last_word.acquire()  # only one thread prints and exits
         if self._client is not None and self.process == 0:
             time.sleep(5 * BEAT)  # the others read the verdict from this process, and exit first
-        say(message)
+        say_last_word(message)
         os._exit(status)
 
     def _sign(self) -> tuple[str, str]:
@@ -114,7 +119,7 @@ class Peers:
 
     def _give_signs(self) -> None:
         """Sends heartbeats. Calls hang when process 0 does, so another thread watches process 0."""
-        signs = Signs(self.processes)
+        signs = Heartbeats(self.processes)
         while not self._left.wait(BEAT):
             try:
                 self._client.key_value_set(*self._sign(), allow_overwrite=True)
@@ -142,7 +147,7 @@ class Peers:
             if self._answers != answers:
                 clock, answers = Clock(), self._answers
             if clock.tick() > LOST:
-                self._exit(f"{lost(self._first())}. {self.kept()}", RunError.status)
+                self._exit(f"{lost_process_message(self._first())}. {self.kept()}", RunError.status)
 
     def _first(self) -> str:
         return f"process 0 of {self.processes} ({distributed.coordinator_address()[0]})"
@@ -173,7 +178,7 @@ class Clock:
         return self._seconds
 
 
-class Signs:
+class Heartbeats:
     """Tracks the heartbeats of all processes, in process 0."""
 
     def __init__(self, processes: int):
@@ -191,13 +196,13 @@ class Signs:
             if sign != last or known["state"] == "done":
                 self._last[process], self._silent[process] = sign, Clock()
             if self._silent[process].tick() > LOST:
-                return lost(known["name"])
+                return lost_process_message(known["name"])
         if "failed" in states and "alive" not in states:
             return "all processes failed, each for the reason in its log"
         return None
 
 
-def lost(who: str) -> str:
+def lost_process_message(who: str) -> str:
     """Returns the sentence that says that a process was lost."""
     return (
         f"{who} was lost: no sign of life for {LOST:.0f} s, so it was killed or stopped, or its "
@@ -205,7 +210,7 @@ def lost(who: str) -> str:
     )
 
 
-def within(seconds: float, function: Callable):
+def result_within(seconds: float, function: Callable):
     """Returns the result of `function`; None if it fails, or takes longer and is left running."""
     result = []
 

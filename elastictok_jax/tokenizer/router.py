@@ -28,7 +28,7 @@ SCALES = 6  # halvings of the picture
 EXTREME = 5.0  # standard deviations at which features are clipped: beyond, training data is sparse
 
 
-class Head(nn.Module):
+class RouterHead(nn.Module):
     """Predicts log errors, float32 [B, K], from features [B, ...]."""
 
     knots: int
@@ -41,12 +41,12 @@ class Head(nn.Module):
         return nn.Dense(self.knots)(x)
 
 
-def features_of(block: BlockEncoder) -> np.ndarray:
-    """Returns the features of a block, float32 [features]; see `features`."""
-    return features(block.encoding(), block.frames, previous=block.previous)
+def router_features_of(block: BlockEncoder) -> np.ndarray:
+    """Returns the features of a block, float32 [features]; see `router_features`."""
+    return router_features(block.encoding(), block.frames, previous=block.previous)
 
 
-def features(
+def router_features(
     latents_LZ: np.ndarray, video_FHWC: np.ndarray, *, previous: tuple[int, float] | None
 ) -> np.ndarray:
     """Returns a block's features, float32 [features].
@@ -68,13 +68,13 @@ def features(
         context[:] = 1, np.log(max(error, 1e-12)), np.log(length / len(latents))
     parts = [
         *(latents.mean(axis=0), latents.std(axis=0)),
-        *(np.log(FLOOR + energies(part)) for part in (still, video - still)),
+        *(np.log(FLOOR + octave_energies(part)) for part in (still, video - still)),
         *(still.mean(axis=(0, 1, 2)), context),
     ]
     return np.concatenate(parts).astype(np.float32)
 
 
-def energies(video_FHWC: np.ndarray) -> np.ndarray:
+def octave_energies(video_FHWC: np.ndarray) -> np.ndarray:
     """Returns the mean square of each octave band of a picture, from fine to coarse.
 
     A band is what one halving removes; the last two values are the variance of the coarsest picture
@@ -96,7 +96,7 @@ class Router:
     """A trained head.
 
     Attributes:
-      params: the parameters of `Head`, and the `center` and `scale` of its features.
+      params: the parameters of `RouterHead`, and the `center` and `scale` of its features.
       lengths: the K lengths at which it predicts, ascending.
       fingerprint: of the tokenizer it was trained for.
     """
@@ -107,7 +107,9 @@ class Router:
 
     def __call__(self, block: BlockEncoder) -> np.ndarray:
         """Predicts a block's log error from the first of `lengths` to the last, float64 [range]."""
-        knots_K = predict(self.params, features_of(block)[None], knots=len(self.lengths))[0]
+        knots_K = predict_errors(
+            self.params, router_features_of(block)[None], knots=len(self.lengths)
+        )[0]
         every = np.log(np.arange(self.lengths[0], self.lengths[-1] + 1))
         return np.interp(every, np.log(self.lengths), np.asarray(knots_K, np.float64))
 
@@ -142,7 +144,7 @@ class Router:
             lengths = tuple(int(length) for length in text["lengths"].split(","))
             router = cls(params, lengths, fingerprint)
             features = np.zeros((1, len(params["center"])), np.float32)
-            if predict(params, features, knots=len(lengths)).shape != (1, len(lengths)):
+            if predict_errors(params, features, knots=len(lengths)).shape != (1, len(lengths)):
                 raise ValueError("its head predicts another number of lengths")
         except Exception as error:  # flax raises many types for a tree that does not fit
             raise UsageError(f"{folder / FILE} is damaged ({str(error)[:100]}): {fix}") from None
@@ -154,7 +156,7 @@ class Router:
         return router
 
 
-def predict(params, features_BF, *, knots: int) -> Array:
+def predict_errors(params, features_BF, *, knots: int) -> Array:
     """Predicts the log errors of blocks from their features, float32 [B, K]."""
     return _predict(params, jnp.asarray(features_BF), knots)
 
@@ -162,4 +164,4 @@ def predict(params, features_BF, *, knots: int) -> Array:
 @jax.jit(static_argnums=2)
 def _predict(params, features_BF, knots):
     scaled = jnp.clip((features_BF - params["center"]) / params["scale"], -EXTREME, EXTREME)
-    return params["mean"] + Head(knots).apply({"params": params["head"]}, scaled)
+    return params["mean"] + RouterHead(knots).apply({"params": params["head"]}, scaled)

@@ -26,9 +26,15 @@ from elastictok_jax.errors import UsageError
 from elastictok_jax.storage.atomic import require_file
 from elastictok_jax.storage.references import split_reference
 from elastictok_jax.tokenizer.api import ElasticTokenizer
-from elastictok_jax.tokenizer.router import FILE, Head, Router, features_of, predict
+from elastictok_jax.tokenizer.router import (
+    FILE,
+    Router,
+    RouterHead,
+    predict_errors,
+    router_features_of,
+)
 from elastictok_jax.tokenizer.search import log_spaced
-from elastictok_jax.tokenizer.tiling import Grid
+from elastictok_jax.tokenizer.tiling import TileGrid
 
 KNOTS = 32
 CLIP_BLOCKS = 6  # consecutive blocks measured per clip
@@ -60,11 +66,11 @@ def train_router(model: str | Path, *, blocks: int, steps: int) -> dict[str, flo
             print(f"measured {len(curves)}/{blocks} blocks", file=sys.stderr)
     features_NF, curves_NK = np.stack(features), np.stack(curves)
     held_back = held_back_items(items)
-    params, best_step = fit(
+    params, best_step = fit_router(
         features_NF, curves_NK, held_back=held_back, steps=steps, seed=tokenizer.config.seed
     )
     Router(params, tuple(lengths), tokenizer.fingerprint).save(folder)
-    predicted = np.asarray(predict(params, features_NF[held_back], knots=len(lengths)))
+    predicted = np.asarray(predict_errors(params, features_NF[held_back], knots=len(lengths)))
     error = count_error(predicted, curves_NK[held_back], lengths)
     return {"blocks": len(curves), "steps": best_step, "count_error": error}
 
@@ -95,12 +101,12 @@ def measured_blocks(
     coder = tokenizer.coder("mse")
     count = 0
     for item, video in training_clips(config):
-        grid = Grid(video.shape[:3], tokenizer.geometry)
+        grid = TileGrid(video.shape[:3], tokenizer.geometry)
         target = 0.0
         for frames, inside in zip(*(tiles[0] for tiles in grid.cut(video)), strict=True):
             block = coder.block(frames, inside)
             errors = np.maximum(block.errors(lengths), 1e-12)
-            yield item, features_of(block), np.log(errors)
+            yield item, router_features_of(block), np.log(errors)
             target = target or float(rng.choice(errors))  # met by some length of the first block
             met = np.flatnonzero(errors <= target)
             block.keep(lengths[met[0] if met.size else -1])
@@ -145,7 +151,7 @@ def training_clips(
         yield (index, item), np.concatenate([piece.frames for piece in pieces])
 
 
-def fit(
+def fit_router(
     features_NF: np.ndarray, curves_NK: np.ndarray, *, held_back: np.ndarray, steps: int, seed: int
 ) -> tuple[Any, int]:
     """Fits the parameters of a `Router`; also returns the step of least error on `held_back`."""
@@ -157,12 +163,12 @@ def fit(
     }
     knots = curves_NK.shape[1]
     key = jax.random.key(seed)
-    head = Head(knots).init(key, jnp.zeros((1, features_NF.shape[1])))["params"]
+    head = RouterHead(knots).init(key, jnp.zeros((1, features_NF.shape[1])))["params"]
     schedule = optax.cosine_decay_schedule(LEARNING_RATE, steps)
     optimizer = optax.adamw(schedule, weight_decay=WEIGHT_DECAY)
 
     def loss(head, features, curves):
-        error = predict({**fixed, "head": head}, features, knots=knots) - curves
+        error = predict_errors({**fixed, "head": head}, features, knots=knots) - curves
         return jnp.mean(optax.losses.huber_loss(error, delta=0.3))
 
     @jax.jit

@@ -28,7 +28,7 @@ BELOW = 0.02  # while all meet, it undershoots its estimate by this fraction, do
 
 
 @dataclasses.dataclass(frozen=True)
-class Problem:
+class SearchProblem:
     """The input of a search.
 
     Attributes:
@@ -43,7 +43,7 @@ class Problem:
     guess: np.ndarray
 
 
-def full(problem: Problem) -> Search:
+def full_search(problem: SearchProblem) -> Search:
     """Finds the shortest length that meets the target, or if none does, the one of least error."""
     tried: dict[int, float] = {}
     for start in range(problem.low, problem.high + 1, AT_ONCE):
@@ -51,17 +51,17 @@ def full(problem: Problem) -> Search:
         tried |= zip(lengths, (yield lengths), strict=True)
         if min(tried.values()) <= problem.target:
             break
-    return best(tried, problem.target)
+    return best_length(tried, problem.target)
 
 
-def binned(problem: Problem) -> Search:
+def binned_search(problem: SearchProblem) -> Search:
     """Finds the shortest of about BINS log-spaced lengths that meets the target."""
     lengths = log_spaced(problem.low, problem.high, count=BINS)
     tried = dict(zip(lengths, (yield lengths), strict=True))
-    return best(tried, problem.target)
+    return best_length(tried, problem.target)
 
 
-def binary(problem: Problem) -> Search:
+def binary_search(problem: SearchProblem) -> Search:
     """Finds a length that meets the target in about log2(high - low) sequential measurements."""
 
     def propose(gap: range, tried: Mapping[int, float]) -> int:
@@ -70,24 +70,24 @@ def binary(problem: Problem) -> Search:
     return (yield from _narrow(problem, propose, close=0.0))
 
 
-def regression(problem: Problem) -> Search:
+def regression_search(problem: SearchProblem) -> Search:
     """Returns the first length at which the guess meets the target, whatever its actual error."""
     length = _first_below(problem, problem.guess, problem.low, problem.high)
     yield [length]
     return length
 
 
-def verified_regression(problem: Problem) -> Search:
-    """Starts as `regression` does, then corrects the guess until a length meets the target."""
+def verified_regression_search(problem: SearchProblem) -> Search:
+    """Starts as `regression_search`, then corrects the guess until a length meets the target."""
 
     def propose(gap: range, tried: Mapping[int, float]) -> int:
-        expected = corrected(problem.guess, tried, low=problem.low)
+        expected = corrected_guess(problem.guess, tried, low=problem.low)
         return _first_below(problem, expected, gap[0], gap[-1])
 
     return (yield from _narrow(problem, propose, close=1.0))
 
 
-def hybrid(problem: Problem) -> Search:
+def hybrid_search(problem: SearchProblem) -> Search:
     """Follows the guess, corrected by the measurements, then interpolates between a miss and a hit.
 
     The interpolation is linear in log length and log error. If the error never rises with the
@@ -103,7 +103,7 @@ def hybrid(problem: Problem) -> Search:
             if line >= met - 1 and len(gap) <= LIKELY * met:
                 return None
             return math.ceil(line)
-        expected = corrected(problem.guess, tried, low=problem.low)
+        expected = corrected_guess(problem.guess, tried, low=problem.low)
         length = _first_below(problem, expected, gap[0], met)
         if met in tried:
             hits = sum(error <= problem.target for error in tried.values())
@@ -114,18 +114,21 @@ def hybrid(problem: Problem) -> Search:
     return (yield from _narrow(problem, propose, close=CLOSE))
 
 
-SEARCHES: dict[str, Callable[[Problem], Search]] = {
-    "hybrid": hybrid,
-    "full": full,
-    "binned": binned,
-    "binary": binary,
-    "regression": regression,
-    "verified_regression": verified_regression,
+SEARCHES: dict[str, Callable[[SearchProblem], Search]] = {
+    "hybrid": hybrid_search,
+    "full": full_search,
+    "binned": binned_search,
+    "binary": binary_search,
+    "regression": regression_search,
+    "verified_regression": verified_regression_search,
 }
 
 
 def _narrow(
-    problem: Problem, propose: Callable[[range, Mapping[int, float]], int | None], *, close: float
+    problem: SearchProblem,
+    propose: Callable[[range, Mapping[int, float]], int | None],
+    *,
+    close: float,
 ) -> Search:
     """Measures lengths picked by `propose` between the longest miss and the shortest hit.
 
@@ -158,10 +161,10 @@ def _narrow(
                 break
             length = left[0]
         tried[length] = (yield [length])[0]
-    return best(tried, problem.target)
+    return best_length(tried, problem.target)
 
 
-def _first_below(problem: Problem, expected: np.ndarray, first: int, last: int) -> int:
+def _first_below(problem: SearchProblem, expected: np.ndarray, first: int, last: int) -> int:
     """Returns the shortest length in [first, last] expected to meet the target, else `last`."""
     span = expected[first - problem.low : last - problem.low + 1]
     below = np.flatnonzero(span <= np.log(problem.target))
@@ -174,13 +177,13 @@ def log_spaced(low: int, high: int, *, count: int) -> list[int]:
     return np.unique(np.round(np.exp(steps)).astype(int)).tolist()
 
 
-def best(tried: Mapping[int, float], target: float) -> int:
+def best_length(tried: Mapping[int, float], target: float) -> int:
     """Returns the shortest measured length that meets the target, or the one of least error."""
     met = [length for length, error in tried.items() if error <= target]
     return min(met) if met else min(tried, key=lambda length: (tried[length], length))
 
 
-def corrected(guess: np.ndarray, tried: Mapping[int, float], *, low: int) -> np.ndarray:
+def corrected_guess(guess: np.ndarray, tried: Mapping[int, float], *, low: int) -> np.ndarray:
     """Shifts `guess` to pass through the measurements, interpolating linearly in log length."""
     if not tried:
         return guess.copy()

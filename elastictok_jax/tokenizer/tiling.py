@@ -9,7 +9,7 @@ from elastictok_jax.errors import UsageError
 from elastictok_jax.models.base import Geometry
 
 
-class Grid:
+class TileGrid:
     """The tiles of a clip, top to bottom and left to right, each coded as a separate clip.
 
     Args:
@@ -71,7 +71,7 @@ class Grid:
         row, column = divmod(tile, self.columns)
         top, left = row * self._side, column * self._side
         part = video_THWC[:, top : top + self._side, left : left + self._side]
-        one = Grid((self.frames, *part.shape[1:3]), self._geometry)
+        one = TileGrid((self.frames, *part.shape[1:3]), self._geometry)
         blocks, inside = one.cut(part)
         return blocks[0], inside[0]
 
@@ -91,7 +91,7 @@ class Grid:
         return video[:frames, : self.height, : self.width]
 
 
-def in_blocks(frames: Iterable[np.ndarray], frames_per_block: int) -> Iterator[np.ndarray]:
+def frames_in_blocks(frames: Iterable[np.ndarray], frames_per_block: int) -> Iterator[np.ndarray]:
     """Groups frames uint8 [H, W, 3] or [t, H, W, 3] into blocks [F, H, W, 3], the last one shorter.
 
     Raises:

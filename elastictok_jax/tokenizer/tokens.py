@@ -11,7 +11,7 @@ import numpy as np
 
 from elastictok_jax.errors import UsageError
 from elastictok_jax.tokenizer import entropy, etok
-from elastictok_jax.tokenizer.block_codes import BlockCodes, block_lengths
+from elastictok_jax.tokenizer.block_codes import BlockCodes, lengths_of_codes
 
 # Fields that must agree between pieces of one clip.
 SHARED = ("fingerprint", "height", "width", "fps", "bits_per_token", "window_blocks", "levels")
@@ -51,7 +51,7 @@ class Tokens:
     @property
     def lengths(self) -> np.ndarray:
         """int32 [N], tokens kept in each block."""
-        return block_lengths(self.codes)
+        return lengths_of_codes(self.codes)
 
     @property
     def num_tokens(self) -> int:
@@ -110,7 +110,7 @@ class Tokens:
             raise UsageError("there are no pieces to join: give at least one")
         first, last = pieces[0], pieces[-1]
         for number, piece in enumerate(pieces):
-            require_alike(piece, first, number=number)
+            require_same_clip(piece, first, number=number)
             equal = piece.frames * len(first.codes) == first.frames * len(piece.codes)
             longer = piece.frames * len(first.codes) > first.frames * len(piece.codes)
             if longer or not (equal or piece is last):
@@ -130,7 +130,7 @@ class Tokens:
         )
 
 
-def require_alike(piece: Tokens, first: Tokens, *, number: int) -> None:
+def require_same_clip(piece: Tokens, first: Tokens, *, number: int) -> None:
     """Raises UsageError if two pieces cannot belong to one clip; `number` is that of `piece`."""
     for name in SHARED:
         ours, theirs = getattr(first, name), getattr(piece, name)

@@ -10,9 +10,9 @@ import ml_collections
 import numpy as np
 
 from elastictok_jax.errors import RunError
+from elastictok_jax.hardware import peak_flops
 from elastictok_jax.models.base import Task
-from elastictok_jax.training.metric_writers import Console, MetricWriter, Silent
-from elastictok_jax.training.throughput import peak_flops
+from elastictok_jax.training.metric_writers import ConsoleWriter, MetricWriter, SilentWriter
 
 # Steps that the host may run ahead: enough to keep the device busy, few enough that batches do not
 # pile up in its memory.
@@ -30,8 +30,8 @@ class StepLog:
 
     config: ml_collections.ConfigDict
     task: Task
-    writer: MetricWriter | Silent
-    console: Console | Silent
+    writer: MetricWriter | SilentWriter
+    console: ConsoleWriter | SilentWriter
     workdir: Path
     replaced_blocks: int = 0  # over all processes, as of the last step read
 

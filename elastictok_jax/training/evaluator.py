@@ -7,7 +7,7 @@ import jax
 import ml_collections
 import numpy as np
 
-from elastictok_jax.data.pipeline import Part, read_ahead
+from elastictok_jax.data.pipeline import BatchPart, read_ahead
 from elastictok_jax.data.sources.splits import SourceSplits, has_held_out
 from elastictok_jax.errors import UsageError
 from elastictok_jax.models.base import Task
@@ -18,7 +18,7 @@ STEP_COST = 3  # forward passes that a training step costs: one forward, two for
 
 
 def open_held_out(
-    task: Task, config: ml_collections.ConfigDict, splits: SourceSplits, *, part: Part
+    task: Task, config: ml_collections.ConfigDict, splits: SourceSplits, *, part: BatchPart
 ) -> list[dict[str, np.ndarray]]:
     """Reads the held-out batches, the same for every evaluation; [] if no data is held out.
 
@@ -33,7 +33,7 @@ def open_held_out(
     return list(read_ahead(reader, start=0, stop=min(config.evaluation.batches, afforded)))
 
 
-def evaluate(
+def evaluate_batches(
     task: Task,
     eval_step: Callable,
     params,

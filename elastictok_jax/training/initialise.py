@@ -23,14 +23,14 @@ from elastictok_jax.errors import UsageError
 from elastictok_jax.layers.scan_layout import (
     STACKED,
     UNSTACKED,
-    depths,
     is_stacked,
+    layer_counts,
     relayout,
     relayout_shapes,
     stacked_struct,
 )
 from elastictok_jax.models.open_model import SavedModel, open_model
-from elastictok_jax.parallel.distributed import FIRST_SECONDS, first_says
+from elastictok_jax.parallel.distributed import FIRST_SECONDS, broadcast_from_first
 from elastictok_jax.paths import local_text
 from elastictok_jax.training.state import TrainState
 
@@ -79,9 +79,9 @@ def initialise(
     group = next(iter(abstract.params))  # the one that is exported, so other runs have it
     wanted_params = abstract.params[group]
     stacked = is_stacked(wanted_params)
-    with open_weights(config.train.init_from) as source:
+    with open_initial_weights(config.train.init_from) as source:
         layout = is_stacked(source.shapes)
-        if depths(source.shapes) != depths(wanted_params):
+        if layer_counts(source.shapes) != layer_counts(wanted_params):
             layout = False  # compared layer by layer
         wanted = flatten_dict(relayout_shapes(wanted_params, stacked=layout))
         plan = match_weights(flatten_dict(_shapes_in_layout(source.shapes, stacked=layout)), wanted)
@@ -107,7 +107,7 @@ def initialise(
         shardings = jax.tree.map(lambda leaf: leaf.sharding, wanted_params)
         copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree), out_shardings=shardings)
         ema_params = ema_params | {group: copy(params)}
-    record(plan, source.origin, path=workdir / RECORD)
+    record_initialisation(plan, source.origin, path=workdir / RECORD)
     summary = (
         f"weights of {source.origin}: {len(plan.taken)} taken, {len(plan.reinitialised)} "
         f"re-initialised, {len(plan.skipped)} skipped (all in {RECORD})"
@@ -133,7 +133,7 @@ def match_weights(saved: Flat, wanted: Flat) -> WeightMatch:
     )
 
 
-def record(plan: WeightMatch, origin: str, *, path: Path) -> None:
+def record_initialisation(plan: WeightMatch, origin: str, *, path: Path) -> None:
     """Writes which weights were taken, skipped and re-initialised as JSON; process 0 only."""
     if jax.process_index() == 0:
         shapes = {
@@ -145,13 +145,13 @@ def record(plan: WeightMatch, origin: str, *, path: Path) -> None:
 
 
 @contextlib.contextmanager
-def open_weights(model: str) -> Iterator[SavedModel]:
+def open_initial_weights(model: str) -> Iterator[SavedModel]:
     """Opens the weights of train.init_from; process 0 chooses the checkpoint for all processes.
 
     Raises:
       UsageError: if there is no such model or checkpoint, or it is damaged.
     """
-    agree = functools.partial(first_says, "init_from", timeout=FIRST_SECONDS)
+    agree = functools.partial(broadcast_from_first, "init_from", timeout=FIRST_SECONDS)
     with contextlib.ExitStack() as stack:
         try:
             saved = stack.enter_context(open_model(local_text(model), agree=agree))
@@ -164,7 +164,7 @@ def _read(source: SavedModel, taken: Flat, *, stacked: bool) -> Flat:
     """Reads the weights `taken`, whose names are those of the layout asked for."""
     if is_stacked(source.shapes) == stacked:
         return flatten_dict(source.read(unflatten_dict(taken)))
-    count = depths(source.shapes)
+    count = layer_counts(source.shapes)
     wanted = {}  # in the layout of the source
     for key in flatten_dict(source.shapes):
         if STACKED not in key:

@@ -8,14 +8,14 @@ from pathlib import Path
 import jax
 import ml_collections
 
-from elastictok_jax.config import resolve
+from elastictok_jax.config import resolve_config
 from elastictok_jax.parallel.liveness import Peers
 from elastictok_jax.training.run import Run, open_run
 from elastictok_jax.training.stop_signal import StopRequest
 from elastictok_jax.training.workdir import newest_saved
 
 
-def train(config: ml_collections.ConfigDict, *, workdir: Path) -> bool:
+def train_experiment(config: ml_collections.ConfigDict, *, workdir: Path) -> bool:
     """Trains in `workdir` until `config.train.steps`, resuming from the newest checkpoint there.
 
     What a run starts from, in order of precedence:
@@ -42,12 +42,12 @@ def train(config: ml_collections.ConfigDict, *, workdir: Path) -> bool:
         stop = stack.enter_context(StopRequest())  # entered first, to outlive the last save
         peers = Peers(kept=partial(newest_saved, workdir))
         with peers.shared_fate():
-            run = open_run(resolve(config), workdir=workdir, peers=peers, stack=stack)
+            run = open_run(resolve_config(config), workdir=workdir, peers=peers, stack=stack)
             return run_steps(run, stop)
 
 
 def run_steps(run: Run, stop: StopRequest) -> bool:
-    """Runs the remaining steps; returns as `train` does."""
+    """Runs the remaining steps; returns as `train_experiment` does."""
     train_config, state, log = run.config.train, run.state, run.log
     run.state = None  # type: ignore[assignment]  # donated to the first step
     stop.take_interrupts()  # before this there is nothing to save

@@ -88,7 +88,7 @@ class MetricWriter:
             )
 
 
-class Console:
+class ConsoleWriter:
     """Prints to stderr: a progress bar and lines on a terminal, only lines elsewhere."""
 
     def __init__(self, *, total: int, start: int):
@@ -121,7 +121,7 @@ class Console:
             self._bar.close()
 
 
-class Silent:
+class SilentWriter:
     """Replaces MetricWriter and Console in all processes but the first, which writes for all."""
 
     def __init__(self, name: str):

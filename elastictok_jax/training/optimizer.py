@@ -28,7 +28,7 @@ def make_schedule(
     )
 
 
-def decayed(params):
+def decayed_parameters(params):
     """Returns a tree of bools: weight decay applies to matrices, not to norms and embeddings."""
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel", params)
 
@@ -44,6 +44,6 @@ def make_optimizer(
             b1=settings.b1,
             b2=settings.b2,
             weight_decay=settings.weight_decay,
-            mask=decayed,
+            mask=decayed_parameters,
         ),
     )

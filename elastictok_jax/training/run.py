@@ -12,7 +12,12 @@ from typing import Any
 import jax
 import ml_collections
 
-from elastictok_jax.data.pipeline import BatchReader, DeviceBatches, local_part, to_device
+from elastictok_jax.data.pipeline import (
+    BatchReader,
+    DeviceBatches,
+    batch_to_device,
+    local_batch_part,
+)
 from elastictok_jax.data.sources.splits import open_splits
 from elastictok_jax.errors import RunError
 from elastictok_jax.models.base import Task
@@ -21,9 +26,9 @@ from elastictok_jax.models.registry import open_family
 from elastictok_jax.parallel.backend import require_devices
 from elastictok_jax.parallel.distributed import (
     FIRST_SECONDS,
-    first_says,
-    meet,
+    broadcast_from_first,
     require_same_count,
+    wait_for_all_processes,
 )
 from elastictok_jax.parallel.liveness import Peers
 from elastictok_jax.parallel.mesh import make_mesh
@@ -36,14 +41,14 @@ from elastictok_jax.parallel.sharding import (
 )
 from elastictok_jax.storage.checkpoint import Checkpointer, DamagedCheckpoint
 from elastictok_jax.training.async_metrics import StepLog
-from elastictok_jax.training.evaluator import evaluate, open_held_out, require_best_metric
+from elastictok_jax.training.evaluator import evaluate_batches, open_held_out, require_best_metric
 from elastictok_jax.training.host_consensus import Votes
 from elastictok_jax.training.initialise import initialise
 from elastictok_jax.training.lock import WorkdirLock
 from elastictok_jax.training.metric_writers import (
-    Console,
+    ConsoleWriter,
     MetricWriter,
-    Silent,
+    SilentWriter,
     open_wandb,
     require_sinks,
     shows_pictures,
@@ -85,7 +90,7 @@ class Run:
     evaluate: Callable[[int, TrainState], dict[str, float]]
     checkpoints: Checkpointer
     log: StepLog
-    console: Console | Silent
+    console: ConsoleWriter | SilentWriter
     watchdog: Watchdog
     raise_if_lost: Callable[[], None]
 
@@ -137,7 +142,7 @@ def open_run(
     task = family.task
     mesh = make_mesh(config, check_model=task.check_mesh)
     sharding = batch_sharding(mesh)
-    part = local_part(sharding, config, family.codec.geometry)
+    part = local_batch_part(sharding, config, family.codec.geometry)
     require_sinks(config)
     require_best_metric(task, config)
     raise_if_lost, wandb_run = hold_workdir(workdir, config, first=peers.process == 0, stack=stack)
@@ -147,7 +152,7 @@ def open_run(
     frozen = replicate(task.frozen(), mesh)
     files = splits.fingerprint()
     enter_workdir(workdir, config, files=files)
-    meet(mesh, timeout=FIRST_SECONDS)
+    wait_for_all_processes(mesh, timeout=FIRST_SECONDS)
     watchdog = Watchdog(
         step_timeout=config.train.step_timeout,
         pause_timeout=config.train.pause_timeout,
@@ -167,7 +172,7 @@ def open_run(
     abstract = abstract_state(task, config, mesh)
     notes = sharding_notes(abstract)
     steps_there = json.dumps(checkpoints.steps())  # as process 0 sees them: others may lag
-    candidates = json.loads(first_says("checkpoints", steps_there, timeout=FIRST_SECONDS))
+    candidates = json.loads(broadcast_from_first("checkpoints", steps_there, timeout=FIRST_SECONDS))
     start = 0
     if not candidates:
         state = sharded_init(task, config, abstract)
@@ -183,11 +188,11 @@ def open_run(
     reader = reader.from_row(position["next_row"])
     replaced_before = position.get("replaced_blocks", 0)  # over all processes
     steps = max(start, config.train.steps)
-    writer: MetricWriter | Silent = Silent(peers.name)
-    console: Console | Silent = Silent(peers.name)
+    writer: MetricWriter | SilentWriter = SilentWriter(peers.name)
+    console: ConsoleWriter | SilentWriter = SilentWriter(peers.name)
     if peers.process == 0:
         writer = MetricWriter(workdir, config, start_step=start, wandb_run=wandb_run)
-        console = Console(total=steps, start=start)
+        console = ConsoleWriter(total=steps, start=start)
     stack.callback(writer.close)
     stack.callback(console.close)
     console.line(startup_line(config, task, abstract, start=start, workdir=workdir))
@@ -204,13 +209,13 @@ def open_run(
     draw = in_mesh(jax.jit(task.picture, out_shardings=everywhere), mesh)
 
     def evaluated(step: int, state: TrainState) -> dict[str, float]:
-        return evaluate(
+        return evaluate_batches(
             task,
             eval_step,
             state.eval_params,
             frozen,
             held_out,
-            place=partial(to_device, reader=reader, sharding=sharding),
+            place=partial(batch_to_device, reader=reader, sharding=sharding),
             draw=draw,
             show=partial(writer.picture, step) if shows_pictures(config) else None,
         )

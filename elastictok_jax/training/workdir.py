@@ -8,9 +8,9 @@ from typing import Any
 
 import ml_collections
 
-from elastictok_jax.config import flatten, read_config, to_json
+from elastictok_jax.config import config_to_json, flatten_config, read_config
 from elastictok_jax.errors import UsageError
-from elastictok_jax.parallel.distributed import FIRST_SECONDS, first_says, place
+from elastictok_jax.parallel.distributed import FIRST_SECONDS, broadcast_from_first, process_place
 from elastictok_jax.storage.atomic import replacing
 from elastictok_jax.storage.checkpoint import saved_steps
 
@@ -27,17 +27,17 @@ def enter_workdir(workdir: Path, config: ml_collections.ConfigDict, *, files: An
       UsageError: if it cannot be written, has checkpoints of another model, or is not the folder
         of process 0; or if config or data files differ from those of process 0.
     """
-    process, processes = place()
+    process, processes = process_place()
     if process == 0:
         prepare_workdir(workdir, config)
     if processes == 1:
         return
     mark = workdir / "run_id"  # new at every start
-    mine = {"config": flatten(config), "files": files, "run_id": uuid.uuid4().hex}
+    mine = {"config": flatten_config(config), "files": files, "run_id": uuid.uuid4().hex}
     if process == 0:
         mark.write_text(mine["run_id"])
     mine = json.loads(json.dumps(mine))
-    first = json.loads(first_says("run", json.dumps(mine), timeout=FIRST_SECONDS))
+    first = json.loads(broadcast_from_first("run", json.dumps(mine), timeout=FIRST_SECONDS))
     theirs = first["config"]
     differ = [
         f"{key} {theirs.get(key)!r} there, {mine['config'].get(key)!r} here"
@@ -72,7 +72,7 @@ def prepare_workdir(workdir: Path, config: ml_collections.ConfigDict) -> None:
     """
     path = workdir / "config.json"
     if path.exists():
-        old, new = flatten(read_config(path)), flatten(config)
+        old, new = flatten_config(read_config(path)), flatten_config(config)
         changed = [
             f"{key} {old.get(key)!r} -> {new[key]!r}"
             for key in sorted(new)
@@ -97,14 +97,14 @@ def prepare_workdir(workdir: Path, config: ml_collections.ConfigDict) -> None:
 
 def write_config(workdir: Path, config: ml_collections.ConfigDict) -> None:
     """Writes config.json atomically, in process 0 only."""
-    if place()[0] == 0:
+    if process_place()[0] == 0:
         with replacing(workdir / "config.json") as temporary:
-            temporary.write_text(to_json(config))
+            temporary.write_text(config_to_json(config))
 
 
 def write_held_out(workdir: Path, fingerprint: str) -> None:
     """Records the data that a run is evaluated on, for `elastictok compare`; in process 0 only."""
-    if place()[0] == 0:
+    if process_place()[0] == 0:
         (workdir / HELD_OUT).write_text(json.dumps({"files": fingerprint}) + "\n")
 
 

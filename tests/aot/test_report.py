@@ -11,9 +11,15 @@ from elastictok_jax import cli
 from elastictok_jax.aot.costs import Costs, program_costs
 from elastictok_jax.aot.hlo import parse_module
 from elastictok_jax.aot.programs import programs
-from elastictok_jax.aot.report import analyse, memory_sizes, notes, refused, report_text
+from elastictok_jax.aot.report import (
+    compile_notes,
+    compile_refusal,
+    memory_sizes,
+    program_figures,
+    report_text,
+)
 from elastictok_jax.aot.roofline import roofline
-from elastictok_jax.config import override, resolve
+from elastictok_jax.config import apply_overrides, resolve_config
 from elastictok_jax.experiment_registry import get_experiment
 from elastictok_jax.hardware import CHIPS, GIB
 from tests.tiny import mesh_of
@@ -34,8 +40,10 @@ TOKENS = 2 * 2 * 2  # (4 / 2 frames) (16 / 8) (16 / 8)
 
 def tiny(**settings):
     config = get_experiment("quickstart")
-    override(config, TINY | {key.replace("__", "."): value for key, value in settings.items()})
-    return resolve(config)
+    apply_overrides(
+        config, TINY | {key.replace("__", "."): value for key, value in settings.items()}
+    )
+    return resolve_config(config)
 
 
 def compiled_programs(config):
@@ -48,7 +56,7 @@ def figures():
     mesh, found = compiled_programs(tiny())
     chip = CHIPS["v5e"]
     return {
-        name: analyse(compiled, mesh=mesh, chip=chip, model_flops=program.model_flops)
+        name: program_figures(compiled, mesh=mesh, chip=chip, model_flops=program.model_flops)
         for name, (program, compiled) in found.items()
     }
 
@@ -105,7 +113,7 @@ def test_more_than_a_chip_holds_does_not_fit():
     compiled = jax.jit(lambda x: x[0]).lower(big).compile()
     mesh = mesh_of(tiny())
     found = {
-        name: analyse(compiled, mesh=mesh, chip=CHIPS[name], model_flops=1.0)["fits"]
+        name: program_figures(compiled, mesh=mesh, chip=CHIPS[name], model_flops=1.0)["fits"]
         for name in ("v5e", "v4")
     }
     assert found == {"v5e": False, "v4": True}
@@ -116,7 +124,7 @@ def test_predictions_are_those_of_the_roofline():
     x = jax.ShapeDtypeStruct((512, 512), jnp.float32)
     compiled = jax.jit(jnp.matmul).lower(x, x).compile()
     mesh = mesh_of(tiny())
-    found = analyse(compiled, mesh=mesh, chip=chip, model_flops=mesh.size * 512.0**3)
+    found = program_figures(compiled, mesh=mesh, chip=chip, model_flops=mesh.size * 512.0**3)
     guess = found["predicted"]
     flops, moved = 2 * 512**3, 3 * 4 * 512**2
     assert guess["compute_seconds"] == pytest.approx(flops / 275e12)
@@ -142,7 +150,7 @@ def test_predictions_are_those_of_the_roofline():
     ],
 )
 def test_a_program_that_the_compiler_refuses(message, total):
-    found = refused(message + "\n\nallocations", CHIPS["v4"])
+    found = compile_refusal(message + "\n\nallocations", CHIPS["v4"])
     assert found["fits"] is False
     assert found["bytes_per_device"] == {"total": total, "usable": 30.75 * GIB}
     assert message in found["notes"][0]
@@ -151,10 +159,10 @@ def test_a_program_that_the_compiler_refuses(message, total):
 def test_notes_say_what_is_left_out():
     costs = Costs(flops=2.0, mean_flops=1.0, unknown_loops=("while.3",))
     line = roofline(costs, chip=CHIPS["v4"], slice_of=[0])
-    text = " ".join(notes(costs, network_known=line.network is not None))
+    text = " ".join(compile_notes(costs, network_known=line.network is not None))
     assert "most expensive branch" in text and "while.3" in text and "slices" not in text
-    assert "between slices" in " ".join(notes(Costs(), network_known=False))
-    assert notes(Costs(), network_known=True) == []
+    assert "between slices" in " ".join(compile_notes(Costs(), network_known=False))
+    assert compile_notes(Costs(), network_known=True) == []
 
 
 def test_loops_of_the_real_step_are_all_known():
@@ -176,7 +184,7 @@ def test_table_for_people(figures):
         **figures["train_step"],
         "predicted_tokens_per_second": 1234567.0,
         "encode": figures["encode"] | {"predicted_tokens_per_second": 1.0},
-        "decode": refused("RESOURCE_EXHAUSTED: (33.54G) exceeds", CHIPS["v5e"]),
+        "decode": compile_refusal("RESOURCE_EXHAUSTED: (33.54G) exceeds", CHIPS["v5e"]),
     }
     json.dumps(results)
     text = report_text(results)

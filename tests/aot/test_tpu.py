@@ -12,7 +12,7 @@ from elastictok_jax import cli
 from elastictok_jax.aot.costs import program_costs
 from elastictok_jax.aot.hlo import parse_module
 from elastictok_jax.aot.topology import describe_topology
-from elastictok_jax.training.throughput import PEAK_FLOPS
+from elastictok_jax.hardware import PEAK_FLOPS
 
 INSTALLED = importlib.util.find_spec("libtpu") is not None
 needs_compiler = pytest.mark.skipif(

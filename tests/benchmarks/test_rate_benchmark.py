@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from benchmarks import rate
-from elastictok_jax.config import default_config, override, resolve, to_json
+from elastictok_jax.config import apply_overrides, config_to_json, default_config, resolve_config
 from elastictok_jax.data import media
 from elastictok_jax.data.sources.file_source import EMBEDDED
 from elastictok_jax.storage.safetensors import save_params
@@ -36,9 +36,9 @@ def test_the_coarsest_crf_within_an_error(target, crf):
 
 def test_figures_of_a_tiny_model(tmp_path, capsys):
     config = default_config()
-    override(config, SMALL)
-    config = resolve(config)
-    (tmp_path / "config.json").write_text(to_json(config))
+    apply_overrides(config, SMALL)
+    config = resolve_config(config)
+    (tmp_path / "config.json").write_text(config_to_json(config))
     save_params(tmp_path / "model.safetensors", init_state(config).params["model"], metadata={})
     clip, out = EMBEDDED / "heldout" / "bbb_kite.mp4", tmp_path / "out.json"
     words = ["--model", str(tmp_path), "--input", str(clip), "--frames", "8", "--json", str(out)]

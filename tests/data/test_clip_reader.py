@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from elastictok_jax.config import override, resolve, source_config
+from elastictok_jax.config import apply_overrides, resolve_config, source_config
 from elastictok_jax.data import media
 from elastictok_jax.data.clip_reader import ClipReader
 from elastictok_jax.data.media import MediaError
@@ -28,8 +28,10 @@ SIDE, FRAMES = 32, 4
 def tiny(**overrides):
     config = get_experiment("quickstart")
     base = {"video.resolution": SIDE, "masking.min_tokens": 1, "data.sequence_blocks": 5}
-    override(config, base | {key.replace("__", "."): value for key, value in overrides.items()})
-    return resolve(config)
+    apply_overrides(
+        config, base | {key.replace("__", "."): value for key, value in overrides.items()}
+    )
+    return resolve_config(config)
 
 
 def pixels(row, config) -> np.ndarray:

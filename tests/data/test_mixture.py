@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from elastictok_jax.config import override, resolve, source_config
+from elastictok_jax.config import apply_overrides, resolve_config, source_config
 from elastictok_jax.data.mixture import Mixture, Stream, item_blocks
-from elastictok_jax.data.sources.base import name_place
+from elastictok_jax.data.sources.base import name_hash
 from elastictok_jax.data.sources.splits import SourceSplit
 from elastictok_jax.errors import UsageError
 from elastictok_jax.experiment_registry import get_experiment
@@ -30,13 +30,13 @@ class Lengths:
 def feed(name, frames, **settings):
     source = Lengths(frames)
     items = np.arange(len(source.frames))
-    return SourceSplit(name, name_place(name), source, source_config(path=name, **settings), items)
+    return SourceSplit(name, name_hash(name), source, source_config(path=name, **settings), items)
 
 
 def config_for(**overrides):
     config = get_experiment("quickstart")
-    override(config, {key.replace("__", "."): value for key, value in overrides.items()})
-    return resolve(config)
+    apply_overrides(config, {key.replace("__", "."): value for key, value in overrides.items()})
+    return resolve_config(config)
 
 
 def mixture(*feeds, **overrides):

@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from elastictok_jax.data.packing import PackedClip, pack
+from elastictok_jax.data.packing import PackedClip, pack_clips
 
 SEEDS = st.integers(0, 2**32 - 1)
 
@@ -34,7 +34,7 @@ def pieces_by_item(packed):
 @given(problems(), SEEDS)
 def test_every_block_is_placed_once_and_rows_are_full(problem, seed):
     clips, rows, row_blocks = problem
-    packed = pack(clips, rows=rows, row_blocks=row_blocks, rng=np.random.default_rng(seed))
+    packed = pack_clips(clips, rows=rows, row_blocks=row_blocks, rng=np.random.default_rng(seed))
     assert len(packed) == rows
     assert all(sum(clip.blocks for clip in row) == row_blocks for row in packed)
     blocks = Counter(
@@ -49,7 +49,7 @@ def test_every_block_is_placed_once_and_rows_are_full(problem, seed):
 @given(problems(), SEEDS)
 def test_pieces_come_in_order_and_long_clips_fill_whole_rows(problem, seed):
     clips, rows, row_blocks = problem
-    packed = pack(clips, rows=rows, row_blocks=row_blocks, rng=np.random.default_rng(seed))
+    packed = pack_clips(clips, rows=rows, row_blocks=row_blocks, rng=np.random.default_rng(seed))
     for item, pieces in pieces_by_item(packed).items():
         assert pieces == sorted(pieces)  # rows ascend with the start
         assert len({row for _, _, row in pieces}) == len(pieces)
@@ -61,7 +61,7 @@ def test_pieces_come_in_order_and_long_clips_fill_whole_rows(problem, seed):
 def test_the_same_seed_packs_the_same(problem, seed):
     clips, rows, row_blocks = problem
     twice = [
-        pack(clips, rows=rows, row_blocks=row_blocks, rng=np.random.default_rng(seed))
+        pack_clips(clips, rows=rows, row_blocks=row_blocks, rng=np.random.default_rng(seed))
         for _ in range(2)
     ]
     assert twice[0] == twice[1]
@@ -71,7 +71,7 @@ def test_clips_that_fit_are_not_cut():
     """Best fit finds the pairs 5 + 3 and 6 + 2 that fill rows of 8."""
     lengths = [5, 3, 6, 2, 2, 6, 3, 5]
     clips = [PackedClip(0, item, 0, 0, blocks) for item, blocks in enumerate(lengths)]
-    packed = pack(clips, rows=4, row_blocks=8, rng=np.random.default_rng(0))
+    packed = pack_clips(clips, rows=4, row_blocks=8, rng=np.random.default_rng(0))
     assert sorted(sorted(c.blocks for c in row) for row in packed) == [[2, 6]] * 2 + [[3, 5]] * 2
 
 
@@ -84,12 +84,12 @@ def test_few_clips_are_cut_on_a_realistic_spread_of_durations():
         last = lengths.pop()
         lengths[-1] += last
     clips = [PackedClip(0, item, 0, 0, blocks) for item, blocks in enumerate(lengths)]
-    packed = pack(clips, rows=rows, row_blocks=16, rng=rng)
+    packed = pack_clips(clips, rows=rows, row_blocks=16, rng=rng)
     cut = sum(len(pieces) > 1 for pieces in pieces_by_item(packed).values())
     assert cut / len(clips) < 0.05
 
 
 def test_rows_are_shuffled():
     clips = [PackedClip(0, item, 0, 0, 1) for item in range(400)]
-    packed = pack(clips, rows=100, row_blocks=4, rng=np.random.default_rng(0))
+    packed = pack_clips(clips, rows=100, row_blocks=4, rng=np.random.default_rng(0))
     assert [clip.item for row in packed for clip in row] != list(range(400))

@@ -13,9 +13,15 @@ import psutil
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from elastictok_jax.config import override, resolve
+from elastictok_jax.config import apply_overrides, resolve_config
 from elastictok_jax.data import clip_reader, media
-from elastictok_jax.data.pipeline import DeviceBatches, Part, local_part, read_ahead, to_device
+from elastictok_jax.data.pipeline import (
+    BatchPart,
+    DeviceBatches,
+    batch_to_device,
+    local_batch_part,
+    read_ahead,
+)
 from elastictok_jax.data.sources.splits import SourceSplits, open_splits
 from elastictok_jax.data.sources.synthetic import SyntheticSource
 from elastictok_jax.errors import RunError, UsageError
@@ -34,8 +40,10 @@ def tiny(**overrides):
         "data.sequence_blocks": 3,
         "data.packing_rows": 8,
     }
-    override(config, base | {key.replace("__", "."): value for key, value in overrides.items()})
-    return resolve(config)
+    apply_overrides(
+        config, base | {key.replace("__", "."): value for key, value in overrides.items()}
+    )
+    return resolve_config(config)
 
 
 def open_reader(config, *, split="train", **part):
@@ -85,7 +93,7 @@ def test_parts_of_several_processes_make_the_whole_batch(from_the_start, by):
         needed[0][:1], needed[1][1:] = True, True
     else:
         needed[0][:, :2], needed[1][:, 2:] = True, True
-    readers = [open_reader(tiny(), part=Part(needed_BN, needed_BN)) for needed_BN in needed]
+    readers = [open_reader(tiny(), part=BatchPart(needed_BN, needed_BN)) for needed_BN in needed]
     parts = [list(read_ahead(reader, start=0, stop=2)) for reader in readers]
     for index in range(2):
         for key in ("patches", "segment_ids"):
@@ -236,9 +244,9 @@ def test_storage_that_hangs_is_noticed():
 def test_to_device_places_the_part_of_this_process(from_the_start, axes):
     mesh = jax.make_mesh((1, 1), axes, axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:1])
     sharding, config = NamedSharding(mesh, PartitionSpec("data", "sequence")), tiny()
-    part = local_part(sharding, config, codec_of(config).geometry)
+    part = local_batch_part(sharding, config, codec_of(config).geometry)
     assert part.needed_BN.all() and part.counted_BN.all() and part.stretch == 3
-    placed = to_device(from_the_start[0], open_reader(tiny()), sharding)
+    placed = batch_to_device(from_the_start[0], open_reader(tiny()), sharding)
     for key in ("patches", "segment_ids"):
         assert placed[key].sharding == sharding
         np.testing.assert_array_equal(placed[key], from_the_start[0][key])

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from elastictok_jax.config import override, resolve
+from elastictok_jax.config import apply_overrides, resolve_config
 from elastictok_jax.data.media import MediaError
-from elastictok_jax.data.pipeline import local_part
+from elastictok_jax.data.pipeline import local_batch_part
 from elastictok_jax.data.sources.splits import open_splits
 from elastictok_jax.experiment_registry import get_experiment
 from elastictok_jax.parallel.sharding import batch_sharding
@@ -59,7 +59,7 @@ STAGES = {
 )
 @pytest.mark.parametrize("name", PODS)
 def test_each_host_of_a_pod_reads_the_blocks_of_its_chips_and_no_other(name, experiment):
-    devices, config = PODS[name], resolve(get_experiment(experiment))
+    devices, config = PODS[name], resolve_config(get_experiment(experiment))
     sharding, per_block = batch_sharding(mesh_of(config, devices)), block_tokens(config)
     shape = config.data.batch_size, config.data.sequence_blocks
     held = {device.process_index: set() for device in devices}
@@ -69,7 +69,7 @@ def test_each_host_of_a_pod_reads_the_blocks_of_its_chips_and_no_other(name, exp
         blocks = {token // per_block for token in (*columns[::per_block], columns[-1])}
         held[device.process_index] |= set(itertools.product(rows, blocks))
     parts = [
-        local_part(sharding, config, codec_of(config).geometry, process=process)
+        local_batch_part(sharding, config, codec_of(config).geometry, process=process)
         for process in sorted(held)
     ]
     for process, part in enumerate(parts):
@@ -84,8 +84,10 @@ def test_each_host_of_a_pod_reads_the_blocks_of_its_chips_and_no_other(name, exp
 def small(**options):
     config = get_experiment("quickstart")
     values = {"video.resolution": 16, "masking.min_tokens": 1, "data.packing_rows": 8}
-    override(config, values | {key.replace("__", "."): value for key, value in options.items()})
-    return resolve(config)
+    apply_overrides(
+        config, values | {key.replace("__", "."): value for key, value in options.items()}
+    )
+    return resolve_config(config)
 
 
 @pytest.mark.parametrize("scattered", [True, False])
@@ -124,7 +126,7 @@ def test_parts_of_hosts_are_read_as_in_the_complete_batch_and_damage_once(sizes,
     for index in range(2):
         expected, faults = complete(index), []
         for process in (0, 1):
-            part = local_part(sharding, config, codec_of(config).geometry, process=process)
+            part = local_batch_part(sharding, config, codec_of(config).geometry, process=process)
             reader = reader_of(config, feeds, split="train", part=part)
             batch = reader(index)
             faults += batch["faults"].splitlines()

@@ -11,7 +11,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from elastictok_jax.errors import UsageError
 from elastictok_jax.layers.attention.api import SequenceLayout, attention
 from elastictok_jax.layers.attention.dense import dense_attention
-from elastictok_jax.layers.attention.ring import reach
+from elastictok_jax.layers.attention.ring import ring_reach
 from elastictok_jax.parallel.mesh import AXES
 from elastictok_jax.parallel.sharding import in_mesh
 
@@ -141,10 +141,10 @@ def test_devices_hold_their_part_alone():
 
 
 def test_reach_of_blocks():
-    assert reach(8, shards=4, tokens_per_block=4) == 0  # blocks end with halves
-    assert reach(8, shards=4, tokens_per_block=8) == 1  # a block is two halves
-    assert reach(8, shards=4, tokens_per_block=32) == 7  # one block is everything
-    assert reach(8, shards=4, tokens_per_block=6) == 1  # the end of a half is in the next
+    assert ring_reach(8, shards=4, tokens_per_block=4) == 0  # blocks end with halves
+    assert ring_reach(8, shards=4, tokens_per_block=8) == 1  # a block is two halves
+    assert ring_reach(8, shards=4, tokens_per_block=32) == 7  # one block is everything
+    assert ring_reach(8, shards=4, tokens_per_block=6) == 1  # the end of a half is in the next
 
 
 def score_products(mesh, tokens, length):

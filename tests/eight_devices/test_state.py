@@ -12,12 +12,12 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from elastictok_jax import masking
-from elastictok_jax.config import default_config, override, resolve, to_json
-from elastictok_jax.data.pipeline import local_part, to_device
+from elastictok_jax.config import apply_overrides, config_to_json, default_config, resolve_config
+from elastictok_jax.data.pipeline import batch_to_device, local_batch_part
 from elastictok_jax.data.sources.splits import open_splits
 from elastictok_jax.errors import UsageError
 from elastictok_jax.experiment_registry import get_experiment
-from elastictok_jax.layers.scan_layout import with_layout
+from elastictok_jax.layers.scan_layout import stack_or_unstack
 from elastictok_jax.parallel.sharding import (
     batch_sharding,
     replicated,
@@ -131,15 +131,15 @@ def test_the_pipeline_delivers_shards_that_are_no_whole_blocks():
     """Half a block a device, from the reader's whole blocks."""
     config = get_experiment("quickstart")
     values = {"video.resolution": 16, "masking.min_tokens": 1, "data.sequence_blocks": 4}
-    override(config, values | {"mesh.data": 1, "mesh.sequence": 8})
-    config = resolve(config)
+    apply_overrides(config, values | {"mesh.data": 1, "mesh.sequence": 8})
+    config = resolve_config(config)
     mesh = run.mesh_for(config)
     sharding = batch_sharding(mesh)
-    part = local_part(sharding, config, codec_of(config).geometry)
+    part = local_batch_part(sharding, config, codec_of(config).geometry)
     assert part.counted_BN.all() and part.needed_BN.shape == (2, 4)
     reader = reader_of(config, open_splits(config), split="train", part=part)
     batch = reader(0)
-    placed = to_device(batch, reader, sharding)
+    placed = batch_to_device(batch, reader, sharding)
     for key, value in placed.items():
         np.testing.assert_array_equal(value, batch[key])
         assert {shard.data.shape[1] for shard in value.addressable_shards} == {4}
@@ -177,7 +177,7 @@ def test_a_state_saved_with_layers_stacked_restores_apart_and_back(saved, restor
         (adam.nu, want_adam.nu),
         (params, want.ema_params["model"]),
     ):
-        same = with_layout(jax.device_get(tree), stacked=saved)
+        same = stack_or_unstack(jax.device_get(tree), stacked=saved)
         jax.tree.map(np.testing.assert_array_equal, same, expected)
 
 
@@ -205,7 +205,7 @@ def test_next_stage_on_another_mesh(tmp_path):
     checkpoints.save(1, state, data_position={}, config=config, metrics=None)
     checkpoints.finish()
     checkpoints.close()
-    (tmp_path / "one" / "config.json").write_text(to_json(config))
+    (tmp_path / "one" / "config.json").write_text(config_to_json(config))
     config = run.config_for(
         "1x2x2x2",
         **TWO_LAYERS,
@@ -221,7 +221,7 @@ def test_next_stage_on_another_mesh(tmp_path):
     state, lines = initialise(fresh, abstract, config=config, workdir=tmp_path)
     anew = {"encoder/out_proj/kernel": (32, 8), "decoder/in_proj/kernel": (4, 32)}
     assert len(lines) == 3 and all(name in "".join(lines) for name in anew)
-    taken = flat(with_layout(want, stacked=False))
+    taken = flat(stack_or_unstack(want, stacked=False))
     for params in (state.params["model"], state.ema_params["model"]):
         for name, leaf in flat(params).items():
             expected = flat(initial)[name] if name in anew else taken[name]
@@ -235,6 +235,6 @@ def test_next_stage_on_another_mesh(tmp_path):
 def test_default_config_is_fully_cut_on_a_mesh_with_sequence():
     """The paper's model: nothing above 1 MiB is left whole."""
     config = default_config()
-    override(config, {"mesh.data": 1, "mesh.fsdp": 2, "mesh.sequence": 4})
-    config = resolve(config)
+    apply_overrides(config, {"mesh.data": 1, "mesh.fsdp": 2, "mesh.sequence": 4})
+    config = resolve_config(config)
     assert replicated_arrays(abstract_state(config, run.mesh_for(config))) == []

@@ -7,7 +7,7 @@ import warnings
 import pytest
 
 from elastictok_jax.cli import main
-from elastictok_jax.config import override, resolve, to_json
+from elastictok_jax.config import apply_overrides, config_to_json, resolve_config
 from elastictok_jax.experiment_registry import get_experiment
 from elastictok_jax.training.workdir import write_held_out
 
@@ -19,8 +19,8 @@ def runs(tmp_path):
         folder = tmp_path / "sweep" / f"seed{seed}"
         folder.mkdir(parents=True)
         config = get_experiment("quickstart")
-        override(config, {"seed": seed})
-        (folder / "config.json").write_text(to_json(resolve(config)))
+        apply_overrides(config, {"seed": seed})
+        (folder / "config.json").write_text(config_to_json(resolve_config(config)))
         lines = [{"step": 0, "eval/mse": 0.5}, {"step": 50, "loss": 0.2 - seed / 20}]
         lines += [{"step": 100, "loss": 0.1 - seed / 20}, {"step": 100, "eval/mse": 0.3}]
         text = "".join(json.dumps(line) + "\n" for line in lines)

@@ -15,7 +15,13 @@ import pytest
 from PIL import Image
 
 from elastictok_jax.cli import main
-from elastictok_jax.config import default_config, override, read_config, resolve, to_json
+from elastictok_jax.config import (
+    apply_overrides,
+    config_to_json,
+    default_config,
+    read_config,
+    resolve_config,
+)
 from elastictok_jax.data import media, packing
 from elastictok_jax.data.clip_reader import ClipReader
 from elastictok_jax.data.mixture import item_blocks
@@ -23,7 +29,7 @@ from elastictok_jax.data.sources.file_source import EMBEDDED
 from elastictok_jax.data.sources.splits import open_splits
 from elastictok_jax.errors import UsageError
 from elastictok_jax.evaluation.eval_clips import EvalClip, EvaluationOverrides, evaluation_clips
-from elastictok_jax.evaluation.evaluate import REPORT, evaluate_models, pictured
+from elastictok_jax.evaluation.evaluate import REPORT, clips_to_show, evaluate_models
 from elastictok_jax.evaluation.reconstruct import reconstruct_file
 from elastictok_jax.pixels import mse, psnr
 from elastictok_jax.storage.atomic import remove_outputs
@@ -37,7 +43,7 @@ from tests.tiny import init_state
 def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
     config = default_config()
-    override(
+    apply_overrides(
         config,
         {
             **{"model.width": 16, "model.mlp_width": 16, "model.heads": 1},
@@ -47,8 +53,8 @@ def model(tmp_path_factory):
             **{"evaluation.targets": (0.5, 1.0), "evaluation.search_blocks": 1},
         },
     )
-    config = resolve(config)
-    (folder / "config.json").write_text(to_json(config))
+    config = resolve_config(config)
+    (folder / "config.json").write_text(config_to_json(config))
     params = jax.device_get(init_state(config).params["model"])
     save_params(folder / "model.safetensors", params, metadata={})
     return folder
@@ -67,8 +73,10 @@ def fixed_model(model, tmp_path_factory):
     """The same weights, as if trained for half of the tokens."""
     folder = tmp_path_factory.mktemp("fixed")
     config = read_config(model / "config.json")
-    override(config, {"masking.kind": "fixed", "masking.fraction": 0.5, "model.norm_eps": 2e-5})
-    (folder / "config.json").write_text(to_json(config))
+    apply_overrides(
+        config, {"masking.kind": "fixed", "masking.fraction": 0.5, "model.norm_eps": 2e-5}
+    )
+    (folder / "config.json").write_text(config_to_json(config))
     (folder / "model.safetensors").write_bytes((model / "model.safetensors").read_bytes())
     return folder
 
@@ -204,8 +212,8 @@ def without_times(text):
 )
 def test_models_that_cannot_be_compared_are_refused(model, tmp_path, change, message):
     config = read_config(model / "config.json")
-    override(config, change)
-    (tmp_path / "config.json").write_text(to_json(config))
+    apply_overrides(config, change)
+    (tmp_path / "config.json").write_text(config_to_json(config))
     weights = (model / "model.safetensors").read_bytes()
     (tmp_path / "model.safetensors").write_bytes(weights)
     with pytest.raises(UsageError, match=message):
@@ -243,7 +251,7 @@ def test_flat_pictures_have_a_place_on_a_log_axis(model, tmp_path):
 @pytest.mark.parametrize("settings", [{}, {"fps": 4.0, "resolution": 20}, {"fps": 24.0}])
 def test_clips_are_those_that_training_reads_of_the_held_out_split(model, settings):
     config = read_config(model / "config.json")
-    override(config, {"evaluation.max_blocks": 6})
+    apply_overrides(config, {"evaluation.max_blocks": 6})
     config.data.sources.main.update(path="embedded", **settings)
     clips = {clip.name: clip for clip in evaluation_clips(config)}
     feeds = open_splits(config).heldout
@@ -276,7 +284,7 @@ def test_other_data_is_read_like_the_models_source_unless_told(model, capsys):
     assert (slow.fps, full.fps) == (4.0, media.probe(data).fps)
     assert "read like" not in capsys.readouterr().err
     config.unlock()
-    override(config, {"data.sources.a.path": "embedded", "data.sources.a.kind": "image"})
+    apply_overrides(config, {"data.sources.a.path": "embedded", "data.sources.a.kind": "image"})
     (mixed,) = evaluation_clips(config, data=data)
     np.testing.assert_array_equal(mixed.frames, slow.frames)
     assert "--data is read like data.sources.main: fps 4" in capsys.readouterr().err
@@ -287,11 +295,11 @@ def test_other_data_is_read_like_the_models_source_unless_told(model, capsys):
 
 def test_a_model_of_continuous_latents(model, tmp_path):
     config = read_config(model / "config.json")
-    override(config, {"model.bottleneck": "vae"})
+    apply_overrides(config, {"model.bottleneck": "vae"})
     folder = tmp_path / "vae"
     folder.mkdir()
-    (folder / "config.json").write_text(to_json(config))
-    params = jax.device_get(init_state(resolve(config)).params["model"])
+    (folder / "config.json").write_text(config_to_json(config))
+    params = jax.device_get(init_state(resolve_config(config)).params["model"])
     save_params(folder / "model.safetensors", params, metadata={})
     limits = EvaluationOverrides(targets="0.7", max_clips=1, max_blocks=1, search_blocks=0)
     results = evaluate_models([folder], output=tmp_path / "out", limits=limits)
@@ -305,7 +313,7 @@ def test_a_model_of_continuous_latents(model, tmp_path):
 def test_the_pictured_clips_are_a_few_of_each_kind(videos, images):
     clips = [EvalClip(f"v{n}", np.zeros((2, 1, 1, 3), np.uint8), 24.0) for n in range(videos)]
     clips += [EvalClip(f"i{n}", np.zeros((1, 1, 1, 3), np.uint8), 0.0) for n in range(images)]
-    names = [clip.name for clip in pictured(clips)]
+    names = [clip.name for clip in clips_to_show(clips)]
     assert len(set(names)) == len(names) == min(videos, 4) + min(images, 10)
     for kind, count in (("v", videos), ("i", images)):
         if count:

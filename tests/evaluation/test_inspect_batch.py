@@ -9,10 +9,10 @@ import pytest
 from PIL import Image
 
 from elastictok_jax import cli
-from elastictok_jax.config import override, resolve
+from elastictok_jax.config import apply_overrides, resolve_config
 from elastictok_jax.data.sources.splits import open_splits
-from elastictok_jax.evaluation.inspect_batch import batch_lengths, evenly
-from elastictok_jax.evaluation.report.drawing import shorten
+from elastictok_jax.evaluation.inspect_batch import batch_lengths, evenly_spaced
+from elastictok_jax.evaluation.report.drawing import shorten_label
 from elastictok_jax.experiment_registry import get_experiment
 from tests.tiny import block_tokens, init_state, make_train_step, reader_of, task_of
 
@@ -29,7 +29,9 @@ SMALL = {
 
 def small_config(**overrides):
     config = get_experiment("mixture:stage=video")
-    override(config, SMALL | {key.replace("__", "."): value for key, value in overrides.items()})
+    apply_overrides(
+        config, SMALL | {key.replace("__", "."): value for key, value in overrides.items()}
+    )
     return config
 
 
@@ -41,7 +43,7 @@ def inspect(output, *words, **overrides) -> int:
 
 
 def test_lengths_are_those_that_the_step_draws():
-    config = resolve(small_config())
+    config = resolve_config(small_config())
     reader = reader_of(config, open_splits(config), split="train")
     step = jax.jit(make_train_step(config))
     state = init_state(config)
@@ -58,7 +60,7 @@ def test_picture_and_json_are_of_the_real_batch(tmp_path, capsys):
     output = tmp_path / "batch.png"
     assert inspect(output, "--batch", 2, "--json") == 0
     shown = json.loads(capsys.readouterr().out)
-    config = resolve(small_config())
+    config = resolve_config(small_config())
     reader = reader_of(config, open_splits(config), split="train")
     assert [row["row"] for row in shown["rows"]] == [6, 7, 8]
     lengths = batch_lengths(config, task_of(config), 2)
@@ -99,7 +101,10 @@ def test_bad_use_is_one_line(tmp_path, capsys):
 
 
 def test_blocks_shown_are_even_and_names_are_cut_in_the_middle():
-    assert evenly(4, most=9).tolist() == [0, 1, 2, 3]
-    assert evenly(100, most=4).tolist() == [0, 25, 50, 75]
-    assert shorten("a/long/name.mp4", 100) == "a/long/name.mp4"
-    assert len(shorten("a/long/name.mp4", 9)) == 9 and shorten("a/long/name.mp4", 9)[-3:] == "mp4"
+    assert evenly_spaced(4, most=9).tolist() == [0, 1, 2, 3]
+    assert evenly_spaced(100, most=4).tolist() == [0, 25, 50, 75]
+    assert shorten_label("a/long/name.mp4", 100) == "a/long/name.mp4"
+    assert (
+        len(shorten_label("a/long/name.mp4", 9)) == 9
+        and shorten_label("a/long/name.mp4", 9)[-3:] == "mp4"
+    )

@@ -39,8 +39,8 @@ def settings_of(case):
 
 def abstract_of(case, *, conditioned=True):
     config = config_lib.default_config()
-    config_lib.override(config, convert_config(settings_of(case), conditioned=conditioned))
-    return abstract_params(config_lib.resolve(config))
+    config_lib.apply_overrides(config, convert_config(settings_of(case), conditioned=conditioned))
+    return abstract_params(config_lib.resolve_config(config))
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from elastictok_jax.layers.patching import patchify, patchify_into, tokens_per_block, unpatchify
-from elastictok_jax.pixels import to_float, to_uint8
+from elastictok_jax.pixels import pixels_to_float, pixels_to_uint8
 
 sizes = st.integers(1, 3)
 layouts = st.fixed_dictionaries(
@@ -69,11 +69,11 @@ def test_jax_arrays_work_and_blocks_stay_apart():
 
 def test_all_256_pixel_values_survive_and_span_minus_one_to_one():
     pixels = np.arange(256, dtype=np.uint8)
-    values = to_float(jnp.asarray(pixels))
+    values = pixels_to_float(jnp.asarray(pixels))
     assert values.dtype == jnp.float32
     assert (float(values[0]), float(values[-1])) == (-1.0, 1.0)
     np.testing.assert_allclose(values, np.arange(256) / 127.5 - 1, atol=1e-7)
-    back = to_uint8(values)
+    back = pixels_to_uint8(values)
     assert back.dtype == jnp.uint8
     np.testing.assert_array_equal(back, pixels)
 
@@ -82,7 +82,7 @@ def test_all_256_pixel_values_survive_and_span_minus_one_to_one():
 @settings(max_examples=100)
 def test_to_uint8_clips_and_rounds_to_nearest(value):
     exact = (min(max(value, -1.0), 1.0) + 1.0) * 127.5
-    assert abs(int(to_uint8(jnp.float32(value))) - exact) <= 0.5 + 1e-5
+    assert abs(int(pixels_to_uint8(jnp.float32(value))) - exact) <= 0.5 + 1e-5
 
 
 @pytest.mark.parametrize("sizes", [(3, 8, 8), (4, 9, 8), (4, 8, 7)])

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from elastictok_jax import config as config_lib
 from elastictok_jax.layers.attention.api import SequenceLayout
-from elastictok_jax.layers.scan_layout import with_layout
+from elastictok_jax.layers.scan_layout import stack_or_unstack
 from elastictok_jax.layers.transformer import LayerSpec, pairs_to_halves, rotate, stacked_layers
 from elastictok_jax.models.elastictok.model import build_model, init_params
 from elastictok_jax.parallel.sharding import LOGICAL_AXIS_RULES
@@ -224,9 +224,11 @@ def tiny(**overrides):
     config = config_lib.default_config()
     sizes = {"width": 16, "mlp_width": 24, "heads": 2, "encoder_layers": 2, "decoder_layers": 3}
     sizes = {f"model.{key}": value for key, value in sizes.items()}
-    config_lib.override(config, sizes | {"compute.dtype": "float32", "compute.remat": "none"})
-    config_lib.override(config, overrides)
-    return config_lib.resolve(config)
+    config_lib.apply_overrides(
+        config, sizes | {"compute.dtype": "float32", "compute.remat": "none"}
+    )
+    config_lib.apply_overrides(config, overrides)
+    return config_lib.resolve_config(config)
 
 
 @pytest.mark.parametrize("bottleneck", ["fsq", "vae"])
@@ -304,7 +306,7 @@ def both_layouts():
 def test_layers_stacked_or_apart_are_the_same_model():
     """From the same weights, the forward pass and all gradients agree to rounding."""
     stacked, apart = both_layouts()
-    params = with_layout(random_params(abstract_params(stacked)), stacked=False)
+    params = stack_or_unstack(random_params(abstract_params(stacked)), stacked=False)
     assert paths(params) == paths(abstract_params(apart))
     assert len(params["decoder"].keys() & {"layers_0", "layers_1"}) == 2
     patches = jnp.asarray(np.random.default_rng(1).uniform(-1, 1, (2, 8, 192)), jnp.float32)
@@ -316,13 +318,13 @@ def test_layers_stacked_or_apart_are_the_same_model():
 
     run = jax.jit(jax.grad(loss, has_aux=True), static_argnums=1, compiler_options=QUICK)
     frozen = [ml_collections.FrozenConfigDict(config) for config in (stacked, apart)]
-    grads, output = run(with_layout(params, stacked=True, stack=jnp.stack), frozen[0])
+    grads, output = run(stack_or_unstack(params, stacked=True, stack=jnp.stack), frozen[0])
     apart_grads, apart_output = run(params, frozen[1])
     np.testing.assert_array_equal(apart_output.codes, output.codes)
     np.testing.assert_allclose(
         apart_output.reconstruction, output.reconstruction, atol=1e-6, rtol=1e-6
     )
-    want = with_layout(jax.device_get(grads), stacked=False)
+    want = stack_or_unstack(jax.device_get(grads), stacked=False)
     for got, expected in zip(jax.tree.leaves(apart_grads), jax.tree.leaves(want), strict=True):
         scale = np.abs(expected).max()
         assert scale > 0
@@ -337,7 +339,7 @@ def test_initial_weights_do_not_depend_on_the_layout():
         )()
         for config in both_layouts()
     )
-    want = with_layout(jax.device_get(stacked), stacked=False)
+    want = stack_or_unstack(jax.device_get(stacked), stacked=False)
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(apart), want)
 
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from elastictok_jax import ElasticTokenizer, Tokens
 from elastictok_jax.aot.programs import programs
-from elastictok_jax.config import override, resolve
+from elastictok_jax.config import apply_overrides, resolve_config
 from elastictok_jax.evaluation.eval_clips import EvaluationOverrides
 from elastictok_jax.evaluation.evaluate import evaluate_models
 from elastictok_jax.models.base import StepKeys
@@ -20,7 +20,7 @@ from elastictok_jax.models.registry import open_family
 from elastictok_jax.parallel.sharding import batch_sharding, in_mesh, replicate
 from elastictok_jax.tokenizer.search import SEARCHES
 from elastictok_jax.training.host_consensus import Votes
-from elastictok_jax.training.loop import train
+from elastictok_jax.training.loop import train_experiment
 from elastictok_jax.training.metric_writers import read_metrics
 from tests.tiny import abstract_state, init_state, jit_train_step, mesh_of, sharded_init
 
@@ -30,8 +30,8 @@ TIMES = {"step_seconds", "tokens_per_second", "model_flop_utilisation", "wait_fr
 def changed(config, **overrides):
     """Returns the config with other values; `__` stands for a dot."""
     config = ml_collections.ConfigDict(config.to_dict())
-    override(config, {key.replace("__", "."): value for key, value in overrides.items()})
-    return resolve(config)
+    apply_overrides(config, {key.replace("__", "."): value for key, value in overrides.items()})
+    return resolve_config(config)
 
 
 def random_batch(config, *, seed: int = 0):
@@ -146,7 +146,7 @@ def check_resume_is_bitwise(config, tmp_path) -> None:
     config = changed(config, **every, optimizer__schedule="constant")
     for folder, stops in (("straight", [4]), ("resumed", [2, 4])):
         for steps in stops:
-            assert train(changed(config, train__steps=steps), workdir=tmp_path / folder)
+            assert train_experiment(changed(config, train__steps=steps), workdir=tmp_path / folder)
     straight, resumed = (
         [
             {k: v for k, v in line.items() if k not in TIMES and k != "eval/seconds"}

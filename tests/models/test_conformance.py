@@ -5,7 +5,7 @@ import types
 import jax.numpy as jnp
 import pytest
 
-from elastictok_jax.config import default_config, override, resolve
+from elastictok_jax.config import apply_overrides, default_config, resolve_config
 from elastictok_jax.models.autoencoder import AutoencoderTask
 from elastictok_jax.models.base import Family
 from elastictok_jax.models.registry import register_family
@@ -34,8 +34,8 @@ CASES = {
 
 def config_of(family, **overrides):
     config = default_config(family)
-    override(config, COMMON | {key.replace("__", "."): v for key, v in overrides.items()})
-    return resolve(config)
+    apply_overrides(config, COMMON | {key.replace("__", "."): v for key, v in overrides.items()})
+    return resolve_config(config)
 
 
 SLOW = pytest.param("elastictok-vae", marks=pytest.mark.slow)  # only its bottleneck is its own

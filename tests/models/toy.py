@@ -13,7 +13,7 @@ from elastictok_jax.layers.codes import FloatCode
 from elastictok_jax.layers.patching import patchify, unpatchify
 from elastictok_jax.models import autoencoder
 from elastictok_jax.models.base import Family
-from elastictok_jax.pixels import to_float, to_uint8
+from elastictok_jax.pixels import pixels_to_float, pixels_to_uint8
 
 PATCH = (2, 8, 8)  # frames, height, width
 MODEL = {"dims": Key(8, "floats a token", POSITIVE)}
@@ -50,10 +50,10 @@ class Toy:
         return jnp.where(keep[..., None], codes, 0) @ params["out"]["kernel"].T
 
     def encode_rows(self, params, inputs, keep, segments):
-        return to_float(inputs) @ params["in"]["kernel"]
+        return pixels_to_float(inputs) @ params["in"]["kernel"]
 
     def decode_rows(self, params, codes, keep, segments):
-        return to_uint8(self.decoded(params, codes, keep))
+        return pixels_to_uint8(self.decoded(params, codes, keep))
 
     def start(self, *, window):
         return {}, {}  # of encoder and decoder: a block knows nothing of earlier ones

@@ -12,8 +12,8 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from elastictok_jax.config import override, resolve
-from elastictok_jax.data.pipeline import DeviceBatches, local_part
+from elastictok_jax.config import apply_overrides, resolve_config
+from elastictok_jax.data.pipeline import DeviceBatches, local_batch_part
 from elastictok_jax.data.sources.splits import open_splits
 from elastictok_jax.experiment_registry import get_experiment
 from elastictok_jax.parallel.sharding import batch_sharding
@@ -35,8 +35,8 @@ OVERRIDES = {
 def config_for(workers: int):
     """Images, video and generated clips, mixed and packed, for a mesh of 4 devices."""
     config = get_experiment("mixture:stage=video")
-    override(config, OVERRIDES | {"data.workers": workers, "data.decode_threads": 2})
-    return resolve(config)
+    apply_overrides(config, OVERRIDES | {"data.workers": workers, "data.decode_threads": 2})
+    return resolve_config(config)
 
 
 def small_state(mesh) -> TrainState:
@@ -66,7 +66,7 @@ def main() -> None:
     config = config_for(args.workers)
     mesh = mesh_of(config)
     sharding = batch_sharding(mesh)
-    part = local_part(sharding, config, codec_of(config).geometry)
+    part = local_batch_part(sharding, config, codec_of(config).geometry)
     feeds = open_splits(config)
     reader = reader_of(config, feeds, split="train", part=part)
     checkpoints = Checkpointer(args.workdir, keep_last=1, keep_best=0)

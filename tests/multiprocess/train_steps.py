@@ -14,8 +14,8 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from elastictok_jax.config import default_config, override, resolve
-from elastictok_jax.parallel.distributed import meet
+from elastictok_jax.config import apply_overrides, default_config, resolve_config
+from elastictok_jax.parallel.distributed import wait_for_all_processes
 from elastictok_jax.parallel.mesh import AXES
 from elastictok_jax.parallel.sharding import batch_sharding, in_mesh, replicated
 from elastictok_jax.storage.checkpoint import Checkpointer
@@ -54,8 +54,8 @@ def config_for(sizes="1x1x1x1", **overrides):
     config = default_config()
     mesh = {f"mesh.{axis}": size for axis, size in zip(AXES, sizes.split("x"), strict=True)}
     values = {key.replace("__", "."): value for key, value in overrides.items()}
-    override(config, SETTINGS | mesh | values)
-    return resolve(config)
+    apply_overrides(config, SETTINGS | mesh | values)
+    return resolve_config(config)
 
 
 def mesh_for(config):
@@ -139,7 +139,9 @@ def main() -> None:
         jax.distributed.initialize(f"localhost:{args.port}", args.processes, args.process)
     config = config_for(args.mesh, **args.overrides)
     mesh = mesh_for(config)
-    meet(mesh, timeout=500)  # as the loop does: on a busy machine some start much later
+    wait_for_all_processes(
+        mesh, timeout=500
+    )  # as the loop does: on a busy machine some start much later
     checkpoints = Checkpointer(args.workdir, keep_last=1, keep_best=0)
     first = 0
     if args.restore:

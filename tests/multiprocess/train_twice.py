@@ -4,10 +4,10 @@ weights of the first."""
 import argparse
 from pathlib import Path
 
-from elastictok_jax.config import override
+from elastictok_jax.config import apply_overrides
 from elastictok_jax.experiment_registry import get_experiment
 from elastictok_jax.parallel import distributed
-from elastictok_jax.training.loop import train
+from elastictok_jax.training.loop import train_experiment
 from tests.multiprocess.launched import OPTIONS
 
 
@@ -27,8 +27,8 @@ def main() -> None:
     ):
         config = get_experiment("quickstart")
         keys = {"train.steps": 3, "train.checkpoint_every": 1, "evaluation.report": False}
-        override(config, OPTIONS | keys | changes)
-        assert train(config, workdir=args.folder / name)
+        apply_overrides(config, OPTIONS | keys | changes)
+        assert train_experiment(config, workdir=args.folder / name)
     distributed.shutdown()
 
 

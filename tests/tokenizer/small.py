@@ -1,7 +1,7 @@
 """A tokenizer with random weights, small enough to compile in a second, and real footage for it."""
 
 from elastictok_jax import ElasticTokenizer
-from elastictok_jax.config import default_config, override, resolve
+from elastictok_jax.config import apply_overrides, default_config, resolve_config
 from elastictok_jax.data import media
 from elastictok_jax.data.sources.file_source import EMBEDDED
 from tests.tiny import init_state
@@ -17,8 +17,8 @@ SMALL = {
 
 def make_tokenizer(**overrides):
     config = default_config()
-    override(config, SMALL | overrides)
-    config = resolve(config)
+    apply_overrides(config, SMALL | overrides)
+    config = resolve_config(config)
     return ElasticTokenizer(config, init_state(config).params["model"])
 
 

@@ -8,9 +8,9 @@ from elastictok_jax.layers.attention.api import SequenceLayout
 from elastictok_jax.layers.patching import patchify
 from elastictok_jax.masking import keep_mask
 from elastictok_jax.models.elastictok.codec import Past
-from elastictok_jax.pixels import to_float, to_uint8
+from elastictok_jax.pixels import pixels_to_float, pixels_to_uint8
 from elastictok_jax.tokenizer.block_codec import CANDIDATES, ClipDecoder, ClipEncoder
-from elastictok_jax.tokenizer.tiling import Grid
+from elastictok_jax.tokenizer.tiling import TileGrid
 from tests.tokenizer.small import LENGTH, make_tokenizer, moving_clip
 
 BLOCKS = 5
@@ -31,7 +31,7 @@ def whole_pass(tokenizer, clip, lengths):
     apply = jax.jit(
         lambda params, pixels: tokenizer.codec.model.apply(params, pixels, keep, places)
     )
-    output = apply({"params": tokenizer.params}, to_float(patches[None]))
+    output = apply({"params": tokenizer.params}, pixels_to_float(patches[None]))
     codes = np.asarray(output.codes)[0].reshape(blocks, LENGTH, *output.codes.shape[2:])
     return codes, np.asarray(output.reconstruction)[0].reshape(blocks, LENGTH, -1)
 
@@ -58,10 +58,14 @@ def test_streaming_equals_a_whole_pass_while_the_window_covers_it(
         else:
             np.testing.assert_allclose(codes[block, :length], tokens.codes[block], atol=1e-4)
     np.testing.assert_allclose(
-        to_float(decoded.reshape(pixels.shape)), to_float(to_uint8(pixels)), atol=1.01 / 127.5
+        pixels_to_float(decoded.reshape(pixels.shape)),
+        pixels_to_float(pixels_to_uint8(pixels)),
+        atol=1.01 / 127.5,
     )  # a rounding may fall to the other side
-    original = to_float(patchify(clip, patch=(2, 8, 8), frames_per_block=4)).reshape(pixels.shape)
-    error = np.mean((to_float(to_uint8(pixels)) - original) ** 2, axis=(1, 2))
+    original = pixels_to_float(patchify(clip, patch=(2, 8, 8), frames_per_block=4)).reshape(
+        pixels.shape
+    )
+    error = np.mean((pixels_to_float(pixels_to_uint8(pixels)) - original) ** 2, axis=(1, 2))
     np.testing.assert_allclose(tokens.mse, error, rtol=1e-4)
 
 
@@ -78,7 +82,7 @@ def test_several_candidates_measure_what_one_does(clip):
 
 
 def blocks_of(tokenizer, clip):
-    blocks, inside = Grid(clip.shape[:3], tokenizer.geometry).cut(clip)
+    blocks, inside = TileGrid(clip.shape[:3], tokenizer.geometry).cut(clip)
     return zip(blocks[0], inside[0], strict=True)
 
 

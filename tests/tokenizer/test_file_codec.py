@@ -16,7 +16,13 @@ import pytest
 from PIL import Image
 
 from elastictok_jax import ElasticTokenizer, Tokens, cli
-from elastictok_jax.config import default_config, override, resolve, source_config, to_json
+from elastictok_jax.config import (
+    apply_overrides,
+    config_to_json,
+    default_config,
+    resolve_config,
+    source_config,
+)
 from elastictok_jax.data import media
 from elastictok_jax.data.clip_reader import ClipReader
 from elastictok_jax.data.frame_stream import FrameStream, open_frame_stream
@@ -43,9 +49,9 @@ SMALL = {
 def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
     config = default_config()
-    override(config, SMALL)
-    config = resolve(config)
-    (folder / "config.json").write_text(to_json(config))
+    apply_overrides(config, SMALL)
+    config = resolve_config(config)
+    (folder / "config.json").write_text(config_to_json(config))
     params = jax.device_get(init_state(config).params["model"])
     save_params(folder / "model.safetensors", params, metadata={})
     return folder
@@ -474,7 +480,7 @@ def test_frames_of_a_file_are_taken_by_time_as_training_takes_them(encode, fps):
     source = FileSource(path)
     settings = source_config(path=str(path), fps=fps)
     config = default_config()
-    override(config, SMALL)
+    apply_overrides(config, SMALL)
     feeds = (SourceSplit("main", 0, source, settings, np.arange(1)),)
     trained = ClipReader(feeds, config, split="heldout").read_frames(
         PackedClip(0, 0, 0, 0, 1), most=99

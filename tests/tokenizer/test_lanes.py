@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from elastictok_jax.tokenizer.api import ElasticTokenizer
-from elastictok_jax.tokenizer.tiling import Grid
+from elastictok_jax.tokenizer.tiling import TileGrid
 from elastictok_jax.tokenizer.tokens import Tokens
 from tests.tokenizer.small import SIDE, make_tokenizer, moving_clip
 
@@ -76,7 +76,7 @@ def make_alone(tokenizer: ElasticTokenizer, video, goal):
 
 def test_a_tile_is_cut_alone_as_with_the_others(tokenizer):
     video = np.pad(clip(2), ((0, 0), (0, 5), (0, 3), (0, 0)), mode="reflect")
-    grid = Grid(video.shape[:3], tokenizer.geometry)
+    grid = TileGrid(video.shape[:3], tokenizer.geometry)
     blocks, inside = grid.cut(video)
     for tile in range(grid.tiles):
         alone = grid.cut_tile(video, tile)

@@ -9,20 +9,26 @@ import numpy as np
 import pytest
 
 from elastictok_jax import ElasticTokenizer, cli
-from elastictok_jax.config import to_json
+from elastictok_jax.config import config_to_json
 from elastictok_jax.data import media
 from elastictok_jax.errors import UsageError
 from elastictok_jax.storage.safetensors import save_params
 from elastictok_jax.tokenizer.goal import Goal
-from elastictok_jax.tokenizer.router import FILE, Router, energies, features, predict
+from elastictok_jax.tokenizer.router import (
+    FILE,
+    Router,
+    octave_energies,
+    predict_errors,
+    router_features,
+)
 from elastictok_jax.tokenizer.router_training import (
     count_error,
-    fit,
+    fit_router,
     held_back_items,
     train_router,
     training_clips,
 )
-from elastictok_jax.tokenizer.tiling import Grid
+from elastictok_jax.tokenizer.tiling import TileGrid
 from tests.tokenizer.small import LENGTH, make_tokenizer, moving_clip
 
 KNOTS = (1, 2, 4, 8)
@@ -41,9 +47,9 @@ def problem():
 def test_a_head_learns_more_than_the_mean_curve(problem):
     features, curves = problem
     held_back = np.arange(600) % 5 == 0
-    params, step = fit(features, curves, held_back=held_back, steps=800, seed=0)
+    params, step = fit_router(features, curves, held_back=held_back, steps=800, seed=0)
     assert step >= 100
-    predicted = np.asarray(predict(params, features[held_back], knots=4))
+    predicted = np.asarray(predict_errors(params, features[held_back], knots=4))
     error = np.abs(predicted - curves[held_back]).mean()
     assert error < 0.3 * np.abs(curves[~held_back].mean(axis=0) - curves[held_back]).mean()
     mean = np.broadcast_to(curves[~held_back].mean(axis=0), predicted.shape)
@@ -51,7 +57,7 @@ def test_a_head_learns_more_than_the_mean_curve(problem):
         mean, curves[held_back], list(KNOTS)
     )
     assert count_error(curves, curves, list(KNOTS)) == 0
-    again, _ = fit(features, curves, held_back=held_back, steps=800, seed=0)
+    again, _ = fit_router(features, curves, held_back=held_back, steps=800, seed=0)
     jax.tree.map(np.testing.assert_array_equal, again, params)
 
 
@@ -60,7 +66,7 @@ def folder(request, tmp_path_factory):
     """A tiny exported model with a router that `train-router` made."""
     folder = tmp_path_factory.mktemp("model")
     tokenizer = make_tokenizer(**{"model.conditioned": request.param})
-    (folder / "config.json").write_text(to_json(tokenizer.config))
+    (folder / "config.json").write_text(config_to_json(tokenizer.config))
     save_params(folder / "model.safetensors", jax.device_get(tokenizer.params), metadata={})
     return folder
 
@@ -99,7 +105,7 @@ def test_train_router_and_use_it(folder, capsys):
     assert results["blocks"] == 20 and 0 <= results["count_error"] < np.inf
 
     tokenizer = ElasticTokenizer.from_pretrained(folder)
-    grid = Grid(clip.shape[:3], tokenizer.geometry)
+    grid = TileGrid(clip.shape[:3], tokenizer.geometry)
     costs = {}
     for search in ("regression", "verified_regression", "hybrid"):
         policy = tokenizer.threshold(Goal(max_mse=0.3, search=search))
@@ -162,22 +168,24 @@ def test_all_blocks_of_an_item_are_held_back_or_none():
 def test_energies_of_all_scales_make_up_the_variance():
     rng = np.random.default_rng(0)
     video = rng.random((2, 16, 24, 3)).astype(np.float32)
-    *bands, total = energies(video)
+    *bands, total = octave_energies(video)
     about_mean = video - video.mean(axis=(1, 2), keepdims=True)
     np.testing.assert_allclose(total, np.mean(about_mean**2), rtol=1e-4)
     np.testing.assert_allclose(sum(bands), total, rtol=1e-4)
     coarse = np.repeat(np.repeat(rng.random((2, 4, 6, 3)), 4, axis=1), 4, axis=2)
-    np.testing.assert_allclose(energies(coarse)[:2], 0, atol=1e-6)  # nothing as fine as 2 or 4
+    np.testing.assert_allclose(
+        octave_energies(coarse)[:2], 0, atol=1e-6
+    )  # nothing as fine as 2 or 4
 
 
 def test_features_tell_still_from_moving_and_know_the_block_before():
     frame = np.random.default_rng(0).integers(0, 256, (1, 16, 16, 3), dtype=np.uint8)
     latents = np.zeros((8, 2), np.float32)
-    still = features(latents, np.repeat(frame, 4, axis=0), previous=None)
-    moving = features(latents, np.concatenate([frame, frame[:, ::-1]] * 2), previous=None)
+    still = router_features(latents, np.repeat(frame, 4, axis=0), previous=None)
+    moving = router_features(latents, np.concatenate([frame, frame[:, ::-1]] * 2), previous=None)
     assert still.shape == moving.shape and np.isfinite([still, moving]).all()
     assert np.abs(still - moving).max() > 1
-    after = features(latents, np.repeat(frame, 4, axis=0), previous=(4, 0.1))
+    after = router_features(latents, np.repeat(frame, 4, axis=0), previous=(4, 0.1))
     np.testing.assert_array_equal(after[:-3], still[:-3])
     np.testing.assert_allclose((after - still)[-3:], [1, np.log(0.1), np.log(0.5)], rtol=1e-6)
 

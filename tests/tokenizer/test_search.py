@@ -12,8 +12,8 @@ from elastictok_jax.tokenizer.search import (
     CLOSE,
     LIKELY,
     SEARCHES,
-    Problem,
-    corrected,
+    SearchProblem,
+    corrected_guess,
     log_spaced,
 )
 
@@ -25,7 +25,7 @@ def run(name, curve, *, target, low=1, guess=None):
     """The length that a search chooses, and those it measured, in order."""
     high = low + len(curve) - 1
     guess = np.zeros(len(curve)) if guess is None else np.asarray(guess)
-    search = SEARCHES[name](Problem(low, high, target, guess))
+    search = SEARCHES[name](SearchProblem(low, high, target, guess))
     measured: list[int] = []
     try:
         lengths = next(search)
@@ -186,7 +186,7 @@ def test_log_spaced_lengths_ascend_from_end_to_end(low, more, count):
 )
 def test_a_corrected_guess_goes_through_what_was_measured(tried, seed):
     guess = np.random.default_rng(seed).standard_normal(18)
-    curve = corrected(guess, tried, low=3)
+    curve = corrected_guess(guess, tried, low=3)
     for length, error in tried.items():
         assert np.isclose(curve[length - 3], np.log(error))
     if not tried:

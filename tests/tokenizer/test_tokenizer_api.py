@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from elastictok_jax import ElasticTokenizer, Tokens
-from elastictok_jax.config import to_json
+from elastictok_jax.config import config_to_json
 from elastictok_jax.errors import UsageError
 from elastictok_jax.perceptual.lpips import lpips
 from elastictok_jax.perceptual.lpips_weights import load_lpips
-from elastictok_jax.pixels import to_float
+from elastictok_jax.pixels import pixels_to_float
 from elastictok_jax.storage.safetensors import save_params
 from tests.tokenizer.small import make_tokenizer, moving_clip
 
@@ -82,10 +82,10 @@ def test_other_measures_of_quality(tokenizer, clip):
     frames = jnp.asarray(clip[:4], jnp.float32) / 127.5 - 1
     best = tokenizer.encode(clip[:4], max_lpips=1e-6)
     params = load_lpips(tokenizer.config.loss.lpips_net)
-    reached = lpips(params, to_float(tokenizer.decode(best)), frames, net="alex").mean()
+    reached = lpips(params, pixels_to_float(tokenizer.decode(best)), frames, net="alex").mean()
     loose = tokenizer.encode(clip[:4], max_lpips=float(reached) * 1.001)
     assert not best.met.any() and loose.met.all()
-    assert lpips(params, to_float(tokenizer.decode(loose)), frames, net="alex").mean() <= (
+    assert lpips(params, pixels_to_float(tokenizer.decode(loose)), frames, net="alex").mean() <= (
         reached * 1.002
     )
 
@@ -326,7 +326,7 @@ def test_tokens_of_another_model_and_bad_codes_are_refused(tokenizer, clip):
 
 
 def test_from_pretrained_reads_an_exported_folder(tokenizer, clip, tmp_path):
-    (tmp_path / "config.json").write_text(to_json(tokenizer.config))
+    (tmp_path / "config.json").write_text(config_to_json(tokenizer.config))
     save_params(tmp_path / "model.safetensors", jax.device_get(tokenizer.params), metadata={})
     loaded = ElasticTokenizer.from_pretrained(tmp_path)
     assert loaded.fingerprint == tokenizer.fingerprint

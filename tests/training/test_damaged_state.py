@@ -10,15 +10,15 @@ import sys
 import pytest
 
 from elastictok_jax import cli
-from elastictok_jax.config import override, to_json
+from elastictok_jax.config import apply_overrides, config_to_json
 from elastictok_jax.errors import RunError, UsageError
 from elastictok_jax.evaluation.compare import compare_runs
 from elastictok_jax.experiment_registry import get_experiment
 from elastictok_jax.storage.checkpoint import Checkpointer, DamagedCheckpoint
 from elastictok_jax.storage.references import split_reference
 from elastictok_jax.tokenizer.api import ElasticTokenizer
-from elastictok_jax.training.inspection import in_lines, inspect_run
-from elastictok_jax.training.loop import train
+from elastictok_jax.training.inspection import inspect_run, inspection_lines
+from elastictok_jax.training.loop import train_experiment
 from elastictok_jax.training.metric_writers import MetricWriter, read_metrics
 from tests.training.test_loop import OPTIONS
 
@@ -28,14 +28,14 @@ RUN |= {"train.steps": 4, "train.keep_last": 2, "train.keep_best": 1}
 
 def tiny(**changes):
     config = get_experiment("quickstart")
-    override(config, RUN | changes)
+    apply_overrides(config, RUN | changes)
     return config
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("run") / "trained"
-    assert train(tiny(), workdir=workdir)
+    assert train_experiment(tiny(), workdir=workdir)
     return workdir
 
 
@@ -79,7 +79,7 @@ def test_the_checkpoint_before_a_damaged_one_is_used(tear, workdir, capfd):
     assert re.fullmatch(r"note: checkpoint .*/4 is damaged \(.*\): step 2 is read instead\n", note)
     with pytest.raises(DamagedCheckpoint, match="is damaged"):
         ElasticTokenizer.from_pretrained(f"{workdir}@4")
-    assert train(tiny(**{"train.steps": 6}), workdir=workdir)
+    assert train_experiment(tiny(**{"train.steps": 6}), workdir=workdir)
     told = capfd.readouterr().err
     assert "resuming at step 2" in told
     assert re.search(r"/4 is damaged .* moved to .*damaged/4-0: going on from step 2", told)
@@ -94,7 +94,7 @@ def test_a_lost_data_position_is_damage_for_training_alone(workdir, capfd):
     shutil.rmtree(workdir / "checkpoints" / "4" / "data")
     newest = ElasticTokenizer.from_pretrained(workdir)
     assert newest.fingerprint == ElasticTokenizer.from_pretrained(f"{workdir}@4").fingerprint
-    assert train(tiny(**{"train.steps": 4}), workdir=workdir)
+    assert train_experiment(tiny(**{"train.steps": 4}), workdir=workdir)
     assert "resuming at step 2" in capfd.readouterr().err
 
 
@@ -102,7 +102,7 @@ def test_with_no_readable_checkpoint_nothing_is_begun_anew(workdir):
     for step in ("2", "4"):
         zero(workdir / "checkpoints" / step)
     with pytest.raises(RunError, match=r"4 is damaged .*2 is damaged .*no checkpoint is left"):
-        train(tiny(), workdir=workdir)
+        train_experiment(tiny(), workdir=workdir)
     with pytest.raises(DamagedCheckpoint):
         ElasticTokenizer.from_pretrained(workdir)
     assert sorted(path.name for path in (workdir / "checkpoints").iterdir()) == ["2", "4"]
@@ -120,7 +120,7 @@ def test_a_checkpoint_is_named_by_step_or_as_the_best(workdir, tmp_path):
     with pytest.raises(UsageError, match="has no step 3: choose one of 4, 2, or best"):
         ElasticTokenizer.from_pretrained(f"{workdir}@3")
     config = tiny(**{"train.init_from": f"{workdir}@2", "train.steps": 2})
-    assert train(config, workdir=tmp_path / "next")
+    assert train_experiment(config, workdir=tmp_path / "next")
     record = json.loads((tmp_path / "next" / "init_from.json").read_text())
     assert record["from"] == f"{workdir} at step 2"
 
@@ -142,7 +142,7 @@ def test_inspect_lists_steps_values_and_damage(workdir, capsys):
     assert "is damaged" in rows[0]["damage"] and rows[1]["damage"] == ""
     assert sum(row["best"] for row in rows) == 1
     assert all(row["bytes"] > 1000 and row["value"] > 0 for row in rows)
-    assert in_lines(inspect_run(workdir)).count("\n") == 2
+    assert inspection_lines(inspect_run(workdir)).count("\n") == 2
     assert cli.main(["inspect", str(workdir)]) == 0
     assert cli.main(["inspect", str(workdir), "--json"]) == 0
     assert cli.main(["inspect", str(workdir / "checkpoints")]) == 2
@@ -176,7 +176,7 @@ def test_values_that_are_no_numbers_are_left_out_alone(tmp_path):
     values = f'"a": null, "b": [1], "c": "x", "d": true, "e": {10**400}, "f": 1e400'
     path.write_text(f'{{"step": 1, {values}, "loss": 2}}\n{{"step": {10**400}}}\n')
     assert read_metrics(path) == [{"step": 1, "f": float("inf"), "loss": 2}]
-    (tmp_path / "config.json").write_text(to_json(tiny()))
+    (tmp_path / "config.json").write_text(config_to_json(tiny()))
     (row,) = compare_runs([tmp_path], output=tmp_path / "out")
     assert (row["step"], row["loss"], row["f"]) == (1, 2, None)
 
@@ -211,8 +211,8 @@ def test_a_sink_that_fails_does_not_end_the_run(tmp_path, capsys):
 
 def test_two_runs_in_one_program_and_one_folder(workdir):
     """The second comes when the first has given the folder back."""
-    assert train(tiny(**{"train.steps": 5}), workdir=workdir)
-    assert train(tiny(**{"train.steps": 6}), workdir=workdir)
+    assert train_experiment(tiny(**{"train.steps": 5}), workdir=workdir)
+    assert train_experiment(tiny(**{"train.steps": 6}), workdir=workdir)
     assert not (workdir / "lock.json").exists()
 
 
@@ -225,7 +225,7 @@ def test_wandb_runs_offline_and_goes_on_in_the_same_run(workdir, monkeypatch, ca
     name = ""
     for steps in (5, 6):
         config = tiny(**{"train.steps": steps, "train.wandb_project": "x"})
-        assert train(config, workdir=workdir)
+        assert train_experiment(config, workdir=workdir)
         assert name in ("", (workdir / "wandb_run_id").read_text())
         name = (workdir / "wandb_run_id").read_text()
     assert len(list((workdir / "wandb").glob(f"offline-run-*-{name}"))) == 2

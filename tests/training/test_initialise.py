@@ -9,10 +9,10 @@ import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from elastictok_jax import cli
-from elastictok_jax.config import override, read_config, resolve, to_json
+from elastictok_jax.config import apply_overrides, config_to_json, read_config, resolve_config
 from elastictok_jax.errors import UsageError
 from elastictok_jax.experiment_registry import get_experiment
-from elastictok_jax.layers.scan_layout import with_layout
+from elastictok_jax.layers.scan_layout import stack_or_unstack
 from elastictok_jax.storage.safetensors import load_params, save_params
 from elastictok_jax.tokenizer.api import ElasticTokenizer
 from elastictok_jax.training.initialise import initialise
@@ -82,8 +82,8 @@ def begin(source, tmp_path, **options):
     """(initial, resulting, record, lines) of a run that starts with the weights of `source`."""
     config = get_experiment("quickstart")
     values = OPTIONS | {key.replace("__", "."): value for key, value in options.items()}
-    override(config, values | {"train.init_from": str(source), "seed": 1})
-    config = resolve(config)
+    apply_overrides(config, values | {"train.init_from": str(source), "seed": 1})
+    config = resolve_config(config)
     abstract = abstract_state(config, mesh_of(config))
     state = random_state(abstract)
     initial = flatten_dict(jax.device_get(state.params["model"]), sep="/")
@@ -103,7 +103,7 @@ def test_next_stage_takes_every_weight(trained, kind, scan_layers, tmp_path):
     longer = dict(data__sequence_blocks=4, model__rope_theta=1e6, compute__scan_layers=scan_layers)
     _, got, record, lines = begin(source, tmp_path, **longer)
     if not scan_layers:
-        nested = with_layout(unflatten_dict(want, sep="/"), stacked=False)
+        nested = stack_or_unstack(unflatten_dict(want, sep="/"), stacked=False)
         want = flatten_dict(nested, sep="/")
     assert got.keys() == want.keys()
     jax.tree.map(np.testing.assert_array_equal, got, dict(want))
@@ -175,7 +175,7 @@ def test_another_depth_takes_layer_by_layer(trained, kind, scan_layers, tmp_path
         **depth,
     )
     apart = [
-        flatten_dict(with_layout(unflatten_dict(tree, sep="/"), stacked=False), sep="/")
+        flatten_dict(stack_or_unstack(unflatten_dict(tree, sep="/"), stacked=False), sep="/")
         for tree in (initial, got, trained_params)
     ]
     for name, value in apart[1].items():
@@ -251,18 +251,18 @@ def test_a_tokenizer_reads_either_layout(trained, kind, tmp_path):
     want = ElasticTokenizer.from_pretrained(folder)
     config = read_config(folder / "config.json")
     config.compute.scan_layers = False
-    (folder / "config.json").write_text(to_json(config))
+    (folder / "config.json").write_text(config_to_json(config))
     got = ElasticTokenizer.from_pretrained(folder)
     assert "layers_1" in got.params["decoder"] and "layers" in want.params["decoder"]
     assert got.fingerprint == want.fingerprint
     tokens = got.encode(clip, tokens=5)
     np.testing.assert_array_equal(tokens.codes[0], want.encode(clip, tokens=5).codes[0])
     # And weights that were saved apart.
-    params = with_layout(jax.device_get(got.params), stacked=False)
+    params = stack_or_unstack(jax.device_get(got.params), stacked=False)
     save_params(folder / "model.safetensors", params, metadata={})
     assert "layers_1" in load_params(folder / "model.safetensors")[0]["decoder"]
     config.compute.scan_layers = True
-    (folder / "config.json").write_text(to_json(config))
+    (folder / "config.json").write_text(config_to_json(config))
     again = ElasticTokenizer.from_pretrained(folder)
     assert again.fingerprint == want.fingerprint
     jax.tree.map(np.testing.assert_array_equal, again.params, want.params)

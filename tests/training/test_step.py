@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from elastictok_jax.config import override, resolve
+from elastictok_jax.config import apply_overrides, resolve_config
 from elastictok_jax.experiment_registry import get_experiment
 from elastictok_jax.layers.patching import patchify, unpatchify
 from elastictok_jax.losses.perceptual import random_frames
@@ -20,7 +20,7 @@ from elastictok_jax.masking import keep_mask
 from elastictok_jax.models.elastictok.model import build_model
 from elastictok_jax.perceptual.lpips import lpips
 from elastictok_jax.perceptual.lpips_weights import load_lpips
-from elastictok_jax.training.optimizer import decayed, make_schedule
+from elastictok_jax.training.optimizer import decayed_parameters, make_schedule
 from tests.tiny import codec_of, init_state, make_train_step
 
 F, SIDE, PATCH = 4, 16, (2, 8, 8)
@@ -50,8 +50,10 @@ def tiny(**overrides):
         "data.batch_size": 4,
         "data.sequence_blocks": BLOCKS,
     }
-    override(config, base | {key.replace("__", "."): value for key, value in overrides.items()})
-    return resolve(config)
+    apply_overrides(
+        config, base | {key.replace("__", "."): value for key, value in overrides.items()}
+    )
+    return resolve_config(config)
 
 
 def some_batch(seed: int = 0):
@@ -138,7 +140,9 @@ def test_weight_decay_touches_kernels_alone():
             assert (off != first).any(), "a weight that nothing trains proves nothing"
     assert names >= {"kernel", "kept_embed", "dropped_embed"}
     assert len(names) >= 4  # and the norms'
-    assert sum(jax.tree.leaves(decayed(start))) == sum(p[-1].key == "kernel" for p, _ in leaves[0])
+    assert sum(jax.tree.leaves(decayed_parameters(start))) == sum(
+        p[-1].key == "kernel" for p, _ in leaves[0]
+    )
 
 
 def schedule_of(config):

@@ -15,7 +15,7 @@ from elastictok_jax.data.media.frame_pixels import yuv_to_rgb
 from elastictok_jax.data.media.geometry import (
     LONGEST,
     center_crop,
-    middle,
+    crop_long_strip,
     resize_shortest,
     scaled_size,
 )
@@ -57,13 +57,13 @@ __all__ = [
     "UsageError",
     "VideoReader",
     "center_crop",
+    "crop_long_strip",
     "decode_image",
     "encode_video",
     "file_kind",
     "is_rate",
     "loss_on_reading",
     "media_kind",
-    "middle",
     "opened_image",
     "probe",
     "rate_fault",

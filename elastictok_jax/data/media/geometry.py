@@ -47,17 +47,17 @@ def scaled_size(height: int, width: int, *, side: int, name="frames") -> tuple[i
     return high, wide
 
 
-def middle(frames_THWC, *, longest: int = LONGEST) -> np.ndarray:
+def crop_long_strip(frames_THWC, *, longest: int = LONGEST) -> np.ndarray:
     """Crops frames uint8 [T, H, W, 3] so that no side is more than `longest` times the other.
 
     Returns a view. Scaling it up has a bounded cost.
     """
-    height, width = middle_size(*frames_THWC.shape[1:3], longest=longest)
+    height, width = cropped_strip_size(*frames_THWC.shape[1:3], longest=longest)
     return center_crop(frames_THWC, height=height, width=width)
 
 
-def middle_size(height: int, width: int, *, longest: int) -> tuple[int, int]:
-    """Returns height and width after `middle`."""
+def cropped_strip_size(height: int, width: int, *, longest: int) -> tuple[int, int]:
+    """Returns height and width after `crop_long_strip`."""
     return min(height, longest * width), min(width, longest * height)
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from elastictok_jax.data.frame_rate import frames_read, recorded_at, step_between
 from elastictok_jax.data.media.decoding import Decoding, start_decoding, times_when_decoded
 from elastictok_jax.data.media.files import LIMITS, MediaError, MediaLimits
-from elastictok_jax.data.media.geometry import center_crop, middle_size, resize, scaled_size
+from elastictok_jax.data.media.geometry import center_crop, cropped_strip_size, resize, scaled_size
 from elastictok_jax.data.media.video_index import index_video
 
 _KEYFRAMES_TO_TRY = 4
@@ -85,14 +85,14 @@ class VideoReader:
     ) -> np.ndarray:
         """Reads frames at ascending `indices`: uint8 [T, H, W, 3].
 
-        `longest` crops as `middle` does, then `side` resizes as `resize_shortest` does. One frame
-        at a time is held at full size. Raises MediaError for frames out of range, for frames that
+        Crops to `longest` as `crop_long_strip`, then resizes to `side` as `resize_shortest`. Only one
+        frame is held at full size. Raises MediaError for frames out of range, for frames that
         cannot be decoded and if `side` makes them larger than LIMITS.
         """
         wanted = [int(index) for index in indices]
         height, width = self.height, self.width
         if longest is not None:
-            height, width = middle_size(height, width, longest=longest)
+            height, width = cropped_strip_size(height, width, longest=longest)
         crop = (height, width)
         if side is not None:
             height, width = scaled_size(height, width, side=side, name=self.path)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from elastictok_jax.data import media
-from elastictok_jax.data.prepare.transcode import Settings, open_file_system
+from elastictok_jax.data.prepare.transcode import TranscodeSettings, open_file_system
 from elastictok_jax.data.sources.listing import list_media
 from elastictok_jax.data.sources.tfds_records import PART_FRAMES, RecordSource, is_record_dataset
 from elastictok_jax.errors import UsageError
@@ -53,7 +53,7 @@ class PreparePlan:
     """
 
     shards: list[list[Entry]]
-    settings: Settings
+    settings: TranscodeSettings
     shard_mib: float
     unreadable: dict[str, str] = dataclasses.field(default_factory=dict)
     ignored: Counter[str] = dataclasses.field(default_factory=Counter)
@@ -75,7 +75,9 @@ class PreparePlan:
         }
 
 
-def plan_prepare(inputs: list[str], *, settings: Settings, shard_mib: float) -> PreparePlan:
+def plan_prepare(
+    inputs: list[str], *, settings: TranscodeSettings, shard_mib: float
+) -> PreparePlan:
     """Lists `inputs` and assigns their originals to shards of about `shard_mib` MiB.
 
     Raises:

@@ -11,8 +11,13 @@ from typing import Any
 
 from elastictok_jax.data.media import MediaError
 from elastictok_jax.data.prepare.plan import Entry
-from elastictok_jax.data.prepare.transcode import Settings, fetch, file_records, item_records
-from elastictok_jax.data.sources.base import name_place
+from elastictok_jax.data.prepare.transcode import (
+    TranscodeSettings,
+    fetch_original,
+    file_records,
+    item_records,
+)
+from elastictok_jax.data.sources.base import name_hash
 from elastictok_jax.data.sources.tfds_records import (
     WORK,
     RecordSource,
@@ -43,7 +48,7 @@ def work_on_shard(
     shard: int,
     shards: int,
     entries: list[Entry],
-    settings: Settings,
+    settings: TranscodeSettings,
     hopeless: dict[str, str],
     pipe,
 ) -> None:
@@ -72,7 +77,7 @@ def make_shard(
     shard: int,
     shards: int,
     entries: list[Entry],
-    settings: Settings,
+    settings: TranscodeSettings,
     *,
     hopeless: dict[str, str],
     tell: Callable[[str, str | None], None],
@@ -102,7 +107,7 @@ def make_shard(
                     skipped.append({"file": name, "reason": _without_path(error, entry, name)})
                     continue
                 for record in records:
-                    writer.write(record, place=name_place(record["source"]))
+                    writer.write(record, place=name_hash(record["source"]))
                 hashes.append([name, records[0]["content_hash"]])
                 if loss:
                     lossy.append({"file": name, "loss": loss})
@@ -123,7 +128,7 @@ def make_shard(
         os.replace(path, directory / tfds_shard_name(shard, shards))
 
 
-def _originals(entry: Entry, settings: Settings, temporary: Path):
+def _originals(entry: Entry, settings: TranscodeSettings, temporary: Path):
     """Yields (name, function that makes the records) of each original in an entry."""
     if entry.kind == "file":
         yield (
@@ -145,13 +150,13 @@ def _originals(entry: Entry, settings: Settings, temporary: Path):
 
 
 def _remote_records(
-    entry: Entry, settings: Settings, temporary: Path
+    entry: Entry, settings: TranscodeSettings, temporary: Path
 ) -> tuple[list[dict[str, Any]], str]:
     digest = hashlib.sha256(entry.name.encode()).hexdigest()[:16]
     local = temporary / (digest + Path(entry.name).suffix)
     try:
         try:
-            fetch(entry.path, local)
+            fetch_original(entry.path, local)
         except OSError as error:
             if error.errno in NO_ROOM:
                 raise

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from elastictok_jax.ctrl_c import kept_from_children
 from elastictok_jax.data.prepare.plan import PreparePlan, plan_prepare
 from elastictok_jax.data.prepare.shard import is_done, sidecar_path, work_on_shard
-from elastictok_jax.data.prepare.transcode import Settings
+from elastictok_jax.data.prepare.transcode import TranscodeSettings
 from elastictok_jax.data.sources.listing import ignored_text
 from elastictok_jax.data.sources.tfds_records import INDEX_COLUMNS, WORK, write_metadata
 from elastictok_jax.errors import RunError, UsageError
@@ -34,11 +34,11 @@ DONE = ".prepared"  # the working folder, while it is removed
 LOOK_SECONDS = 0.5  # between checks of the processes
 
 
-def prepare(
+def prepare_data_set(
     inputs: list[str],
     *,
     output: Path,
-    settings: Settings,
+    settings: TranscodeSettings,
     jobs: int,
     machine: tuple[int, int] = (0, 1),
     shard_mib: float = 256,
@@ -321,7 +321,7 @@ def _finish(output: Path, plan: PreparePlan) -> dict[str, Any]:
     return report
 
 
-def summary(report: dict[str, Any]) -> str:
+def prepare_summary(report: dict[str, Any]) -> str:
     """Formats the report as a few lines."""
     ignored = report["ignored"]
     lines = [

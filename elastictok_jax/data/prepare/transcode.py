@@ -25,7 +25,7 @@ ORIENTATION = 0x0112  # EXIF tag
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class TranscodeSettings:
     """Options that the content of a prepared data set depends on, beside its inputs.
 
     Attributes:
@@ -39,7 +39,9 @@ class Settings:
     limits: media.MediaLimits
 
 
-def file_records(path: Path, *, name: str, settings: Settings) -> tuple[list[dict[str, Any]], str]:
+def file_records(
+    path: Path, *, name: str, settings: TranscodeSettings
+) -> tuple[list[dict[str, Any]], str]:
     """Converts an image or video file to records with the fields of `tfds_records.features`.
 
     Returns the records, and what is lost beside the size, "" for nothing.
@@ -67,7 +69,7 @@ def file_records(path: Path, *, name: str, settings: Settings) -> tuple[list[dic
     return [origin | record for record in made], media.loss_on_reading(path)
 
 
-def item_records(source: RecordSource, item: int, *, name: str, settings: Settings):
+def item_records(source: RecordSource, item: int, *, name: str, settings: TranscodeSettings):
     """Converts an item of another data set to its records, and ""; see `file_records`."""
     origin = {"source": name, "content_hash": ""}
     if not source.is_video[item]:
@@ -90,7 +92,9 @@ def item_records(source: RecordSource, item: int, *, name: str, settings: Settin
     return [origin | record for record in made], ""
 
 
-def image_record(data: bytes | None, pixels: np.ndarray, *, settings: Settings) -> dict[str, Any]:
+def image_record(
+    data: bytes | None, pixels: np.ndarray, *, settings: TranscodeSettings
+) -> dict[str, Any]:
     """Makes the record of an image uint8 [H, W, 3]; keeps its own bytes `data` if possible."""
     side = min(pixels.shape[:2])
     wanted = min(side, settings.resolution or side)
@@ -119,7 +123,7 @@ def _plain_form(data: bytes | None) -> tuple[bool, str]:
 
 
 def video_records(
-    frames: Iterable[np.ndarray], *, fps: float, settings: Settings
+    frames: Iterable[np.ndarray], *, fps: float, settings: TranscodeSettings
 ) -> Iterator[dict[str, Any]]:
     """Yields records of at most PART_FRAMES frames, in one pass over frames uint8 [H, W, 3]."""
     cuts = SceneCuts() if settings.scene_cuts else None
@@ -139,7 +143,11 @@ def video_records(
 
 
 def _video_record(
-    numbered: Iterator[tuple[int, np.ndarray]], *, part: int, fps: float, settings: Settings
+    numbered: Iterator[tuple[int, np.ndarray]],
+    *,
+    part: int,
+    fps: float,
+    settings: TranscodeSettings,
 ) -> dict[str, Any]:
     seen: list[tuple[int, ...]] = []  # number, height and width of each frame
 
@@ -163,7 +171,7 @@ def _video_frames(reader: media.VideoReader, *, resolution: int) -> Iterator[np.
         yield from reader.read(start, count, side=wanted)
 
 
-def fetch(url: str, target: Path) -> None:
+def fetch_original(url: str, target: Path) -> None:
     """Copies a remote file to `target`.
 
     Raises:

@@ -30,7 +30,7 @@ class Source(Protocol):
     def read(self, item: int, indices: np.ndarray, *, side: int) -> np.ndarray:
         """Reads frames at ascending `indices`: uint8 [T, H, W, 3], min(H, W) = side.
 
-        A strip is cropped by `media.middle`.
+        A strip is cropped by `media.crop_long_strip`.
 
         Raises:
           MediaError: naming the item and what is wrong with it.
@@ -38,7 +38,7 @@ class Source(Protocol):
         ...
 
 
-def name_place(name: str) -> int:
+def name_hash(name: str) -> int:
     """Returns a hash of `name`, uniform over [0, 2^64)."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")
 

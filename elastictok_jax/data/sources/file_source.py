@@ -7,7 +7,7 @@ import numpy as np
 
 from elastictok_jax.data import media
 from elastictok_jax.data.media.open_videos import OpenVideos
-from elastictok_jax.data.sources.base import name_place
+from elastictok_jax.data.sources.base import name_hash
 from elastictok_jax.data.sources.listing import list_media
 from elastictok_jax.paths import path_text
 
@@ -47,7 +47,7 @@ class FileSource:
         self.is_video = np.array([info.kind == "video" for info in self._infos], bool)
         self.frames = np.array([info.frames for info in self._infos], np.int64)
         self.fps = np.array([info.fps for info in self._infos], np.float64)
-        self.place = np.array([name_place(name) for name in self._names], np.uint64)
+        self.place = np.array([name_hash(name) for name in self._names], np.uint64)
         listed = list(zip(self._names, self.frames.tolist(), strict=True))
         self.fingerprint = hashlib.sha256(repr(listed).encode()).hexdigest()[:16]
         self._videos = OpenVideos()
@@ -58,7 +58,7 @@ class FileSource:
     def read(self, item: int, indices: np.ndarray, *, side: int) -> np.ndarray:
         info = self._infos[item]
         if info.kind == "image":
-            image = media.middle(media.read_frames(info.path))
+            image = media.crop_long_strip(media.read_frames(info.path))
             return media.resize_shortest(image, side=side, name=info.path)
         return self._open(info.path).read_at(indices, side=side, longest=media.LONGEST)
 

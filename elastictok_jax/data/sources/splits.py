@@ -7,7 +7,7 @@ import ml_collections
 import numpy as np
 
 from elastictok_jax.data import media
-from elastictok_jax.data.sources.base import Source, held_out, name_place
+from elastictok_jax.data.sources.base import Source, held_out, name_hash
 from elastictok_jax.data.sources.file_source import EMBEDDED, FileSource
 from elastictok_jax.data.sources.listing import ignored_text
 from elastictok_jax.data.sources.synthetic import SyntheticSource
@@ -116,7 +116,7 @@ def open_splits(config: ml_collections.ConfigDict) -> SourceSplits:
         for feeds, part, mask in parts:
             items = np.flatnonzero(mask & _of_kind(part, settings.kind))
             if len(items):
-                feeds.append(SourceSplit(name, name_place(name), part, settings, items))
+                feeds.append(SourceSplit(name, name_hash(name), part, settings, items))
     return SourceSplits(tuple(train), tuple(heldout), tuple(damaged), tuple(notes))
 
 

@@ -25,8 +25,8 @@ from tensorflow_datasets.proto import tf_example_pb2
 from elastictok_jax.data.media import (
     MediaError,
     StoredVideo,
+    crop_long_strip,
     decode_image,
-    middle,
     resize_shortest,
 )
 from elastictok_jax.data.media.open_videos import OpenVideos
@@ -49,7 +49,7 @@ INDEX_COLUMNS = {
 FRAME_RATE = 24.0  # assumed for videos that state none
 
 
-def features() -> tfds.features.FeaturesDict:
+def tfds_features() -> tfds.features.FeaturesDict:
     """Returns the features of a prepared data set."""
     return tfds.features.FeaturesDict(
         {
@@ -81,7 +81,7 @@ class RecordWriter:
     """
 
     def __init__(self, path: Path):
-        self._features = features()
+        self._features = tfds_features()
         self._serializer = tfds.core.example_serializer.ExampleSerializer(
             self._features.get_serialized_info()
         )
@@ -91,7 +91,7 @@ class RecordWriter:
         self.bytes = 0
 
     def write(self, record: dict[str, Any], *, place: int) -> None:
-        """Writes one record with the fields of `features`; `place` is that of its original."""
+        """Writes one record with the fields of `tfds_features`; `place` is that of its original."""
         example = self._serializer.get_tf_example(self._features.encode_example(record))
         encoded = example.SerializeToString(deterministic=True)  # a map's order is arbitrary
         with _write_errors():
@@ -131,7 +131,7 @@ def write_metadata(
         data_dir=os.fspath(directory),
         module_name="",
     )
-    info = tfds.core.DatasetInfo(builder=identity, features=features())
+    info = tfds.core.DatasetInfo(builder=identity, tfds_features=tfds_features())
     info.set_file_format(tfds.core.FileFormat.ARRAY_RECORD)
     template = tfds.core.ShardedFileTemplate(
         dataset_name=DATASET,
@@ -267,7 +267,7 @@ class RecordSource:
         return self._stored_file(int(self._first[item]))
 
     def read(self, item: int, indices: np.ndarray, *, side: int) -> np.ndarray:
-        frames = middle(self._read_stored(item, indices))
+        frames = crop_long_strip(self._read_stored(item, indices))
         return resize_shortest(frames, side=side, name=self._where(int(self._first[item])))
 
     def read_at_most(self, item: int, indices: np.ndarray, *, side: int) -> np.ndarray:

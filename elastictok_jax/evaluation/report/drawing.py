@@ -15,7 +15,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from elastictok_jax.storage.atomic import write_atomically
 
-__all__ = ["label", "log_ticks", "plt", "save", "shorten"]
+__all__ = ["log_ticks", "plot_label", "plt", "save_figure", "shorten_label"]
 
 LETTERS = 48  # maximum length of a name in a plot
 # Fallbacks with more glyphs than matplotlib's own font, used if installed.
@@ -29,7 +29,7 @@ matplotlib.rcParams.update(
 )
 
 
-def label(name: str) -> str:
+def plot_label(name: str) -> str:
     """Converts an external name (of a file, a folder, a config) to text for a plot.
 
     Characters that are not printable or in no font are escaped as in Python (`\\n`, `\\u4e2d`);
@@ -43,11 +43,11 @@ def label(name: str) -> str:
         else letter.encode("unicode_escape").decode()
         for letter in name
     )
-    text = shorten(text, LETTERS)
+    text = shorten_label(text, LETTERS)
     return f" {text}" if text.startswith("_") else text
 
 
-def save(figure: Figure, path: Path, **options) -> None:
+def save_figure(figure: Figure, path: Path, **options) -> None:
     """Writes a figure atomically, in the format of the suffix, with `options` of savefig.
 
     Raises:
@@ -58,7 +58,7 @@ def save(figure: Figure, path: Path, **options) -> None:
     write_atomically(path, buffer.getvalue())
 
 
-def shorten(text: str, letters: int) -> str:
+def shorten_label(text: str, letters: int) -> str:
     """Shortens `text` to at most `letters` characters by cutting its middle."""
     if len(text) <= letters:
         return text

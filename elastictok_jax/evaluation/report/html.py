@@ -10,7 +10,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from elastictok_jax.storage.atomic import columns, write_atomically
+from elastictok_jax.storage.atomic import csv_columns, write_atomically
 
 STYLE = """
 :root { color-scheme: light dark; }
@@ -99,7 +99,7 @@ def _part(part: Picture | Video | Table) -> str:
             f'aria-label="{escape(part.label)}" src="data:video/mp4;base64,{data}"></video>'
             f"<figcaption>{escape(part.label)}</figcaption></figure>"
         )
-    data = base64.b64encode(webp(part.image)).decode()
+    data = base64.b64encode(figure_to_webp(part.image)).decode()
     least = round(LEGIBLE * DPI * part.image.get_figwidth())
     return (
         f'<figure><div class="wide" tabindex="0" role="group" aria-label="{escape(part.alt)}">'
@@ -109,7 +109,7 @@ def _part(part: Picture | Video | Table) -> str:
     )
 
 
-def webp(figure: Figure) -> bytes:
+def figure_to_webp(figure: Figure) -> bytes:
     """Renders a figure as WebP, at a fifth of the size of a PNG."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="webp", dpi=DPI, pil_kwargs={"quality": 90})
@@ -117,10 +117,10 @@ def webp(figure: Figure) -> bytes:
 
 
 def _table(table: Table) -> str:
-    keys = columns(table.rows)
+    keys = csv_columns(table.rows)
     head = "".join(f'<th scope="col">{escape(key.replace("_", " "))}</th>' for key in keys)
     rows = "".join(
-        "<tr>" + "".join(f"<td>{escape(text(row.get(key)))}</td>" for key in keys) + "</tr>"
+        "<tr>" + "".join(f"<td>{escape(html_text(row.get(key)))}</td>" for key in keys) + "</tr>"
         for row in table.rows
     )
     return (
@@ -130,7 +130,7 @@ def _table(table: Table) -> str:
     )
 
 
-def text(value: Any) -> str:
+def html_text(value: Any) -> str:
     """Formats a cell: four digits of a number, a dash for None."""
     if value is None:
         return "-"

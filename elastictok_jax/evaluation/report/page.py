@@ -12,7 +12,7 @@ from elastictok_jax.evaluation.figures import CLIP_KINDS, Measured, clip_kinds
 from elastictok_jax.evaluation.frechet import FVD_METRIC
 from elastictok_jax.evaluation.measure import SHARES, MeasurementPlan, Record
 from elastictok_jax.evaluation.report import plots
-from elastictok_jax.evaluation.report.drawing import plt, save
+from elastictok_jax.evaluation.report.drawing import plt, save_figure
 from elastictok_jax.evaluation.report.html import DPI, Picture, Section, Table, Video, write_html
 from elastictok_jax.storage.atomic import make_folder, write_csv
 
@@ -56,8 +56,10 @@ def write_report(
             if isinstance(part, Table):
                 write_csv(tables / f"{name}.csv", part.rows)
             elif isinstance(part, Picture):
-                save(part.image, figures / f"{name}.png", dpi=DPI, metadata={"Software": None})
-                save(part.image, figures / f"{name}.svg", metadata={"Date": None})
+                save_figure(
+                    part.image, figures / f"{name}.png", dpi=DPI, metadata={"Software": None}
+                )
+                save_figure(part.image, figures / f"{name}.svg", metadata={"Date": None})
         if parts:
             sections.append(Section(section.title, section.text, parts))
     first, limits = results["models"][0], results["plan"]
@@ -107,7 +109,7 @@ def _sections(
             "Paper: Fig. 4.",
             [
                 *_pictures(
-                    [(plots.fraction_met(measured, kind_of, plan), "blocks under a target")]
+                    [(plots.plot_fraction_met(measured, kind_of, plan), "blocks under a target")]
                 ),
                 Table(results["comparisons"], "tokens at an equal fraction of blocks met"),
             ],
@@ -124,7 +126,7 @@ def _sections(
             "Error by tokens",
             "All blocks with the same number of tokens. Paper: Fig. 5.",
             [
-                *_pictures([(plots.loss_by_tokens(models), "MSE against tokens a block")]),
+                *_pictures([(plots.plot_loss_by_tokens(models), "MSE against tokens a block")]),
                 *_pictures(_crops(first, shown)),
             ],
         ),
@@ -149,7 +151,7 @@ def _sections(
             "Quality at half of all tokens against frames of context, over the blocks that have "
             "the longest context. Paper: Fig. 6.",
             [
-                *_pictures([(plots.context(models), "PSNR against frames of context")]),
+                *_pictures([(plots.plot_context(models), "PSNR against frames of context")]),
                 Table(_rows(models, "context"), "by model and context"),
             ],
         ),
@@ -157,7 +159,9 @@ def _sections(
             "Tokens and high-frequency energy",
             "The paper's r is 0.77 for blocks alone and 0.67 in context (Fig. 9).",
             [
-                *_pictures([(plots.energy(elastic, kind_of, plan), "tokens used against energy")]),
+                *_pictures(
+                    [(plots.plot_energy(elastic, kind_of, plan), "tokens used against energy")]
+                ),
                 Table(_energy_rows(models), "correlation of tokens used with energy"),
             ],
         ),
@@ -171,7 +175,7 @@ def _sections(
 
 
 RATE_PLOTS: tuple[tuple[Callable[[plots.Models], Figure | None], str], ...] = tuple(
-    (plots.rate_plot(key, label), f"{label} against rate")
+    (plots.plot_rate(key, label), f"{label} against rate")
     for key, label in (
         ("psnr_of_mse", "PSNR, dB"),
         ("ssim", "SSIM"),
@@ -211,7 +215,7 @@ def _energy_rows(models: plots.Models) -> list[dict[str, Any]]:
 
 def _strips(model: Measured, shown: Sequence[EvalClip], plan: MeasurementPlan) -> Figure | None:
     sizes = {key: model.facts[key] for key in ("frames_per_block", "tokens_per_block")}
-    return plots.tokens_over_time(shown, model.records, plan, **sizes)
+    return plots.plot_tokens_over_time(shown, model.records, plan, **sizes)
 
 
 def _crops(model: Measured, shown: Sequence[EvalClip]) -> list[tuple[Figure, str]]:
@@ -226,5 +230,5 @@ def _crops(model: Measured, shown: Sequence[EvalClip]) -> list[tuple[Figure, str
             (f"{max(1, round(share * tokens))} tokens", record[f"share/{share:g}/frame"])
             for share in shares
         ]
-        drawn.append((plots.crops(clip, pictures), f"{clip.name} at several lengths"))
+        drawn.append((plots.plot_crops(clip, pictures), f"{clip.name} at several lengths"))
     return drawn

@@ -7,7 +7,12 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from elastictok_jax.evaluation.eval_clips import EvalClip
-from elastictok_jax.evaluation.figures import CLIP_KINDS, Measured, fraction_met_by_tokens, joined
+from elastictok_jax.evaluation.figures import (
+    CLIP_KINDS,
+    Measured,
+    fraction_met_by_tokens,
+    join_records,
+)
 from elastictok_jax.evaluation.measure import MeasurementPlan, Record
 from elastictok_jax.evaluation.report.drawing import log_ticks, plt
 from elastictok_jax.evaluation.report.reconstructions import drawing
@@ -27,12 +32,12 @@ def _figure(columns: int, *, height: float = 3.4) -> tuple[Figure, list[Any]]:
     return figure, list(axes[0])
 
 
-def kinds_of(models: Models) -> list[str]:
+def plotted_kinds(models: Models) -> list[str]:
     """Returns the clip kinds that were measured."""
     return [kind for kind in CLIP_KINDS if kind in models[0]]
 
 
-def fraction_met(
+def plot_fraction_met(
     measured: Sequence[Measured], kind_of: Mapping[str, str], plan: MeasurementPlan
 ) -> Figure | None:
     """Plots the fraction of blocks that meet each target against token use (Fig. 4)."""
@@ -43,7 +48,7 @@ def fraction_met(
             records = [r for name, r in model.records.items() if kind_of[name] == kind]
             for colour, target in zip(COLOURS * 9, plan.targets, strict=False):
                 lengths, met = (
-                    joined(records, f"target/{target:g}/{k}") for k in ("lengths", "met")
+                    join_records(records, f"target/{target:g}/{k}") for k in ("lengths", "met")
                 )
                 most = model.facts["tokens_per_block"]
                 if model.facts["fixed_tokens"] is not None:
@@ -52,7 +57,9 @@ def fraction_met(
                     continue
                 least = model.facts["min_tokens"]
                 tokens, shares = fraction_met_by_tokens(lengths, met.astype(bool), least=least)
-                label = f"{drawing.label(model.name)}, MSE {target:g}" if one is axes[0] else None
+                label = (
+                    f"{drawing.plot_label(model.name)}, MSE {target:g}" if one is axes[0] else None
+                )
                 one.plot(tokens / most, shares, line, color=colour, label=label, linewidth=1.6)
         one.set(xlabel="fraction of tokens used", title=kind, xlim=(0, 1.02), ylim=(-0.02, 1.02))
     axes[0].set_ylabel("fraction of blocks that meet the target")
@@ -61,13 +68,13 @@ def fraction_met(
     return figure
 
 
-def rate_plot(key: str, label: str) -> Callable[[Models], Figure | None]:
+def plot_rate(key: str, label: str) -> Callable[[Models], Figure | None]:
     """Returns a function that plots one metric of `rates` against bits per pixel x 16."""
 
     def draw(models: Models) -> Figure | None:
         kinds = [
             k
-            for k in kinds_of(models)
+            for k in plotted_kinds(models)
             if any(r.get(key) is not None for m in models for r in m[k]["rates"])
         ]
         if not kinds:
@@ -81,7 +88,7 @@ def rate_plot(key: str, label: str) -> Callable[[Models], Figure | None]:
                     *zip(*points, strict=True),
                     "o-",
                     color=colour,
-                    label=drawing.label(model["name"]),
+                    label=drawing.plot_label(model["name"]),
                 )
                 coded = [(r["bpp16_coded"], r[key]) for r in rows if r.get("bpp16_coded")]
                 if coded:
@@ -95,15 +102,18 @@ def rate_plot(key: str, label: str) -> Callable[[Models], Figure | None]:
     return draw
 
 
-def loss_by_tokens(models: Models) -> Figure | None:
+def plot_loss_by_tokens(models: Models) -> Figure | None:
     """Plots error against tokens (Fig. 5)."""
-    kinds = kinds_of(models)
+    kinds = plotted_kinds(models)
     figure, axes = _figure(len(kinds))
     for one, kind in zip(axes, kinds, strict=True):
         for colour, model in zip(COLOURS * 9, models, strict=False):
             points = [(row["tokens"], row["mse"]) for row in model[kind]["rates"]]
             one.plot(
-                *zip(*points, strict=True), "o-", color=colour, label=drawing.label(model["name"])
+                *zip(*points, strict=True),
+                "o-",
+                color=colour,
+                label=drawing.plot_label(model["name"]),
             )
         one.set(xscale="log", yscale="log", xlabel="tokens a block", title=kind)
         log_ticks(one.xaxis, one.yaxis)
@@ -112,7 +122,7 @@ def loss_by_tokens(models: Models) -> Figure | None:
     return figure
 
 
-def context(models: Models) -> Figure | None:
+def plot_context(models: Models) -> Figure | None:
     """Plots quality against frames of context (Fig. 6)."""
     some = [m for m in models if m.get("videos", {}).get("context")]
     if not some:
@@ -121,26 +131,28 @@ def context(models: Models) -> Figure | None:
     for colour, model in zip(COLOURS * 9, some, strict=False):
         points = [(row["frames"], row["psnr_of_mse"]) for row in model["videos"]["context"]]
         axes[0].plot(
-            *zip(*points, strict=True), "o-", color=colour, label=drawing.label(model["name"])
+            *zip(*points, strict=True), "o-", color=colour, label=drawing.plot_label(model["name"])
         )
     axes[0].set(xlabel="frames of context", ylabel="PSNR, dB, at half of the tokens")
     axes[0].legend(fontsize=7)
     return figure
 
 
-def energy(measured: Measured, kind_of: Mapping[str, str], plan: MeasurementPlan) -> Figure | None:
+def plot_energy(
+    measured: Measured, kind_of: Mapping[str, str], plan: MeasurementPlan
+) -> Figure | None:
     """Plots tokens used against high-frequency energy, per block alone and in context (Fig. 9)."""
     if measured.facts["fixed_tokens"] is not None:
         return None
     figure, axes = _figure(2)
     keys = ("single/lengths", f"target/{plan.main_target:g}/lengths")
-    energies = joined(list(measured.records.values()), "energy")
+    energies = join_records(list(measured.records.values()), "energy")
     least = min(energies[energies > 0], default=1.0) / 10
     for one, key, title in zip(axes, keys, ("each block alone", "in context"), strict=True):
         for colour, kind in zip(COLOURS, CLIP_KINDS, strict=False):
             records = [r for name, r in measured.records.items() if kind_of[name] == kind]
             if records:
-                x, y = joined(records, "energy"), joined(records, key)
+                x, y = join_records(records, "energy"), join_records(records, key)
                 x = np.maximum(x, least)  # flat blocks have zero energy, and the axis is log
                 one.plot(x, y, ".", color=colour, label=kind, alpha=0.6)
         one.set(
@@ -154,7 +166,7 @@ def energy(measured: Measured, kind_of: Mapping[str, str], plan: MeasurementPlan
     return figure
 
 
-def crops(clip: EvalClip, pictures: Sequence[tuple[str, np.ndarray]]) -> Figure:
+def plot_crops(clip: EvalClip, pictures: Sequence[tuple[str, np.ndarray]]) -> Figure:
     """Shows one frame at several lengths (Fig. 5): the original, then the named `pictures`."""
     every = [("original", clip.frames[0]), *pictures]
     figure, axes = plt.subplots(
@@ -167,7 +179,7 @@ def crops(clip: EvalClip, pictures: Sequence[tuple[str, np.ndarray]]) -> Figure:
     return figure
 
 
-def tokens_over_time(
+def plot_tokens_over_time(
     clips: Sequence[EvalClip],
     records: Mapping[str, Record],
     plan: MeasurementPlan,
@@ -192,7 +204,7 @@ def tokens_over_time(
         frames = clip.frames[np.linspace(0, len(clip.frames) - 1, FILM_FRAMES).round().astype(int)]
         film.imshow(np.concatenate(list(frames), axis=1), interpolation="bicubic", aspect="auto")
         film.axis("off")
-        film.set_title(drawing.label(clip.name), fontsize=8)
+        film.set_title(drawing.plot_label(clip.name), fontsize=8)
         record = records[clip.name]
         for colour, target in zip(COLOURS * 9, plan.targets, strict=False):
             lengths = record[f"target/{target:g}/lengths"]

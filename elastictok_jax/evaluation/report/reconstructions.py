@@ -47,7 +47,7 @@ def draw_report(
         _draw_images(parts.pop(0), images, tokens_per_block)
     if curve:
         _draw_curves(parts.pop(0), curve, coded)
-    drawing.save(figure, path, dpi=100)
+    drawing.save_figure(figure, path, dpi=100)
     plt.close(figure)
 
 
@@ -92,7 +92,7 @@ def _draw_video(figure, item: CodedClip, frames_per_block: int, most: int) -> No
     strip.set_ylim(0, most * 1.08)
     strip.set_ylabel("tokens", fontsize=8)
     strip.set_xlabel(
-        f"{drawing.label(clip.name)}: tokens used in each block, by frame (x: target missed)",
+        f"{drawing.plot_label(clip.name)}: tokens used in each block, by frame (x: target missed)",
         fontsize=8,
     )
     strip.tick_params(labelsize=7)
@@ -111,7 +111,7 @@ def _draw_images(figure, images: Sequence[CodedClip], most: int) -> None:
         unused.axis("off")
     for column, (clip, results) in enumerate(images):
         _show(axes[0, column], clip.frames[0])
-        axes[0, column].set_title(drawing.label(clip.name), fontsize=8)
+        axes[0, column].set_title(drawing.plot_label(clip.name), fontsize=8)
         for row, coded in enumerate(results, start=1):
             _show(axes[row, column], coded.reconstruction[0])
             note = f"{coded.tokens.num_tokens} of {most}" + ("" if coded.tokens.met.all() else " x")
@@ -142,7 +142,7 @@ def _draw_curves(figure, curve: Sequence[dict[str, float]], coded: Sequence[Code
             [result.goal.target for result in results],
             use,
             "o-",
-            label=drawing.label(clip.name),
+            label=drawing.plot_label(clip.name),
             linewidth=1,
         )
     right.set_xscale("log")

@@ -10,7 +10,12 @@ from flax import struct
 from elastictok_jax.errors import UsageError
 from elastictok_jax.layers.attention.blockwise import BlockwiseKernel
 from elastictok_jax.layers.attention.dense import DenseKernel, dense_attention
-from elastictok_jax.layers.attention.kernel import Kernel, Visibility, flash_attention, merge
+from elastictok_jax.layers.attention.kernel import (
+    Kernel,
+    Visibility,
+    flash_attention,
+    merge_softmax,
+)
 from elastictok_jax.layers.attention.sharded import on_mesh
 
 Array = jax.Array
@@ -116,7 +121,7 @@ def attend_to_past(
         seen = Visibility(ids_CS.reshape(1, -1), past_ids_T[None])
         past = kernel.forward(query_HSK[None], past_key_HTK[None], past_value_HTK[None], seen)
         split = [x[0].reshape(heads, count, tokens, *x.shape[3:]).swapaxes(0, 1) for x in past]
-        out = merge(*out, *split)
+        out = merge_softmax(*out, *split)
     return out[0].swapaxes(1, 2).astype(value_CHSK.dtype)
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from elastictok_jax.layers.attention.kernel import HIDDEN_SCORE, Visibility, merge
+from elastictok_jax.layers.attention.kernel import HIDDEN_SCORE, Visibility, merge_softmax
 from elastictok_jax.layers.attention.tile import (
     Stretch,
     output_dot_gradient,
@@ -51,7 +51,7 @@ class BlockwiseKernel:
                 keys.of(value_BHTK),
                 tile_mask(visibility, queries, keys),
             )
-            out_tile, lse_tile = merge(queries.of(out), queries.of(lse), *part)
+            out_tile, lse_tile = merge_softmax(queries.of(out), queries.of(lse), *part)
             return queries.put(out, out_tile), queries.put(lse, lse_tile)
 
         return for_each_tile(add_tile, (out_BHSK, lse_BHS), tiles, visibility)

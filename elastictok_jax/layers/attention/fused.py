@@ -26,7 +26,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 from elastictok_jax.errors import UsageError
-from elastictok_jax.layers.attention.kernel import FILLING, HIDDEN_SCORE, Array, Visibility, fill
+from elastictok_jax.layers.attention.kernel import (
+    FILLING,
+    HIDDEN_SCORE,
+    Array,
+    Visibility,
+    pad_to_multiple,
+)
 from elastictok_jax.layers.attention.tile import output_dot_gradient
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -74,7 +80,7 @@ class FusedKernel:
         Raises:
           UsageError: if the kernels do not support the head width, dtype or size.
         """
-        check(query_BHSK, key_BHTK)
+        check_fused(query_BHSK, key_BHTK)
         tiles = _fitting(self.forward_tiles, query_BHSK.dtype)
         query, key, value = (_filled(x, tiles.multiple) for x in (query_BHSK, key_BHTK, value_BHTK))
         query_places, key_places = _places(visibility, tiles.multiple)
@@ -98,14 +104,14 @@ class FusedKernel:
         Raises:
           UsageError: as `forward`.
         """
-        check(query_BHSK, key_BHTK)
+        check_fused(query_BHSK, key_BHTK)
         tiles = _fitting(self.backward_tiles, query_BHSK.dtype)
         query, key, value, grad = (
             _filled(x, tiles.multiple)
             for x in (query_BHSK, key_BHTK, value_BHTK, grad_BHSK.astype(value_BHTK.dtype))
         )
         lse2, delta = (
-            fill(x, axis=2, multiple=tiles.multiple)
+            pad_to_multiple(x, axis=2, multiple=tiles.multiple)
             for x in (lse_BHS * LOG2_E, output_dot_gradient(out_BHSK, grad_BHSK))
         )
         query_places, key_places = _places(visibility, tiles.multiple)
@@ -187,7 +193,7 @@ class FusedKernel:
         )(*stretches, *held, *passing)
 
 
-def check(query_BHSK: Array, key_BHTK: Array) -> None:
+def check_fused(query_BHSK: Array, key_BHTK: Array) -> None:
     """Checks that the kernels support these arrays.
 
     Raises:
@@ -325,9 +331,9 @@ def _places(visibility: Visibility, multiple: int) -> tuple[Array, Array]:
     """Returns padded ids and blocks or ranks, int32 [B, 2, S] and [B, 2, T]."""
 
     def one(ids: Array, ranks: Array | None) -> Array:
-        ids = fill(ids, axis=1, multiple=multiple, value=FILLING)
+        ids = pad_to_multiple(ids, axis=1, multiple=multiple, value=FILLING)
         if ranks is not None:
-            return jnp.stack([ids, fill(ranks, axis=1, multiple=multiple)], axis=1)
+            return jnp.stack([ids, pad_to_multiple(ranks, axis=1, multiple=multiple)], axis=1)
         blocks = jnp.zeros_like(ids)
         if visibility.tokens_per_block is not None:
             first = 0 if visibility.first_B is None else visibility.first_B[:, None]
@@ -382,5 +388,5 @@ def _padded_width(width: int) -> int:
 
 def _filled(x_BHSK: Array, multiple: int) -> Array:
     """Pads with zeros, which changes no score."""
-    x_BHSK = fill(x_BHSK, axis=3, multiple=_padded_width(x_BHSK.shape[3]))
-    return fill(x_BHSK, axis=2, multiple=multiple)
+    x_BHSK = pad_to_multiple(x_BHSK, axis=3, multiple=_padded_width(x_BHSK.shape[3]))
+    return pad_to_multiple(x_BHSK, axis=2, multiple=multiple)

@@ -18,7 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 Array = jax.Array
 
 # Score of hidden keys. It is finite, so that a query that sees nothing in a rectangle gets a
-# log-sum-exp of negligible weight in `merge`, and no intermediate is NaN.
+# log-sum-exp of negligible weight in `merge_softmax`, and no intermediate is NaN.
 HIDDEN_SCORE = -1e30
 # Id of padding up to a kernel's size, which no clip has.
 FILLING = -1
@@ -100,7 +100,7 @@ class Kernel(Protocol):
         ...
 
 
-def merge(
+def merge_softmax(
     out_BHSK: Array, lse_BHS: Array, more_out_BHSK: Array, more_lse_BHS: Array
 ) -> tuple[Array, Array]:
     """Merges outputs and log-sum-exps over two disjoint sets of keys."""
@@ -139,7 +139,7 @@ def _backward(kernel, saved, grad_BHSK):
 flash_attention.defvjp(_forward, _backward)
 
 
-def fill(x: Array, *, axis: int, multiple: int, value: int = 0) -> Array:
+def pad_to_multiple(x: Array, *, axis: int, multiple: int, value: int = 0) -> Array:
     """Pads `x` at the end of `axis` with `value` to a multiple of `multiple`."""
     widths = [(0, 0)] * x.ndim
     widths[axis] = (0, -x.shape[axis] % multiple)

@@ -11,7 +11,7 @@ of a plain ring would idle, so the 2n half shards are dealt in a zigzag: device 
   - its low queries see all of the low keys if s < d, its high queries all of the high if s > d.
 Every device thus computes two fully visible products of halves per step, and three at the step of
 its own keys: 2n + 1 of the 4n products of the full square. Only if a block spans several halves do
-queries see later halves, at most `reach` halves ahead, which is static. Half of the heads travel in
+queries see later halves, at most `ring_reach` halves ahead, which is static. Half the heads go in
 each direction, so that links are used both ways at once.
 """
 
@@ -29,8 +29,8 @@ from elastictok_jax.layers.attention.kernel import (
     Array,
     Kernel,
     Visibility,
-    fill,
-    merge,
+    merge_softmax,
+    pad_to_multiple,
 )
 
 LOW, HIGH = 0, 1
@@ -67,7 +67,7 @@ class RingKernel:
                 product.visibility(ids, key_ids),
             )
             for half, part_out, part_lse in product.query_parts(*part):
-                merged = merge(_half(out, half), _half(lse, half), part_out, part_lse)
+                merged = merge_softmax(_half(out, half), _half(lse, half), part_out, part_lse)
                 out, lse = _with_half(out, half, merged[0]), _with_half(lse, half, merged[1])
             return (out, lse), guests
 
@@ -110,7 +110,7 @@ class RingKernel:
 
 
 @dataclasses.dataclass(frozen=True)
-class Product:
+class HalfProduct:
     """Halves of queries paired with equally many halves of keys, computed as one batch.
 
     Attributes:
@@ -150,7 +150,7 @@ class Zigzag:
         self.ways = (1, -1) if heads % 2 == 0 and self.shards > 2 else (1,)
         self.tokens, self.half_tokens = tokens, -(-tokens // 2)
         self.tokens_per_block = tokens_per_block
-        self.reach = reach(tokens, shards=ring.shards, tokens_per_block=tokens_per_block)
+        self.reach = ring_reach(tokens, shards=ring.shards, tokens_per_block=tokens_per_block)
         self.device = jax.lax.axis_index(ring.axis)
 
     def deal(self, *shards: Array) -> tuple[Array, ...]:
@@ -158,7 +158,7 @@ class Zigzag:
 
         def one(x: Array) -> Array:
             axis = min(2, x.ndim - 1)
-            x = fill(x, axis=axis, multiple=2, value=FILLING if x.ndim == 2 else 0)
+            x = pad_to_multiple(x, axis=axis, multiple=2, value=FILLING if x.ndim == 2 else 0)
             even, odd = (
                 jax.lax.ppermute(half, self.axis, self._places(parity))
                 for parity, half in enumerate(jnp.split(x, 2, axis))
@@ -209,7 +209,7 @@ class Zigzag:
                 for way, tree in zip(self.ways, trees, strict=True)
             ]
 
-        def work(home, sums, guests, keys, products: Iterable[Product]):
+        def work(home, sums, guests, keys, products: Iterable[HalfProduct]):
             for product in products:
 
                 def run(sums, guests, product=product):
@@ -223,7 +223,7 @@ class Zigzag:
                     )
             return sums, guests
 
-        def work_all(sums, guests, keys, products: list[Iterable[Product]]):
+        def work_all(sums, guests, keys, products: list[Iterable[HalfProduct]]):
             done = map(work, home, sums, guests, keys, products)
             return tuple(map(list, zip(*done, strict=True)))
 
@@ -259,26 +259,26 @@ class Zigzag:
 
         return [(key, list(turns)) for key, turns in groupby(range(1, self.shards), kind)]
 
-    def own_products(self) -> Iterable[Product]:
+    def own_products(self) -> Iterable[HalfProduct]:
         """Yields the visible products with this device's own keys."""
-        yield Product((LOW, HIGH), (LOW, HIGH), self._diagonal)
-        yield Product((HIGH,), (LOW,), partial(self._equal_ids, (HIGH,), (LOW,)))
+        yield HalfProduct((LOW, HIGH), (LOW, HIGH), self._diagonal)
+        yield HalfProduct((HIGH,), (LOW,), partial(self._equal_ids, (HIGH,), (LOW,)))
         if self.reach:
             yield self._later_half(LOW, HIGH, self.device)
 
-    def products(self, source: Array, near: bool) -> Iterable[Product]:
+    def products(self, source: Array, near: bool) -> Iterable[HalfProduct]:
         """Yields the visible products with keys of device `source`.
 
         If `near`, some later halves may be visible.
         """
         half = jnp.where(source < self.device, LOW, HIGH)
         queries, keys = (HIGH, half), (LOW, half)
-        yield Product(queries, keys, partial(self._equal_ids, queries, keys))
+        yield HalfProduct(queries, keys, partial(self._equal_ids, queries, keys))
         if near:
             yield self._later_half(1 - half, 1 - half, source)
             yield self._later_half(LOW, HIGH, source)
 
-    def _later_half(self, query, key, source: Array) -> Product:
+    def _later_half(self, query, key, source: Array) -> HalfProduct:
         """Returns the product of queries with keys of a later half that is in the same block."""
         query_half, key_half = self._index(query, self.device), self._index(key, source)
 
@@ -288,7 +288,7 @@ class Zigzag:
                 self._ids_and_blocks(_half(key_ids, key), key_half),
             )
 
-        return Product((query,), (key,), visibility, key_half - query_half <= self.reach)
+        return HalfProduct((query,), (key,), visibility, key_half - query_half <= self.reach)
 
     def _equal_ids(self, queries, keys, query_ids: Array, key_ids: Array) -> Visibility:
         return Visibility(_halves(query_ids, queries), _halves(key_ids, keys))
@@ -319,7 +319,7 @@ class Zigzag:
         return ids_BC * (blocks + 1) + block_C
 
 
-def reach(tokens: int, *, shards: int, tokens_per_block: int) -> int:
+def ring_reach(tokens: int, *, shards: int, tokens_per_block: int) -> int:
     """Returns by how many halves a visible key can be later than its query.
 
     Args:

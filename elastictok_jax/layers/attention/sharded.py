@@ -11,7 +11,13 @@ import jax
 from jax.sharding import PartitionSpec
 
 from elastictok_jax.errors import UsageError
-from elastictok_jax.layers.attention.kernel import FILLING, Array, Kernel, Visibility, fill
+from elastictok_jax.layers.attention.kernel import (
+    FILLING,
+    Array,
+    Kernel,
+    Visibility,
+    pad_to_multiple,
+)
 from elastictok_jax.layers.attention.ring import RingKernel
 from elastictok_jax.parallel.sharding import logical_axis_shards
 
@@ -53,9 +59,9 @@ class ShardedKernel:
             )
         arrays = [*inputs, *more.values()]
         specs = [PartitionSpec(*self.spec[: x.ndim]) for x in arrays]
-        arrays = [fill(x, axis=2, multiple=self.sequence_shards) for x in arrays]
+        arrays = [pad_to_multiple(x, axis=2, multiple=self.sequence_shards) for x in arrays]
         ids_BS = visibility.query_ids_BS
-        ids_BS = fill(ids_BS, axis=1, multiple=self.sequence_shards, value=FILLING)
+        ids_BS = pad_to_multiple(ids_BS, axis=1, multiple=self.sequence_shards, value=FILLING)
 
         def on_device(ids_BS, ranks_BS, *arrays):
             ranks = dict(query_ranks_BS=ranks_BS, key_ranks_BT=ranks_BS)

@@ -13,7 +13,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask_info as mask_info
 
 from elastictok_jax.layers.attention.blockwise import BlockwiseKernel
-from elastictok_jax.layers.attention.kernel import FILLING, Array, Visibility, fill
+from elastictok_jax.layers.attention.kernel import FILLING, Array, Visibility, pad_to_multiple
 
 LANES = 128
 # Maximum queries and keys per tile such that all buffers fit a core's VMEM.
@@ -57,7 +57,7 @@ class SplashKernel:
         *inputs, ids = self._inputs(query_BHSK, key_BHTK, value_BHTK, visibility)
         kernel = self._kernel(inputs[0].shape, inputs[1].shape[2], visibility.tokens_per_block)
         out, grad = (_filled(x.astype(value_BHTK.dtype)) for x in (out_BHSK, grad_BHSK))
-        lse = fill(lse_BHS, axis=2, multiple=LANES)
+        lse = pad_to_multiple(lse_BHS, axis=2, multiple=LANES)
 
         def one_row(inputs, ids, out, lse, grad):
             tiles = (kernel.dq_mask_info, kernel.dkv_mask_info)
@@ -77,7 +77,7 @@ class SplashKernel:
         scaled = query_BHSK.astype(jnp.float32) * query_BHSK.shape[-1] ** -0.5
         inputs = (scaled.astype(query_BHSK.dtype), key_BHTK, value_BHTK)
         ids = (
-            fill(x, axis=1, multiple=LANES, value=FILLING)
+            pad_to_multiple(x, axis=1, multiple=LANES, value=FILLING)
             for x in (visibility.query_ids_BS, visibility.key_ids_BT)
         )
         return *(_filled(x) for x in inputs), splash.SegmentIds(*ids)
@@ -161,4 +161,4 @@ def _tile(tokens: int) -> int:
 
 def _filled(x_BHSK: Array) -> Array:
     """Pads with zeros to multiples of LANES, which changes no score."""
-    return fill(fill(x_BHSK, axis=2, multiple=LANES), axis=3, multiple=LANES)
+    return pad_to_multiple(pad_to_multiple(x_BHSK, axis=2, multiple=LANES), axis=3, multiple=LANES)

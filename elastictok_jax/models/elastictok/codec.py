@@ -22,7 +22,7 @@ from elastictok_jax.layers.transformer import PAST, PRESENT
 from elastictok_jax.models.autoencoder import patch_geometry
 from elastictok_jax.models.base import Geometry
 from elastictok_jax.models.elastictok.model import ElasticTok, build_model, init_params
-from elastictok_jax.pixels import to_float, to_uint8
+from elastictok_jax.pixels import pixels_to_float, pixels_to_uint8
 
 Array = jax.Array
 
@@ -125,7 +125,9 @@ class ElasticTokCodec:
     def _encode(self):
         @jax.jit
         def encode(params, kv, inputs_LD, keep_CL, place):
-            values_CLD = jnp.broadcast_to(to_float(inputs_LD), (len(keep_CL), *inputs_LD.shape))
+            values_CLD = jnp.broadcast_to(
+                pixels_to_float(inputs_LD), (len(keep_CL), *inputs_LD.shape)
+            )
             return self._apply("encode", params, values_CLD, keep_CL, kv=kv, place=place)
 
         return encode
@@ -135,7 +137,7 @@ class ElasticTokCodec:
         @jax.jit
         def decode(params, kv, codes, keep_CL, place):
             patches_CLD, present = self._apply("decode", params, codes, keep_CL, kv=kv, place=place)
-            return self.unpack(to_uint8(patches_CLD)), present
+            return self.unpack(pixels_to_uint8(patches_CLD)), present
 
         return decode
 
@@ -164,7 +166,11 @@ class ElasticTokCodec:
 
     def encode_rows(self, params, inputs: Array, keep: Array, segments: Array) -> Array:
         codes: Any = self.model.apply(
-            {"params": params}, to_float(inputs), keep, self.row_layout(segments), method="encode"
+            {"params": params},
+            pixels_to_float(inputs),
+            keep,
+            self.row_layout(segments),
+            method="encode",
         )
         return codes
 
@@ -172,19 +178,19 @@ class ElasticTokCodec:
         decoded: Any = self.model.apply(
             {"params": params}, codes, keep, self.row_layout(segments), method="decode"
         )
-        return to_uint8(decoded)
+        return pixels_to_uint8(decoded)
 
     def flops_per_row(self, half: str) -> float:
         """Counts 2 for each weight of a matrix, and 4 x width a visible key a layer."""
         part = {"encode": "encoder", "decode": "decoder"}[half]
         geometry, model = self.geometry, self.config.model
-        weights = matrix_weights(self.params_shapes()[part])
+        weights = count_matrix_weights(self.params_shapes()[part])
         visible_keys = geometry.tokens * (geometry.window + 1) / 2
         attention = 4.0 * model[f"{part}_layers"] * model.width * visible_keys
         return geometry.row_inputs * (2.0 * weights + attention)
 
 
-def matrix_weights(shapes) -> int:
+def count_matrix_weights(shapes) -> int:
     """Returns how many weights the matrices of a tree of parameters have."""
     leaves = jax.tree_util.tree_flatten_with_path(shapes)[0]
     return sum(math.prod(leaf.shape) for path, leaf in leaves if path[-1].key == "kernel")

@@ -14,7 +14,7 @@ from flax import struct
 
 from elastictok_jax.layers.attention.api import SequenceLayout
 from elastictok_jax.layers.bottlenecks import FSQ, VAE
-from elastictok_jax.layers.scan_layout import with_layout
+from elastictok_jax.layers.scan_layout import stack_or_unstack
 from elastictok_jax.layers.transformer import SMALL_INIT, LayerSpec, transformer_layers
 
 Array = jax.Array
@@ -167,7 +167,7 @@ def init_params(model: ElasticTok, key: Array):
     def unbox_layers(weight: nn.Partitioned) -> list[nn.Partitioned]:
         return [weight.replace(value=value, names=weight.names[1:]) for value in weight.value]
 
-    return with_layout(
+    return stack_or_unstack(
         params,
         stacked=model.spec.scan_layers,
         unstack=unbox_layers,

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 from elastictok_jax.models.autoencoder import Autoencoded
-from elastictok_jax.models.elastictok.codec import ElasticTokCodec, matrix_weights
+from elastictok_jax.models.elastictok.codec import ElasticTokCodec, count_matrix_weights
 from elastictok_jax.models.elastictok.model import init_params
 from elastictok_jax.parallel.mesh import Divided, require_divided
 
@@ -43,7 +43,7 @@ class ElasticTokNetwork:
         """Counts 6 for each weight of a matrix (2 forward, 4 backward), and 12 x width a visible
         key a layer for scores and mixing; a token sees (N + 1) / 2 of N blocks on average."""
         geometry, model = self.codec.geometry, self.codec.config.model
-        weights = matrix_weights(self.codec.params_shapes())
+        weights = count_matrix_weights(self.codec.params_shapes())
         layers = model.encoder_layers + model.decoder_layers
         visible_keys = geometry.tokens * (geometry.window + 1) / 2
         per_token = 6.0 * weights + 12.0 * layers * model.width * visible_keys

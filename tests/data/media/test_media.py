@@ -576,11 +576,12 @@ def test_what_would_be_scaled_beyond_the_limit_is_refused_before_it_is_made(file
 
 def test_the_ends_of_a_strip_are_not_scaled_up(tmp_path):
     strip = real_frames(count=3)[:, :8]  # 114 x 8, longer than four times its width
-    np.testing.assert_array_equal(media.middle(strip, longest=4), strip[:, :, 41:73])
+    np.testing.assert_array_equal(media.crop_long_strip(strip, longest=4), strip[:, :, 41:73])
     np.testing.assert_array_equal(
-        media.middle(strip.transpose(0, 2, 1, 3), longest=4)[0], strip[0, :, 41:73].swapaxes(0, 1)
+        media.crop_long_strip(strip.transpose(0, 2, 1, 3), longest=4)[0],
+        strip[0, :, 41:73].swapaxes(0, 1),
     )
-    assert media.middle(strip, longest=16).shape == strip.shape
+    assert media.crop_long_strip(strip, longest=16).shape == strip.shape
     media.write_video(tmp_path / "a.mkv", strip, fps=24, codec="ffv1")
     with media.VideoReader(tmp_path / "a.mkv") as reader:
         np.testing.assert_array_equal(

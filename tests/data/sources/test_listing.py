@@ -9,7 +9,7 @@ import pytest
 
 from elastictok_jax.data.media import MediaLimits
 from elastictok_jax.data.prepare.plan import plan_prepare
-from elastictok_jax.data.prepare.transcode import Settings
+from elastictok_jax.data.prepare.transcode import TranscodeSettings
 from elastictok_jax.data.sources.file_source import EMBEDDED, FileSource
 from elastictok_jax.data.sources.listing import ignored_text, list_media
 from elastictok_jax.errors import UsageError
@@ -122,7 +122,7 @@ def test_a_plan_says_what_it_leaves_out(tmp_path):
     put(tmp_path / "a.jpg")
     (tmp_path / "a.txt").write_text("")
     (tmp_path / "gone.mp4").symlink_to("nowhere.mp4")
-    settings = Settings(resolution=0, crf=18, scene_cuts=False, limits=MediaLimits())
+    settings = TranscodeSettings(resolution=0, crf=18, scene_cuts=False, limits=MediaLimits())
     plan = plan_prepare([str(tmp_path)], settings=settings, shard_mib=1e-320)
     assert (plan.ignored, list(plan.unreadable)) == ({".txt": 1}, [str(tmp_path / "gone.mp4")])
     assert len(plan.shards) == 1

@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from elastictok_jax.config import override, resolve
+from elastictok_jax.config import apply_overrides, resolve_config
 from elastictok_jax.data import media
-from elastictok_jax.data.sources.base import held_out, name_place
+from elastictok_jax.data.sources.base import held_out, name_hash
 from elastictok_jax.data.sources.file_source import EMBEDDED, FileSource
 from elastictok_jax.data.sources.listing import list_media
 from elastictok_jax.data.sources.splits import open_splits
@@ -25,8 +25,8 @@ KIND = "data.sources.main.kind"
 
 def config_for(source, **overrides):
     config = get_experiment("quickstart")
-    override(config, {"data.sources.main.path": str(source)} | overrides)
-    return resolve(config)
+    apply_overrides(config, {"data.sources.main.path": str(source)} | overrides)
+    return resolve_config(config)
 
 
 def picture(seed: int) -> np.ndarray:
@@ -34,7 +34,7 @@ def picture(seed: int) -> np.ndarray:
 
 
 def places(names) -> np.ndarray:
-    return np.array([name_place(name) for name in names], np.uint64)
+    return np.array([name_hash(name) for name in names], np.uint64)
 
 
 def names_of(feeds) -> list[str]:

@@ -14,11 +14,11 @@ import tensorflow_datasets as tfds
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from elastictok_jax.config import override, resolve
+from elastictok_jax.config import apply_overrides, resolve_config
 from elastictok_jax.data import media
 from elastictok_jax.data.media import MediaError, color
-from elastictok_jax.data.prepare.supervisor import prepare
-from elastictok_jax.data.prepare.transcode import Settings
+from elastictok_jax.data.prepare.supervisor import prepare_data_set
+from elastictok_jax.data.prepare.transcode import TranscodeSettings
 from elastictok_jax.data.sources import tfds_records
 from elastictok_jax.data.sources.file_source import EMBEDDED
 from elastictok_jax.data.sources.splits import open_splits
@@ -27,7 +27,7 @@ from elastictok_jax.errors import UsageError
 from elastictok_jax.experiment_registry import get_experiment
 from tests.tiny import reader_of
 
-SETTINGS = Settings(resolution=64, crf=20, scene_cuts=False, limits=media.LIMITS)
+SETTINGS = TranscodeSettings(resolution=64, crf=20, scene_cuts=False, limits=media.LIMITS)
 REAL = os.environ.get("ELASTICTOK_MEDIA")  # a folder with further real clips
 
 
@@ -46,7 +46,7 @@ def decode_in_order(data: bytes) -> np.ndarray:
 def prepared(tmp_path_factory):
     """Prepares the embedded footage as a data set of several shards."""
     folder = tmp_path_factory.mktemp("prepared") / "set"
-    prepare([str(EMBEDDED)], output=folder, settings=SETTINGS, jobs=2, shard_mib=1)
+    prepare_data_set([str(EMBEDDED)], output=folder, settings=SETTINGS, jobs=2, shard_mib=1)
     return folder
 
 
@@ -155,8 +155,8 @@ def test_frames_are_exact_across_parts(tmp_path, monkeypatch):
 @pytest.mark.skipif(not REAL, reason="ELASTICTOK_MEDIA names no folder of clips")
 def test_frames_of_further_real_clips_are_exact(tmp_path):
     folder = tmp_path / "set"
-    options = Settings(resolution=128, crf=20, scene_cuts=False, limits=media.LIMITS)
-    prepare([REAL], output=folder, settings=options, jobs=2)
+    options = TranscodeSettings(resolution=128, crf=20, scene_cuts=False, limits=media.LIMITS)
+    prepare_data_set([REAL], output=folder, settings=options, jobs=2)
     assert check_frames_are_exact(folder) > 3
 
 
@@ -222,8 +222,8 @@ def test_bad_data_sets_are_said(prepared, tmp_path):
 def test_sources_pickle_and_train_like_before(prepared):
     config = get_experiment("quickstart")
     values = {"data.sources.main.path": str(prepared), "video.resolution": 32}
-    override(config, values | {"data.batch_size": 2, "masking.min_tokens": 1})
-    config = resolve(config)
+    apply_overrides(config, values | {"data.batch_size": 2, "masking.min_tokens": 1})
+    config = resolve_config(config)
     reader = reader_of(config, open_splits(config), split="train")
     first = [reader(k) for k in (0, 3)]
     again = pickle.loads(pickle.dumps(reader))
@@ -289,11 +289,11 @@ def test_any_tfds_data_set_of_pictures(tmp_path, builder):
     assert len(set(source.place.tolist())) == 8
     config = get_experiment("quickstart")
     values = {"data.sources.main.path": str(folder), "data.sources.main.heldout_split": "test"}
-    override(config, values)
-    feeds = open_splits(resolve(config))
+    apply_overrides(config, values)
+    feeds = open_splits(resolve_config(config))
     assert [len(feed.items) for feed in (*feeds.train, *feeds.heldout)] == [8, 3]
     # And it can be prepared.
-    report = prepare([str(folder)], output=tmp_path / "set", settings=SETTINGS, jobs=1)
+    report = prepare_data_set([str(folder)], output=tmp_path / "set", settings=SETTINGS, jobs=1)
     assert report["video_clips" if builder.sequences else "images"] == 8
 
 

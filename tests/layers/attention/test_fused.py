@@ -139,7 +139,7 @@ def test_half_precision_uses_its_own_tiles():
 def test_what_it_cannot_take_is_named_with_the_fix(shape, dtype, fix):
     array = jax.ShapeDtypeStruct((shape[0], shape[2], shape[1], shape[3]), np.dtype(dtype))
     with pytest.raises(UsageError, match=fix):
-        fused.check(array, array)
+        fused.check_fused(array, array)
 
 
 def test_auto_does_not_choose_it_before_it_is_measured():

@@ -10,7 +10,12 @@ from hypothesis import strategies as st
 from elastictok_jax.layers.attention.blockwise import BlockwiseKernel, visible_tiles
 from elastictok_jax.layers.attention.dense import DenseKernel, dense_attention
 from elastictok_jax.layers.attention.fused import FusedKernel
-from elastictok_jax.layers.attention.kernel import HIDDEN_SCORE, Visibility, flash_attention, merge
+from elastictok_jax.layers.attention.kernel import (
+    HIDDEN_SCORE,
+    Visibility,
+    flash_attention,
+    merge_softmax,
+)
 from elastictok_jax.layers.attention.splash import SplashKernel
 
 B, S, H, K = 2, 330, 2, 8
@@ -108,7 +113,7 @@ def test_parts_of_the_keys_add_up_to_the_whole(kernel):
     lowest = jnp.min(jnp.stack([lse for _, lse in results]))
     assert lowest < HIDDEN_SCORE / 10  # a clip that lies in one part only
     assert np.isfinite(np.asarray(results[0][0])).all()
-    out, lse = merge(*results[0], *results[1])
+    out, lse = merge_softmax(*results[0], *results[1])
     grads = [
         backward(query, *part, out_BHSK=out, lse_BHS=lse, grad_BHSK=cotangent) for part in parts
     ]

@@ -12,7 +12,7 @@ from elastictok_jax.interop.published import import_published
 from elastictok_jax.layers.attention.api import SequenceLayout
 from elastictok_jax.layers.patching import patchify
 from elastictok_jax.models.elastictok.model import build_model
-from elastictok_jax.pixels import to_float
+from elastictok_jax.pixels import pixels_to_float
 from elastictok_jax.storage.safetensors import load_params
 from tests.tiny import block_tokens
 
@@ -37,14 +37,14 @@ def case(request, tmp_path_factory):
 
 def forward(case, *, backend, segments):
     config, params, io = case
-    config_lib.override(config, {"compute.attention": backend})
+    config_lib.apply_overrides(config, {"compute.attention": backend})
     places = SequenceLayout(
         positions_S=jnp.arange(segments.shape[1], dtype=jnp.int32),
         segments_BS=jnp.asarray(segments, jnp.int32),
         tokens_per_block=block_tokens(config),
     )
     model = build_model(config)
-    target = to_float(jnp.asarray(io["patches"]))
+    target = pixels_to_float(jnp.asarray(io["patches"]))
     return jax.jit(model.apply)({"params": params}, target, io["encoding_mask"], places)
 
 

@@ -387,7 +387,7 @@ def test_an_interrupted_stream_keeps_its_blocks(tokenizer):
         yield from frames[:6]
         raise KeyboardInterrupt
 
-    camera = FrameStream("camera", until_ctrl_c(), 16, 16, fps=10.0, frames=None)
+    camera = FrameStream("camera", until_ctrl_c(), 16, 16, fps=10.0, num_frames=None)
     tokens = _encode_in_order(tokenizer, camera, Goal(tokens=3))
     assert camera.fault == "camera was interrupted"
     assert_codes(tokens, tokenizer.encode(frames[:4], tokens=3))
@@ -444,7 +444,7 @@ def test_bad_files_and_options_are_named(refused, tmp_path):
         ((tmp_path / "no.mp4", *encode), "no.mp4: no such file"),
         ((tmp_path / "in.mp4", *encode), "in.mp4: not a video"),
         ((tmp_path, *encode), "unknown suffix"),
-        ((image, "-o", tmp_path / "clip.png", "--tokens", 3), "ends in .etok"),
+        ((image, "-o", tmp_path / "clip.png", "--tokens", 3), "end in .etok"),
         ((image, "-o", tmp_path / "folder.etok", "--tokens", 3), "is a folder: name a file"),
         ((image, "-o", tmp_path / "no" / "a.etok", "--tokens", 3), "folder does not exist"),
         ((image, "-o", "/proc/a.etok", "--tokens", 3), "-o /proc/a.etok cannot be written"),
@@ -456,7 +456,7 @@ def test_bad_files_and_options_are_named(refused, tmp_path):
         ((image, *encode, "--search", "magic"), "search 'magic': choose one of hybrid"),
         ((image, *encode[:-1], 9), "whole numbers from 1 to 8"),
         ((image, *encode[:-2], "--budget", 2), "a fraction of all tokens"),
-        (("-", *encode[:-2], "--total-tokens", 2), "with a pipe give --budget"),
+        (("-", *encode[:-2], "--total-tokens", 2), "for a pipe give --budget"),
     ]:
         assert message in refused("encode", *words)
         assert not (tmp_path / "clip.etok").exists()

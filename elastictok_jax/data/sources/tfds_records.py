@@ -131,7 +131,7 @@ def write_metadata(
         data_dir=os.fspath(directory),
         module_name="",
     )
-    info = tfds.core.DatasetInfo(builder=identity, tfds_features=tfds_features())
+    info = tfds.core.DatasetInfo(builder=identity, features=tfds_features())
     info.set_file_format(tfds.core.FileFormat.ARRAY_RECORD)
     template = tfds.core.ShardedFileTemplate(
         dataset_name=DATASET,

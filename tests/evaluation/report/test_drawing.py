@@ -33,7 +33,7 @@ def test_long_names_lose_their_middle():
 def test_every_name_is_drawn_and_in_the_legend(tmp_path):
     figure, axes = plt.subplots()
     for name in NAMES:
-        axes.plot([1, 10], [0.1, 10], plot_label=plot_label(name))
+        axes.plot([1, 10], [0.1, 10], label=plot_label(name))
     axes.set(xscale="log", yscale="log", title=plot_label("$"))
     log_ticks(axes.xaxis, axes.yaxis)
     legend = axes.legend()

@@ -85,9 +85,9 @@ class VideoReader:
     ) -> np.ndarray:
         """Reads frames at ascending `indices`: uint8 [T, H, W, 3].
 
-        Crops to `longest` as `crop_long_strip`, then resizes to `side` as `resize_shortest`. Only one
-        frame is held at full size. Raises MediaError for frames out of range, for frames that
-        cannot be decoded and if `side` makes them larger than LIMITS.
+        Crops to `longest` as `crop_long_strip`, then resizes to `side` as `resize_shortest`.
+        Only one frame is held at full size. Raises MediaError for frames out of range, for frames
+        that cannot be decoded and if `side` makes them larger than LIMITS.
         """
         wanted = [int(index) for index in indices]
         height, width = self.height, self.width

@@ -209,5 +209,5 @@ def test_ranks_on_a_mesh_equal_dense_and_a_ring_refuses_them():
     wanted = run(arrays, segments, ranks, backend="dense")
     for got, want in zip(results, wanted, strict=True):
         np.testing.assert_allclose(got, want, atol=1e-5, rtol=0)
-    with pytest.raises(UsageError, match=r"by ranks of tokens cannot be sharded .* mesh.sequence=1"):
+    with pytest.raises(UsageError, match=r"ranks of tokens cannot be sharded .* mesh.sequence=1"):
         in_mesh(run, mesh_of(sequence=2))(arrays, segments, ranks)

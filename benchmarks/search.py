@@ -38,6 +38,7 @@ from elastictok_jax.pixels import pixels_to_float
 from elastictok_jax.tokenizer.api import ElasticTokenizer
 from elastictok_jax.tokenizer.block_codec import CodedBlock
 from elastictok_jax.tokenizer.goal import Goal
+from elastictok_jax.tokenizer.search import SEARCHES
 from elastictok_jax.tokenizer.tiling import TileGrid
 from elastictok_jax.tokenizer.tokens import Tokens
 
@@ -196,7 +197,7 @@ def compare(
     tokenizer: ElasticTokenizer, clips: dict[str, np.ndarray], targets: list[float]
 ) -> Iterator[dict[str, Any]]:
     """A row for each method and target."""
-    methods = [m for m in METHODS if tokenizer.router is not None or "regression" not in m]
+    methods = [m for m in METHODS if tokenizer.router is not None or not SEARCHES[m].needs_router]
     short = {
         name: clip[: 4 * tokenizer.config.video.frames_per_block] for name, clip in clips.items()
     }

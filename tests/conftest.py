@@ -11,8 +11,6 @@ from pathlib import Path
 _CACHE = f"elastictok-jax-{getpass.getuser()}-py{sys.version_info.major}.{sys.version_info.minor}"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(tempfile.gettempdir()) / _CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-# Optimising tiny programs takes longer than running them as they are.
-os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 import hypothesis  # noqa: E402
 import numpy as np  # noqa: E402
@@ -38,6 +36,7 @@ def pytest_configure(config):
         import jax
 
         jax.config.update("jax_num_cpu_devices", devices)
+        jax.config.update("jax_disable_most_optimizations", True)  # they only cost time here
 
 
 def pytest_ignore_collect(collection_path, config):

@@ -300,9 +300,10 @@ class DeviceBatches:
         self._reader, self._sharding = reader, sharding
         self._queue: queue.Queue = queue.Queue(ON_DEVICE)
         self._closed = threading.Event()
-        share = float(reader.part.counted_BN.mean())  # blocks of all processes so far
-        self._given = round(share * reader.first_row * self._data.sequence_blocks)
-        self._replaced_before = round(share * replaced_before)
+        # The fraction of all blocks, also of those before, that this process counts.
+        fraction = float(reader.part.counted_BN.mean())
+        self._given = round(fraction * reader.first_row * self._data.sequence_blocks)
+        self._replaced_before = round(fraction * replaced_before)
         self.replaced = 0
         self._known: set[str] = set()
         self.new_faults: list[str] = []

@@ -115,10 +115,10 @@ def measure_clip(
         first = dataclasses.replace(
             clip, frames=clip.frames[: plan.search_blocks * grid.frames_per_block]
         )
-        for search in SEARCHES:
-            if tokenizer.router is not None or "regression" not in search:
-                found = _to_target(tokenizer, first, plan.main_target, search=search)
-                record |= _named(f"search/{search}", found)
+        for name, method in SEARCHES.items():
+            if tokenizer.router is not None or not method.needs_router:
+                found = _to_target(tokenizer, first, plan.main_target, search=name)
+                record |= _named(f"search/{name}", found)
     if frame_metrics.features is not None and len(clip.frames) > 1:
         record["original/features"] = frame_metrics.features(clip.frames)
     for share in measured_fractions(tokenizer):

@@ -39,6 +39,7 @@ from elastictok_jax.tokenizer.length_policies import (
     TargetError,
 )
 from elastictok_jax.tokenizer.router import FILE, Router
+from elastictok_jax.tokenizer.search import SEARCHES
 from elastictok_jax.tokenizer.tiling import TileGrid, checked_video, frames_in_blocks
 from elastictok_jax.tokenizer.tokens import Tokens, require_same_clip
 
@@ -342,7 +343,7 @@ class ElasticTokenizer:
         """
         assert goal.target is not None
         router = None
-        if "regression" in goal.search:  # hybrid needs fewer evaluations with the past as its guess
+        if SEARCHES[goal.search].needs_router:
             if goal.metric != "mse" or self.router is None:
                 fix = (
                     "give max_mse or min_psnr, or another search"

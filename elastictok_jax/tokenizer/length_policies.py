@@ -16,7 +16,7 @@ TYPICAL_SLOPE = -0.35
 # decide, so the length is measured again on its own.
 DOUBT = 1e-4
 POINTS = 12  # lengths at which a curve is measured to spend a budget
-RESERVE_BLOCKS = 16  # mean blocks that a stream may run ahead of its budget
+RESERVE_BLOCKS = 16  # tokens that a stream may overdraw, in blocks of mean length
 
 # Returns log error at every length, as `Router` does.
 Predict = Callable[[BlockEncoder], np.ndarray]
@@ -49,7 +49,7 @@ class TargetError:
         self, target: float, *, search: str, low: int, high: int, router: Predict | None = None
     ) -> None:
         self._target, self._low, self._high = target, low, high
-        self._search, self._router = SEARCHES[search], router
+        self._search, self._router = SEARCHES[search].search, router
         logs = np.log(np.arange(low, high + 1))
         middle = (logs[0] + logs[-1]) / 2
         self._guess = np.log(target) + TYPICAL_SLOPE * (logs - middle)

@@ -11,6 +11,7 @@ length and the most promising shorter ones have missed it.
 import dataclasses
 import math
 from collections.abc import Callable, Generator, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -114,13 +115,26 @@ def hybrid_search(problem: SearchProblem) -> Search:
     return (yield from _narrow(problem, propose, close=CLOSE))
 
 
-SEARCHES: dict[str, Callable[[SearchProblem], Search]] = {
-    "hybrid": hybrid_search,
-    "full": full_search,
-    "binned": binned_search,
-    "binary": binary_search,
-    "regression": regression_search,
-    "verified_regression": verified_regression_search,
+class SearchMethod(NamedTuple):
+    """A way to find a length.
+
+    Attributes:
+      search: starts a search.
+      needs_router: whether the guess must come from a router.
+    """
+
+    search: Callable[[SearchProblem], Search]
+    needs_router: bool = False
+
+
+# `hybrid` does not use a router: measurements on previous blocks lead to fewer evaluations.
+SEARCHES: dict[str, SearchMethod] = {
+    "hybrid": SearchMethod(hybrid_search),
+    "full": SearchMethod(full_search),
+    "binned": SearchMethod(binned_search),
+    "binary": SearchMethod(binary_search),
+    "regression": SearchMethod(regression_search, needs_router=True),
+    "verified_regression": SearchMethod(verified_regression_search, needs_router=True),
 }
 
 

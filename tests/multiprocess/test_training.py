@@ -194,7 +194,6 @@ def test_one_program_trains_twice_and_the_second_run_starts_with_the_first(tmp_p
         assert not (tmp_path / name / "lock.json").exists()
 
 
-@pytest.mark.slow
 def test_two_processes_go_on_from_the_checkpoint_before_a_damaged_one(tmp_path):
     workdir = tmp_path / "run"
     options = {"train.steps": 4, "train.checkpoint_every": 2, "train.keep_last": 3}

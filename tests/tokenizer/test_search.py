@@ -25,7 +25,7 @@ def run(name, curve, *, target, low=1, guess=None):
     """The length that a search chooses, and those it measured, in order."""
     high = low + len(curve) - 1
     guess = np.zeros(len(curve)) if guess is None else np.asarray(guess)
-    search = SEARCHES[name](SearchProblem(low, high, target, guess))
+    search = SEARCHES[name].search(SearchProblem(low, high, target, guess))
     measured: list[int] = []
     try:
         lengths = next(search)

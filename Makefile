@@ -9,8 +9,8 @@ quickstart: .venv/installed  ## train on the embedded footage, evaluate, draw th
 	$(BIN)/elastictok train quickstart --workdir runs/quickstart
 
 test: check  ## static checks and the fast tests
-	$(BIN)/python -m pytest -n 3
-	$(BIN)/python -m pytest -n 3 --devices 8 tests/eight_devices
+	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --devices 8 tests/eight_devices
 
 test-slow: .venv/installed-dev  ## the checks that take minutes
 	$(BIN)/python -m pytest -m slow

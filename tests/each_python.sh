@@ -24,8 +24,8 @@ for version in 3.11 3.12 3.13; do
     echo "== Python $version: $python"
     [ -d ".venv-$version" ] || "$python" -m venv ".venv-$version"
     if ".venv-$version/bin/pip" install -q -e '.[dev]' &&
-        ".venv-$version/bin/python" -m pytest -q -n 3 &&
-        ".venv-$version/bin/python" -m pytest -q -n 3 --devices 8 tests/eight_devices; then
+        ".venv-$version/bin/python" -m pytest -q -n 2 &&
+        ".venv-$version/bin/python" -m pytest -q -n 2 --devices 8 tests/eight_devices; then
         passed+=("$version")
     else
         failed+=("$version")

@@ -159,7 +159,8 @@ def step_consumption(*, steps: int) -> dict[str, float]:
     reader = task.reader(open_splits(config), split="train")
     batch = {key: jnp.asarray(value) for key, value in reader(0).items() if key != "faults"}
     step = jax.jit(make_train_step(task, config), donate_argnums=0)
-    state, metrics = step(init_state(task, config), batch, {})
+    state = jax.jit(lambda: init_state(task, config))()
+    state, metrics = step(state, batch, {})
     jax.block_until_ready(metrics)
 
     def run() -> int:

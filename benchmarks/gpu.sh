@@ -12,6 +12,7 @@
 # jax, flax and optax; the quick start needs all that setup.py names.
 #
 #     BUDGET=480     seconds for everything; steps that no time is left for are reported as such
+#     ONLY=REGEX     those steps alone, added to the report of the folder
 #     DRY=1          the same steps on tiny sizes, on any platform: a test of this script
 
 set -uo pipefail
@@ -24,7 +25,8 @@ budget=${BUDGET:-480}
 dry=${DRY:-}
 began=$SECONDS
 steps=$out/steps.tsv
-: >"$steps"
+only=${ONLY:-}
+if [[ -z $only ]]; then : >"$steps"; else touch "$steps"; fi
 
 left() { echo $((budget - (SECONDS - began))); }
 
@@ -32,6 +34,8 @@ left() { echo $((budget - (SECONDS - began))); }
 step() {
     local name=$1 limit=$2 start=$SECONDS status state
     shift 2
+    if [[ ! $name =~ $only && $name != install ]]; then return; fi
+    if [[ -n $dry ]]; then limit=$((limit * 4)); fi  # they are a GPU's
     if (($(left) < limit)); then limit=$(left); fi
     if ((limit < 5)); then
         state="skipped: no time left"
@@ -118,7 +122,6 @@ if [[ -n $dry ]]; then
         --config.compute.dtype=float32)
     quick=(--config.train.steps=4 --config.train.eval_every=4 --config.train.checkpoint_every=4
         --config.evaluation.report=False)
-    check=(--backends blockwise)
     many=2
 else
     sizes=(--seconds 0.2)
@@ -127,7 +130,6 @@ else
     small=()
     quick=(--config.train.steps=300 --config.train.eval_every=300
         --config.train.checkpoint_every=300 --config.evaluation.report=False)
-    check=()
     many=16
 fi
 
@@ -139,29 +141,32 @@ train_step() {
         --json "$out/train-$name.json" ${small[@]+"${small[@]}"} "$@"
 }
 
-step check 70 "$python" -m benchmarks.check_attention --json "$out/check.json" \
-    ${check[@]+"${check[@]}"}
-step attention 110 "$python" -m benchmarks.attention --json "$out/attention.json" "${sizes[@]}"
-train_step fused-dots-1 60 --config.compute.attention=fused --config.compute.remat=dots
-train_step blockwise-dots-1 60 --config.compute.attention=blockwise --config.compute.remat=dots
-train_step fused-attention-4 60 --config.compute.attention=fused --config.compute.remat=attention \
+step check-fused 60 "$python" -m benchmarks.check_attention --backends fused \
+    --json "$out/check-fused.json"
+step attention 100 "$python" -m benchmarks.attention --json "$out/attention.json" "${sizes[@]}"
+train_step fused-dots-1 40 --config.compute.attention=fused --config.compute.remat=dots
+train_step fused-attention-4 50 --config.compute.attention=fused --config.compute.remat=attention \
     --config.data.batch_size=4
-train_step fused-none-1 60 --config.compute.attention=fused --config.compute.remat=none
-train_step fused-lpips-1 60 --config.compute.attention=fused --config.compute.remat=dots \
+train_step fused-none-1 40 --config.compute.attention=fused --config.compute.remat=none
+train_step fused-lpips-1 40 --config.compute.attention=fused --config.compute.remat=dots \
     --config.loss.lpips_weight=0.1
 tiles=blockwise:256x512,blockwise:512x1024,blockwise:1024x1024,blockwise:2048x2048
 # Those that XLA compiles for an H200 without spilling registers, forward at least.
 tiles+=,blockwise:4096x4096,fused:128x64x8,fused:128x128x8,fused:64x64x4,fused:64x32x4
-step tiles 60 "$python" -m benchmarks.attention --backends "$tiles" --json "$out/tiles.json" \
+step tiles 40 "$python" -m benchmarks.attention --backends "$tiles" --json "$out/tiles.json" \
     "${tune[@]}"
-train_step fused-dots-4 60 --config.compute.attention=fused --config.compute.remat=dots \
+train_step fused-dots-4 50 --config.compute.attention=fused --config.compute.remat=dots \
     --config.data.batch_size=4
-train_step fused-none-4 60 --config.compute.attention=fused --config.compute.remat=none \
+train_step fused-none-4 50 --config.compute.attention=fused --config.compute.remat=none \
     --config.data.batch_size=4
 train_step fused-attention-$many 60 --config.compute.attention=fused \
     --config.compute.remat=attention --config.data.batch_size=$many
 workdir=$(mktemp -d)
 step quickstart 60 "$python" -m elastictok_jax train quickstart --workdir "$workdir" "${quick[@]}"
 rm -rf "$workdir"
+# Last: on an H200 XLA took over a minute to compile each of these.
+train_step blockwise-dots-1 120 --config.compute.attention=blockwise --config.compute.remat=dots
+step check-blockwise 120 "$python" -m benchmarks.check_attention --backends dense,blockwise \
+    --json "$out/check-blockwise.json"
 
 "$python" -m benchmarks.gpu_report "$out" | tee "$out/report.md"

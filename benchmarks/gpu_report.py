@@ -62,8 +62,11 @@ def report(folder: Path) -> str:
         table([{"": key, "value": value} for key, value in environment().items()]),
         table([dict(step=name, result=state, seconds=took) for name, state, took in steps]),
     ]
+    checks = [json.loads(path.read_text()) for path in sorted(folder.glob("check-*.json"))]
+    if checks:
+        rows = [row for check in checks for row in check]
+        chapters.append(f"### Backends against the dense reference\n\n{table(rows)}")
     for name, title in (
-        ("check", "Backends against the dense reference"),
         ("attention", "Attention by backend"),
         ("tiles", "Attention by size of tiles"),
     ):
@@ -71,13 +74,9 @@ def report(folder: Path) -> str:
         if not path.exists():
             continue
         results = json.loads(path.read_text())
-        heading = f"### {title}"
-        if isinstance(results, dict):
-            rows = results.pop("rows")
-            heading += "\n\n" + ", ".join(f"{key}: {value}" for key, value in results.items())
-        else:
-            rows = results
-        chapters.append(f"{heading}\n\n{table(rows)}")
+        rows = results.pop("rows")
+        setup = ", ".join(f"{key}: {value}" for key, value in results.items())
+        chapters.append(f"### {title}\n\n{setup}\n\n{table(rows)}")
     training = [training_row(path) for path in sorted(folder.glob("train-*.json"))]
     if training:
         chapters.append(f"### Training step of the 200m model\n\n{table(training)}")

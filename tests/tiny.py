@@ -2,6 +2,10 @@
 
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+
 from elastictok_jax.config import apply_overrides, default_config, resolve_config
 from elastictok_jax.data.pipeline import BatchReader
 from elastictok_jax.models.registry import open_family
@@ -41,9 +45,29 @@ def mesh_of(config, devices=None):
     return make_mesh(config, devices, check_model=task_of(config).check_mesh)
 
 
-def init_state(config):
-    """Returns the state at step 0."""
-    return state.init_state(task_of(config), config)
+def made_up_state(config):
+    """Returns a state at step 0 with weights from NumPy: real ones take seconds to compile.
+
+    As in real ones, branches and the decoder end in small weights.
+    """
+    shapes = jax.eval_shape(lambda: state.init_state(task_of(config), config))
+    rng = np.random.default_rng(config.seed)
+
+    def weight(path, leaf):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        if name.endswith("scale"):
+            return jnp.ones(leaf.shape, leaf.dtype)
+        is_end = name.endswith(("/out/kernel", "/down/kernel", "decoder/out_proj/kernel"))
+        deviation = (0.1 if is_end else 1) / np.sqrt(np.prod(leaf.shape[:-1]))
+        return jnp.asarray(deviation * rng.standard_normal(leaf.shape), leaf.dtype)
+
+    params = jax.tree_util.tree_map_with_path(weight, shapes.params)
+    return state.TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        opt_state=jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes.opt_state),
+        ema_params=jax.tree.map(jnp.copy, {group: params[group] for group in shapes.ema_params}),
+    )
 
 
 def abstract_state(config, mesh):

@@ -40,7 +40,10 @@ class TrainState:
 
 def init_state(task: Task, config: ml_collections.ConfigDict) -> TrainState:
     """Returns the state at step 0, a function of `config.seed`."""
-    params = nn.meta.unbox(task.init(jax.random.key(config.seed)))
+    return _first_state(nn.meta.unbox(task.init(jax.random.key(config.seed))), task, config)
+
+
+def _first_state(params, task: Task, config: ml_collections.ConfigDict) -> TrainState:
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
@@ -59,8 +62,8 @@ def init_state(task: Task, config: ml_collections.ConfigDict) -> TrainState:
 
 def abstract_state(task: Task, config: ml_collections.ConfigDict, mesh: Mesh) -> TrainState:
     """Returns ShapeDtypeStructs with shardings; moments and averages are sharded as weights are."""
-    shapes = jax.eval_shape(lambda: init_state(task, config))
     boxed = jax.eval_shape(lambda: task.init(jax.random.key(0)))
+    shapes = jax.eval_shape(lambda params: _first_state(params, task, config), nn.meta.unbox(boxed))
     weights, everywhere = param_shardings(boxed, mesh), replicated(mesh)
     shardings: Any = TrainState(
         step=everywhere,  # type: ignore[arg-type]

@@ -36,7 +36,7 @@ from elastictok_jax.storage.atomic import remove_outputs
 from elastictok_jax.storage.safetensors import save_params
 from elastictok_jax.tokenizer.goal import Goal
 from tests.evaluation.report.test_page import PHONE, require_sound
-from tests.tiny import init_state
+from tests.tiny import made_up_state
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,7 @@ def model(tmp_path_factory):
     )
     config = resolve_config(config)
     (folder / "config.json").write_text(config_to_json(config))
-    params = jax.device_get(init_state(config).params["model"])
+    params = jax.device_get(made_up_state(config).params["model"])
     save_params(folder / "model.safetensors", params, metadata={})
     return folder
 
@@ -299,7 +299,7 @@ def test_a_model_of_continuous_latents(model, tmp_path):
     folder = tmp_path / "vae"
     folder.mkdir()
     (folder / "config.json").write_text(config_to_json(config))
-    params = jax.device_get(init_state(resolve_config(config)).params["model"])
+    params = jax.device_get(made_up_state(resolve_config(config)).params["model"])
     save_params(folder / "model.safetensors", params, metadata={})
     limits = EvaluationOverrides(targets="0.7", max_clips=1, max_blocks=1, search_blocks=0)
     results = evaluate_models([folder], output=tmp_path / "out", limits=limits)

@@ -14,7 +14,7 @@ from elastictok_jax.data.sources.splits import open_splits
 from elastictok_jax.evaluation.inspect_batch import batch_lengths, evenly_spaced
 from elastictok_jax.evaluation.report.drawing import shorten_label
 from elastictok_jax.experiment_registry import get_experiment
-from tests.tiny import block_tokens, init_state, make_train_step, reader_of, task_of
+from tests.tiny import block_tokens, made_up_state, make_train_step, reader_of, task_of
 
 SMALL = {
     "model.width": 16,
@@ -46,7 +46,7 @@ def test_lengths_are_those_that_the_step_draws():
     config = resolve_config(small_config())
     reader = reader_of(config, open_splits(config), split="train")
     step = jax.jit(make_train_step(config))
-    state = init_state(config)
+    state = made_up_state(config)
     for number in range(3):
         batch = {k: jnp.asarray(v) for k, v in reader(number).items() if k != "faults"}
         state, metrics = step(state, batch, {})

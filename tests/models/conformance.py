@@ -22,7 +22,7 @@ from elastictok_jax.tokenizer.search import SEARCHES
 from elastictok_jax.training.host_consensus import Votes
 from elastictok_jax.training.loop import train_experiment
 from elastictok_jax.training.metric_writers import read_metrics
-from tests.tiny import abstract_state, init_state, jit_train_step, mesh_of, sharded_init
+from tests.tiny import abstract_state, jit_train_step, mesh_of, sharded_init
 
 TIMES = {"step_seconds", "tokens_per_second", "model_flop_utilisation", "wait_fraction"}
 
@@ -55,16 +55,21 @@ def random_clip(config, *, blocks: int, extra_frames: int = 0):
     return np.clip(coarse + drift, 0, 255).astype(np.uint8).repeat(4, axis=1).repeat(4, axis=2)
 
 
+def initial_state(config):
+    """Returns the state at step 0."""
+    return sharded_init(config, abstract_state(config, mesh_of(config)))
+
+
 def tokenizer_of(config):
     """Returns a tokenizer with initial weights."""
     group = open_family(config).task.groups[0]
-    return ElasticTokenizer(config, init_state(config).params[group])
+    return ElasticTokenizer(config, initial_state(config).params[group])
 
 
 def check_clips_do_not_see_each_other(config) -> None:
     """Changing all pixels of one clip changes no bit of another, in its row or in others."""
     task, batch = open_family(config).task, random_batch(config)
-    params, frozen = init_state(config).params, task.frozen()
+    params, frozen = initial_state(config).params, task.frozen()
     step = jax.jit(task.evaluate)
 
     def made(patches):
@@ -84,7 +89,7 @@ def check_microbatches_add_up(config) -> None:
     """Losses and gradients of single rows, with the totals of the batch, sum to those of both."""
     task = open_family(config).task
     batch = jax.tree.map(jnp.asarray, random_batch(config))
-    params, frozen, totals = init_state(config).params, task.frozen(), task.totals(batch)
+    params, frozen, totals = initial_state(config).params, task.frozen(), task.totals(batch)
     for group in task.groups:
 
         @jax.jit

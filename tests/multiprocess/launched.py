@@ -46,7 +46,9 @@ def environment(devices: int = 1) -> dict[str, str]:
     # Python's tracker of shared memory speaks after a process that ended in haste, past its last
     # word.
     quiet = {"PYTHONWARNINGS": "ignore:resource_tracker"}
-    return kept | quiet | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
+    # Every process but the first compiles all programs anew: the cache is the first's.
+    quick = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    return kept | quiet | quick | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
 
 
 class Processes:

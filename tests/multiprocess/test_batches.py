@@ -17,7 +17,7 @@ from tests.tiny import reader_of
 
 SCRIPT = Path(__file__).with_name("read_batches.py")
 config_for = runpy.run_path(str(SCRIPT))["config_for"]
-BATCHES, SAVED_AT = 200, 77
+BATCHES, SAVED_AT = 80, 37
 
 
 def read(folder, *, processes, options=()):

@@ -4,7 +4,7 @@ from elastictok_jax import ElasticTokenizer
 from elastictok_jax.config import apply_overrides, default_config, resolve_config
 from elastictok_jax.data import media
 from elastictok_jax.data.sources.file_source import EMBEDDED
-from tests.tiny import init_state
+from tests.tiny import made_up_state
 
 LENGTH, SIDE = 8, 16  # tokens a block, pixels
 SMALL = {
@@ -19,7 +19,7 @@ def make_tokenizer(**overrides):
     config = default_config()
     apply_overrides(config, SMALL | overrides)
     config = resolve_config(config)
-    return ElasticTokenizer(config, init_state(config).params["model"])
+    return ElasticTokenizer(config, made_up_state(config).params["model"])
 
 
 def moving_clip(*, frames):

@@ -36,7 +36,7 @@ from elastictok_jax.tokenizer import etok
 from elastictok_jax.tokenizer.file_codec import _encode_in_order
 from elastictok_jax.tokenizer.goal import Goal
 from elastictok_jax.tokenizer.search import SEARCHES
-from tests.tiny import init_state
+from tests.tiny import made_up_state
 
 SMALL = {
     **{"model.width": 16, "model.mlp_width": 16, "model.heads": 1, "compute.dtype": "float32"},
@@ -52,7 +52,7 @@ def model(tmp_path_factory):
     apply_overrides(config, SMALL)
     config = resolve_config(config)
     (folder / "config.json").write_text(config_to_json(config))
-    params = jax.device_get(init_state(config).params["model"])
+    params = jax.device_get(made_up_state(config).params["model"])
     save_params(folder / "model.safetensors", params, metadata={})
     return folder
 

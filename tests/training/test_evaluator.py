@@ -8,7 +8,7 @@ from elastictok_jax.experiment_registry import get_experiment
 from elastictok_jax.models.rate_points import tokens_at_targets
 from elastictok_jax.storage.checkpoint import BestMetric, Checkpointer
 from elastictok_jax.training.evaluator import require_best_metric
-from tests.tiny import init_state, task_of
+from tests.tiny import made_up_state, task_of
 
 
 def test_thresholds_by_hand():
@@ -37,7 +37,7 @@ def test_the_best_checkpoint_is_kept(tmp_path, metric, values, kept):
     config = get_experiment("quickstart")
     config.model.width = config.model.mlp_width = 8
     config.model.encoder_layers = config.model.decoder_layers = 1
-    state = init_state(config)
+    state = made_up_state(config)
     options = dict(keep_last=1, keep_best=1, best=BestMetric(metric, lower="met" not in metric))
     checkpoints = Checkpointer(tmp_path, **options)
     for step, value in enumerate(values, start=1):

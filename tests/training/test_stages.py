@@ -22,6 +22,7 @@ SMALL = {
     "model.decoder_layers": 1,
     "video.resolution": 16,
     "masking.min_tokens": 1,
+    "loss.lpips_weight": 0,
     "data.packing_rows": 8,
     "train.steps": 6,
     "train.log_every": 2,

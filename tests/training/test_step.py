@@ -21,7 +21,7 @@ from elastictok_jax.models.elastictok.model import build_model
 from elastictok_jax.perceptual.lpips import lpips
 from elastictok_jax.perceptual.lpips_weights import load_lpips
 from elastictok_jax.training.optimizer import decayed_parameters, make_schedule
-from tests.tiny import codec_of, init_state, make_train_step
+from tests.tiny import codec_of, made_up_state, make_train_step
 
 F, SIDE, PATCH = 4, 16, (2, 8, 8)
 L, D = 8, 2 * 8 * 8 * 3
@@ -65,7 +65,7 @@ def some_batch(seed: int = 0):
 @functools.cache
 def initial(bottleneck: str, vae_dim: int):
     config = tiny(model__bottleneck=bottleneck, model__vae_dim=vae_dim)
-    return jax.jit(lambda: init_state(config), compiler_options=QUICK)()
+    return made_up_state(config)
 
 
 def start_of(config):

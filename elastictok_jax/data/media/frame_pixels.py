@@ -1,6 +1,5 @@
 """Converts decoded video frames to upright RGB pixels."""
 
-from typing import Any
 
 import av
 import numpy as np
@@ -60,12 +59,11 @@ def display_matrix(frame: av.VideoFrame) -> tuple[int, int, int, int]:
 
     x points right and y down (ISO/IEC 14496-12, 8.3.2). Only ratios and signs matter here.
     """
-    entries: Any = frame.side_data  # typed as a mapping in its stubs
-    for entry in entries:
-        if entry.type == SideDataType.DISPLAYMATRIX:
-            a, b, _, c, d, *_ = np.frombuffer(bytes(entry)[:36], np.int32).tolist()
-            return a, b, c, d
-    return 1, 0, 0, 1
+    entry = frame.side_data.get(SideDataType.DISPLAYMATRIX)
+    if entry is None:
+        return 1, 0, 0, 1
+    a, b, _, c, d, *_ = np.frombuffer(bytes(entry)[:36], np.int32).tolist()
+    return a, b, c, d
 
 
 def _upright(plane_HW: np.ndarray, matrix: tuple[int, int, int, int]) -> np.ndarray:

@@ -1,6 +1,5 @@
 """Converts decoded video frames to upright RGB pixels."""
 
-
 import av
 import numpy as np
 from av.sidedata.sidedata import Type as SideDataType

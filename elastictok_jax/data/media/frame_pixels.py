@@ -58,9 +58,9 @@ def display_matrix(frame: av.VideoFrame) -> tuple[int, int, int, int]:
 
     x points right and y down (ISO/IEC 14496-12, 8.3.2). Only ratios and signs matter here.
     """
-    entry = frame.side_data.get(SideDataType.DISPLAYMATRIX)
-    if entry is None:
+    if SideDataType.DISPLAYMATRIX not in frame.side_data:
         return 1, 0, 0, 1
+    entry = frame.side_data[SideDataType.DISPLAYMATRIX]
     a, b, _, c, d, *_ = np.frombuffer(bytes(entry)[:36], np.int32).tolist()
     return a, b, c, d
 

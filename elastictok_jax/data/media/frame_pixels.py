@@ -1,5 +1,7 @@
 """Converts decoded video frames to upright RGB pixels."""
 
+from typing import Any
+
 import av
 import numpy as np
 from av.sidedata.sidedata import Type as SideDataType
@@ -58,10 +60,11 @@ def display_matrix(frame: av.VideoFrame) -> tuple[int, int, int, int]:
 
     x points right and y down (ISO/IEC 14496-12, 8.3.2). Only ratios and signs matter here.
     """
-    if SideDataType.DISPLAYMATRIX not in frame.side_data:
+    entries: Any = frame.side_data  # a mapping by type, whatever the stubs say
+    if SideDataType.DISPLAYMATRIX not in entries:
         return 1, 0, 0, 1
-    entry = frame.side_data[SideDataType.DISPLAYMATRIX]
-    a, b, _, c, d, *_ = np.frombuffer(bytes(entry)[:36], np.int32).tolist()
+    matrix = bytes(entries[SideDataType.DISPLAYMATRIX])[:36]
+    a, b, _, c, d, *_ = np.frombuffer(matrix, np.int32).tolist()
     return a, b, c, d
 
 

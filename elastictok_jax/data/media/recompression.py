@@ -2,7 +2,10 @@
 
 import io
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
+from typing import BinaryIO
 
 import av
 import numpy as np
@@ -50,8 +53,11 @@ def recompress(frames_THWC, *, fps: float, codec: str, crf: int) -> Recompressed
         raise UsageError(f"{width}x{height} at {fps} frames a second: crop to even sizes, fps > 0")
     file = io.BytesIO()
     try:
-        with av.open(file, "w", format="matroska") as container:
-            _encode_for_size(container, frames_THWC, fps=fps, codec=codec, crf=crf)
+        # SVT-AV1, run by root, gives the thread that calls it real-time priority for good, and with
+        # it all threads and processes that this one starts later.
+        with ThreadPoolExecutor(1) as own_thread:
+            encoding = partial(_encode_for_size, frames_THWC, fps=fps, codec=codec, crf=crf)
+            own_thread.submit(encoding, file).result()
         out = np.empty_like(frames_THWC)
         to_rgb = ToRgb()
         with av.open(io.BytesIO(file.getvalue()), "r") as container:
@@ -70,20 +76,21 @@ def recompress(frames_THWC, *, fps: float, codec: str, crf: int) -> Recompressed
     return Recompressed(out, sum(sizes))
 
 
-def _encode_for_size(container, frames_THWC: np.ndarray, *, fps, codec, crf) -> None:
+def _encode_for_size(frames_THWC: np.ndarray, file: BinaryIO, *, fps, codec, crf) -> None:
     rate = exact_rate(fps)
     options = {"crf": str(crf)} | _CODEC_OPTIONS[codec] | color.WRITTEN_OPTIONS
-    stream = container.add_stream(codec, rate=rate, options=options)
-    stream.height, stream.width = frames_THWC.shape[1:3]
-    stream.pix_fmt = "yuv420p"
-    stream.codec_context.gop_size = len(frames_THWC)
-    stream.codec_context.colorspace = Colorspace.ITU709
-    to_yuv = color.FromRgb(stream.pix_fmt)
-    for number, pixels in enumerate(frames_THWC):
-        frame = to_yuv(pixels)
-        frame.pts, frame.time_base = number, 1 / rate
-        container.mux(stream.encode(frame))
-    container.mux(stream.encode(None))
+    with av.open(file, "w", format="matroska") as container:
+        stream = container.add_stream(codec, rate=rate, options=options)
+        stream.height, stream.width = frames_THWC.shape[1:3]
+        stream.pix_fmt = "yuv420p"
+        stream.codec_context.gop_size = len(frames_THWC)
+        stream.codec_context.colorspace = Colorspace.ITU709
+        to_yuv = color.FromRgb(stream.pix_fmt)
+        for number, pixels in enumerate(frames_THWC):
+            frame = to_yuv(pixels)
+            frame.pts, frame.time_base = number, 1 / rate
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
 
 
 def _packets_of_pictures(container, stream) -> Iterator[av.Packet]:

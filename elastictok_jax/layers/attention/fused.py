@@ -9,9 +9,9 @@ the other side, from the first to the last that may be visible. Scores never lea
 leading and trailing tiles hidden by blocks or clips are skipped. Scores are in base 2 inside the
 kernels, as is the hardware's exponential.
 
-Status: the kernels match the dense reference in the interpreter and on an H200, where they reach 40%
-of the matmul peak forward and backward (benchmarks/RESULTS.md; cuDNN, without a mask, 60%). jax
-0.12 deprecates Pallas for Triton; `make_kernel` raises an error if it is missing.
+Status: the kernels match the dense reference in the interpreter and on an H200, where they reach
+40% of the matmul peak forward and backward (benchmarks/RESULTS.md; cuDNN, without a mask, 60%).
+jax 0.12 deprecates Pallas for Triton; `make_kernel` raises an error if it is missing.
 """
 
 import dataclasses

@@ -24,6 +24,8 @@ from elastictok_jax.experiment_registry import get_experiment
 from elastictok_jax.hardware import CHIPS, GIB
 from tests.tiny import mesh_of
 
+pytestmark = pytest.mark.xdist_group("aot_report")  # one worker makes what they share
+
 TINY = {
     "model.width": 16,
     "model.mlp_width": 32,

@@ -22,6 +22,8 @@ from elastictok_jax.training.loop import train_experiment
 from elastictok_jax.training.metric_writers import MetricWriter, read_metrics
 from tests.training.test_loop import OPTIONS
 
+pytestmark = pytest.mark.xdist_group("damaged_state")  # one worker makes what they share
+
 RUN = OPTIONS | {"train.checkpoint_every": 2, "train.log_every": 1, "train.eval_every": 2}
 RUN |= {"train.steps": 4, "train.keep_last": 2, "train.keep_best": 1}
 

@@ -19,6 +19,8 @@ from elastictok_jax.training.initialise import initialise
 from elastictok_jax.training.metric_writers import read_metrics
 from tests.tiny import abstract_state, mesh_of
 
+pytestmark = pytest.mark.xdist_group("initialise")  # one worker makes what they share
+
 OPTIONS = {
     "model.width": 16,
     "model.mlp_width": 32,

@@ -23,6 +23,8 @@ from elastictok_jax.tokenizer.api import ElasticTokenizer
 from elastictok_jax.training.loop import train_experiment
 from elastictok_jax.training.metric_writers import MetricWriter, read_metrics
 
+pytestmark = pytest.mark.xdist_group("loop")  # one worker makes what they share
+
 OPTIONS = {
     "model.width": 16,
     "model.mlp_width": 32,

@@ -22,6 +22,8 @@ from elastictok_jax.storage.checkpoint import Checkpointer
 from elastictok_jax.training.metric_writers import read_metrics
 from tests.tiny import abstract_state
 
+pytestmark = pytest.mark.xdist_group("resume")  # one worker makes what they share
+
 STEPS, EVAL_EVERY = 60, 20
 OPTIONS = {
     "model.width": 16,

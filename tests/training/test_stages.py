@@ -15,6 +15,8 @@ from elastictok_jax.training.loop import train_experiment
 from elastictok_jax.training.metric_writers import read_metrics
 from tests.tiny import abstract_state, block_tokens, mesh_of, reader_of, task_of
 
+pytestmark = pytest.mark.xdist_group("stages")  # one worker makes what they share
+
 SMALL = {
     "model.width": 32,
     "model.mlp_width": 32,

@@ -28,6 +28,7 @@ from elastictok_jax.data.sources.tfds_records import RecordSource
 
 KITE = EMBEDDED / "heldout" / "bbb_kite.mp4"
 PHOTO = EMBEDDED / "heldout" / "photo_chelsea.jpg"
+ONE_WORKER = pytest.mark.xdist_group("prepare_many")  # which makes `many` once
 
 
 def run_prepare(*words) -> int:
@@ -167,6 +168,7 @@ def many(tmp_path_factory) -> tuple[Path, list[str], dict[str, bytes]]:
     return folder, options, result
 
 
+@ONE_WORKER
 def test_killed_at_three_random_moments(many, tmp_path):
     folder, options, expected = many
     target = tmp_path / "set"
@@ -188,6 +190,7 @@ def shard_names(names) -> list[str]:
     return sorted(name for name in names if "array_record" in name)
 
 
+@ONE_WORKER
 @pytest.mark.parametrize("last", ["index.safetensors", "report.json", "gone"])
 def test_killed_while_it_ends(many, tmp_path, last, monkeypatch):
     """Stops after each of the last renames in turn, as a kill would."""
@@ -220,6 +223,7 @@ def test_killed_while_it_ends(many, tmp_path, last, monkeypatch):
     assert_same(target, expected)
 
 
+@ONE_WORKER
 def test_killed_parent_leaves_no_process_and_no_damage(many, tmp_path):
     folder, options, expected = many
     words = (folder, "-o", tmp_path / "set", "--jobs", 2, *options)
@@ -241,6 +245,7 @@ def wait_for(condition, *, seconds: float = 60.0):
         time.sleep(0.02)
 
 
+@ONE_WORKER
 def test_two_machines_make_the_same(many, tmp_path, capsys):
     folder, options, expected = many
     words = (folder, "-o", tmp_path / "set", "--jobs", 2, *options)
@@ -257,6 +262,7 @@ def test_two_machines_make_the_same(many, tmp_path, capsys):
     assert_same(tmp_path / "set", expected)
 
 
+@ONE_WORKER
 def test_inputs_elsewhere_globs_and_urls_make_the_same(many, tmp_path):
     folder, options, expected = many
     shutil.copytree(folder, tmp_path / "elsewhere")
@@ -267,6 +273,7 @@ def test_inputs_elsewhere_globs_and_urls_make_the_same(many, tmp_path):
         assert_same(target, expected)
 
 
+@ONE_WORKER
 def test_other_options_or_inputs_are_refused(many, tmp_path, capsys):
     folder, options, _ = many
     target = tmp_path / "set"
@@ -459,6 +466,7 @@ def test_a_file_that_takes_too_long_is_skipped(slow_folder, tmp_path):
     assert report["video_clips"] == 1
 
 
+@ONE_WORKER
 @pytest.mark.parametrize("kib", [4, 60])
 def test_a_full_disk_ends_it_and_keeps_what_is_whole(many, tmp_path, kib):
     """Simulates a full disk by a limit on file sizes; with more room, the run resumes."""

@@ -1,5 +1,6 @@
 """Settings that all tests share. Compiled programs are kept between runs and by subprocesses."""
 
+import gc
 import getpass
 import os
 import sys
@@ -37,6 +38,12 @@ def pytest_configure(config):
 
         jax.config.update("jax_num_cpu_devices", devices)
         jax.config.update("jax_disable_most_optimizations", True)  # they only cost time here
+
+
+def pytest_collection_finish():
+    """Full garbage collections walk all that jax holds, more with every test: let them be rare."""
+    gc.freeze()
+    gc.set_threshold(100_000, 50, 50)
 
 
 def pytest_ignore_collect(collection_path, config):

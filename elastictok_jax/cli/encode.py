@@ -7,7 +7,7 @@ from elastictok_jax.cli.options import (
     LOCAL_TEXT,
     add_clip_options,
     add_goal_options,
-    goal_of,
+    goal_from_options,
     print_results,
 )
 from elastictok_jax.errors import UsageError
@@ -46,7 +46,7 @@ def run(args: argparse.Namespace, overrides: dict[str, str]) -> None:
         args.input,
         model=args.model,
         output=args.output,
-        goal=goal_of(args),
+        goal=goal_from_options(args),
         resolution=args.resolution,
         max_frames=args.max_frames,
         window_blocks=args.window_blocks,

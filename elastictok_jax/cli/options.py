@@ -47,7 +47,7 @@ def add_goal_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def goal_of(args: argparse.Namespace):
+def goal_from_options(args: argparse.Namespace):
     """Returns the `Goal` that the options of `add_goal_options` state."""
     from elastictok_jax.tokenizer.goal import GOALS, Goal
 

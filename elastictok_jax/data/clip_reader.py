@@ -14,9 +14,9 @@ from typing import NamedTuple
 import ml_collections
 import numpy as np
 
-from elastictok_jax.data.frame_rate import frames_read, recorded_at
+from elastictok_jax.data.frame_rate import count_frames_at_rate, recorded_frames_at_rate
 from elastictok_jax.data.media import MediaError
-from elastictok_jax.data.mixture import frame_step
+from elastictok_jax.data.mixture import mixture_frame_step
 from elastictok_jax.data.packing import PackedClip
 from elastictok_jax.data.sources.splits import SPLITS, SourceSplit
 
@@ -103,7 +103,7 @@ class ClipReader:
         """
         view = self._view(clip)
         frames = self._feeds[clip.feed].source.frames[clip.item]
-        count = min(most, int(frames_read(frames, view.step)))
+        count = min(most, int(count_frames_at_rate(frames, view.step)))
         return self._frames(clip, view, self._recorded(clip, view, np.arange(count)))
 
     def _substitute(self, clip: PackedClip) -> np.ndarray:
@@ -120,7 +120,7 @@ class ClipReader:
     def _view(self, clip: PackedClip) -> _View:
         """Draws the view of an item, so that all its blocks agree whichever process reads them."""
         feed = self._feeds[clip.feed]
-        step = float(frame_step(feed, np.array(clip.item)))
+        step = float(mixture_frame_step(feed, np.array(clip.item)))
         if not self._training:
             return _View(step, 0.5, 0.5, False)
         # A hash, as creating a numpy generator takes a tenth of the time to decode an image.
@@ -146,7 +146,7 @@ class ClipReader:
 
     def _recorded(self, clip: PackedClip, view: _View, numbers: np.ndarray) -> np.ndarray:
         frames = int(self._feeds[clip.feed].source.frames[clip.item])
-        return recorded_at(numbers, step=view.step, frames=frames)
+        return recorded_frames_at_rate(numbers, step=view.step, frames=frames)
 
     def _frames(self, clip: PackedClip, view: _View, indices: np.ndarray) -> np.ndarray:
         """Reads recorded frames at `indices`, cropped and maybe mirrored: uint8 [T, R, R, 3]."""

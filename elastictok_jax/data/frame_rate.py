@@ -3,7 +3,7 @@
 import numpy as np
 
 
-def step_between(recorded, fps: float) -> np.ndarray:
+def frame_rate_step(recorded, fps: float) -> np.ndarray:
     """Returns the step between frames to read, in recorded frames: float64 >= 1, as `recorded`.
 
     Args:
@@ -16,12 +16,12 @@ def step_between(recorded, fps: float) -> np.ndarray:
     return np.maximum(1.0, np.asarray(recorded) / fps)
 
 
-def frames_read(frames, step) -> np.ndarray:
+def count_frames_at_rate(frames, step) -> np.ndarray:
     """Counts the frames at 0, step, 2 step, ... below `frames`: int64."""
     return np.ceil(np.asarray(frames) / step).astype(np.int64)
 
 
-def recorded_at(numbers: np.ndarray, *, step: float, frames: int) -> np.ndarray:
+def recorded_frames_at_rate(numbers: np.ndarray, *, step: float, frames: int) -> np.ndarray:
     """Returns the recorded frame nearest to each of `numbers`, frames at the lower rate.
 
     Returns int64, ascending like `numbers`; the last of `frames` for times after the end.

@@ -13,7 +13,7 @@ import ml_collections
 import numpy as np
 from grain.experimental import index_shuffle
 
-from elastictok_jax.data.frame_rate import frames_read, step_between
+from elastictok_jax.data.frame_rate import count_frames_at_rate, frame_rate_step
 from elastictok_jax.data.packing import PackedClip, pack_clips
 from elastictok_jax.data.sources.splits import SPLITS, SourceSplit
 from elastictok_jax.errors import UsageError
@@ -22,16 +22,16 @@ MOST_IN_TABLE = 2**20
 EPOCHS_KEPT = 2  # cached orders of a stream
 
 
-def item_blocks(feed: SourceSplit, *, frames_per_block: int) -> np.ndarray:
+def mixture_item_blocks(feed: SourceSplit, *, frames_per_block: int) -> np.ndarray:
     """Returns the number of complete blocks in each item, at least one: int64 [m]."""
     items = feed.items
-    frames = frames_read(feed.source.frames[items], frame_step(feed, items))
+    frames = count_frames_at_rate(feed.source.frames[items], mixture_frame_step(feed, items))
     return np.maximum(1, frames // frames_per_block)
 
 
-def frame_step(feed: SourceSplit, items: np.ndarray) -> np.ndarray:
+def mixture_frame_step(feed: SourceSplit, items: np.ndarray) -> np.ndarray:
     """Returns the step between frames to read, in recorded frames: float64 >= 1, as `items`."""
-    return step_between(feed.source.fps[items], feed.settings.fps)
+    return frame_rate_step(feed.source.fps[items], feed.settings.fps)
 
 
 class Stream:
@@ -101,7 +101,7 @@ class Mixture:
         self.streams = [
             Stream(
                 feed.items,
-                item_blocks(feed, frames_per_block=per_block),
+                mixture_item_blocks(feed, frames_per_block=per_block),
                 longest=feed.settings.sequences * data.sequence_blocks,
                 seed=[*self._seed, feed.seed],
             )

@@ -15,7 +15,7 @@ import numpy as np
 from elastictok_jax.config import apply_overrides, resolve_config, source_config
 from elastictok_jax.data import media, packing
 from elastictok_jax.data.clip_reader import ClipReader
-from elastictok_jax.data.mixture import frame_step
+from elastictok_jax.data.mixture import mixture_frame_step
 from elastictok_jax.data.sources.splits import SourceSplit, open_splits
 from elastictok_jax.errors import UsageError
 from elastictok_jax.pixels import mse, psnr
@@ -137,7 +137,7 @@ def evaluation_clips(
             print(f"left out: {error}", file=sys.stderr)
             continue
         name = re.sub(r"\.\w+(@\d+)?$", r"\1", feed.source.name(item))  # without a suffix
-        rate = feed.source.fps[item] / frame_step(feed, np.array(item))
+        rate = feed.source.fps[item] / mixture_frame_step(feed, np.array(item))
         clips.append(EvalClip(name, frames, float(rate)))
     if not clips:
         raise UsageError("none of the clips to evaluate on can be read: see above")
@@ -189,7 +189,7 @@ def _distinct(names: Sequence[str]) -> list[str]:
     return list(distinct)
 
 
-def code_clip(
+def code_eval_clip(
     tokenizer: ElasticTokenizer,
     clip: EvalClip,
     *,

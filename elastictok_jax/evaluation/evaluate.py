@@ -23,13 +23,16 @@ from elastictok_jax.evaluation.measure import (
     MeasurementPlan,
     Record,
     coded_to_target,
-    describe_model,
+    measured_model_properties,
     measurement_plan,
 )
 from elastictok_jax.evaluation.measurement_store import measure_all
 from elastictok_jax.evaluation.report.drawing import plot_label
 from elastictok_jax.evaluation.report.page import write_report
-from elastictok_jax.evaluation.report.reconstructions import draw_report, write_side_by_side
+from elastictok_jax.evaluation.report.reconstructions import (
+    draw_reconstructions,
+    write_side_by_side,
+)
 from elastictok_jax.progress import Progress
 from elastictok_jax.storage.atomic import make_folder, remove_outputs, write_json
 from elastictok_jax.tokenizer.api import ElasticTokenizer
@@ -83,7 +86,7 @@ def evaluate_models(
             progress=progress.show,
         )
     measured = [
-        Measured(name, describe_model(tokenizer), of_model)
+        Measured(name, measured_model_properties(tokenizer), of_model)
         for name, tokenizer, of_model in zip(
             short_model_names(models), tokenizers, records, strict=True
         )
@@ -112,7 +115,7 @@ def evaluate_models(
     )
     most = sizes["tokens_per_block"]
     title = f"{plot_label(config.name)}: held-out clips, at most {most} tokens a block"
-    draw_report(output / "report.png", coded, title=title, curve=curve, **sizes)
+    draw_reconstructions(output / "report.png", coded, title=title, curve=curve, **sizes)
     video = output / "report.mp4"
     write_side_by_side(video, coded, **sizes)
     write_report(

@@ -29,7 +29,7 @@ class Measured:
     """A model and its records of every clip.
 
     Attributes:
-      name: its name in tables; facts: the output of `describe_model`.
+      name: its name in tables; facts: the output of `measured_model_properties`.
       records: by clip name.
     """
 

@@ -95,7 +95,7 @@ def measure_clip(
     grid = TileGrid(clip.frames.shape[:3], tokenizer.geometry)
     record: Record = {
         "pixels": np.asarray(math.prod(clip.frames.shape[:3])),
-        "energy": block_energy(clip.frames, frames_per_block=grid.frames_per_block),
+        "energy": measure_block_energy(clip.frames, frames_per_block=grid.frames_per_block),
         "cuts": scene_cuts(clip.frames),
     }
     fixed = tokenizer.geometry.fixed_tokens
@@ -156,7 +156,7 @@ def pixels_per_block(config: ml_collections.ConfigDict) -> int:
     return config.video.frames_per_block * config.video.resolution**2
 
 
-def describe_model(tokenizer: ElasticTokenizer) -> dict[str, Any]:
+def measured_model_properties(tokenizer: ElasticTokenizer) -> dict[str, Any]:
     """Returns the properties of a model that figures and tables use, as JSON values."""
     config, code = tokenizer.config, tokenizer.codec.code
     return {
@@ -195,7 +195,7 @@ def measured_fractions(tokenizer: ElasticTokenizer) -> tuple[float, ...]:
     return tuple(n / every for n in sorted(lengths) if tokenizer.min_tokens <= n <= every)
 
 
-def block_energy(frames_THWC: np.ndarray, *, frames_per_block: int) -> np.ndarray:
+def measure_block_energy(frames_THWC: np.ndarray, *, frames_per_block: int) -> np.ndarray:
     """Returns float64 [N], the mean high-frequency energy of the frames of each block.
 
     It is the energy of the luminance, on the [-1, 1] scale, at or above 0.25 cycles per pixel, half

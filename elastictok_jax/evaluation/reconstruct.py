@@ -7,9 +7,12 @@ import numpy as np
 
 from elastictok_jax.data.frame_stream import PIPE, open_frame_stream
 from elastictok_jax.errors import UsageError
-from elastictok_jax.evaluation.eval_clips import EvalClip, code_clip
+from elastictok_jax.evaluation.eval_clips import EvalClip, code_eval_clip
 from elastictok_jax.evaluation.report.drawing import plot_label
-from elastictok_jax.evaluation.report.reconstructions import draw_report, write_side_by_side
+from elastictok_jax.evaluation.report.reconstructions import (
+    draw_reconstructions,
+    write_side_by_side,
+)
 from elastictok_jax.storage.atomic import make_folder, remove_outputs, write_json
 from elastictok_jax.tokenizer.api import ElasticTokenizer
 from elastictok_jax.tokenizer.goal import Goal
@@ -44,13 +47,13 @@ def reconstruct_file(
     for note in stream.notes:
         print(f"note: {note}", file=sys.stderr)
     clip = EvalClip(Path(source).stem, frames, stream.fps)
-    coded = code_clip(tokenizer, clip, goals=[goal], progress=show_blocks)
+    coded = code_eval_clip(tokenizer, clip, goals=[goal], progress=show_blocks)
     sizes = dict(
         frames_per_block=tokenizer.config.video.frames_per_block,
         tokens_per_block=tokenizer.tokens_per_block,
     )
     remove_outputs(output, RECONSTRUCTION)
-    draw_report(
+    draw_reconstructions(
         output / "reconstruction.png",
         [(clip, coded)],
         title=f"{plot_label(clip.name)}: {goal}",

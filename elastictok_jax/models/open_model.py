@@ -64,7 +64,7 @@ def best_metric(config: ml_collections.ConfigDict, family: Family) -> BestMetric
     return BestMetric(name, family.task.better.get(name.removeprefix("eval/")) != "higher")
 
 
-def is_exported(folder: Path) -> bool:
+def is_exported_model(folder: Path) -> bool:
     """Returns whether a folder holds exported weights."""
     return (folder / WEIGHTS).is_file()
 
@@ -96,7 +96,7 @@ def open_model(
         raise UsageError(f"model {model} does not exist: give a workdir or an exported folder")
     config = read_config(folder / "config.json")
     family = open_family(config)
-    if is_exported(folder):
+    if is_exported_model(folder):
         if which is not None:
             raise UsageError(f"model {folder} is exported, and has no checkpoints to choose from")
         yield _Exported(folder, config, family)

@@ -60,7 +60,7 @@ class BlockCodes(Sequence[np.ndarray]):
         return int(self._ends[place - 1]) if place else 0
 
 
-def lengths_of_codes(codes: Sequence[np.ndarray]) -> np.ndarray:
+def block_code_lengths(codes: Sequence[np.ndarray]) -> np.ndarray:
     """Returns the number of tokens in each block, int32 [N]."""
     if isinstance(codes, BlockCodes):
         return codes.lengths

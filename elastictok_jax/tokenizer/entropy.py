@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from elastictok_jax.errors import UsageError
-from elastictok_jax.tokenizer.block_codes import BlockCodes, lengths_of_codes
+from elastictok_jax.tokenizer.block_codes import BlockCodes, block_code_lengths
 
 MAX_LEVELS = 256  # per dim: bounds the tables
 _SHARED_WEIGHT = 4  # weight of the dim's overall counts in a context, in observations
@@ -55,7 +55,7 @@ def encode_codes(codes: Sequence[np.ndarray], *, levels: tuple[int, ...]) -> np.
 
 def _encode(codes: Sequence[np.ndarray], levels: tuple[int, ...], *, stride: int) -> np.ndarray:
     codes_S = BlockCodes.of(codes).flat.astype(np.int32)
-    lengths = lengths_of_codes(codes).astype(np.int64)
+    lengths = block_code_lengths(codes).astype(np.int64)
     model, places = _Model(levels), _Places(lengths, stride=stride)
     encoder = _coder().stream.queue.RangeEncoder()
     for chunk in places.chunks():
@@ -199,7 +199,7 @@ def _likely_stride(codes: Sequence[np.ndarray], *, levels: tuple[int, ...]) -> i
     equal those that many blocks earlier.
     """
     count = len(codes)
-    lengths, flat = lengths_of_codes(codes).astype(np.int64), BlockCodes.of(codes).flat
+    lengths, flat = block_code_lengths(codes).astype(np.int64), BlockCodes.of(codes).flat
     width = min(int(lengths.max()), max(1, _STRIDE_SAMPLE // count))
     heads = np.full((count, width, len(levels)), -1, np.int32)
     is_code = np.arange(width) < lengths[:, None]

@@ -23,7 +23,7 @@ from safetensors.numpy import save
 from elastictok_jax.errors import UsageError
 from elastictok_jax.storage.atomic import replacing
 from elastictok_jax.tokenizer import entropy
-from elastictok_jax.tokenizer.block_codes import BlockCodes, lengths_of_codes
+from elastictok_jax.tokenizer.block_codes import BlockCodes, block_code_lengths
 
 FORMAT = "etok-2"
 CODINGS = ("plain", "entropy")
@@ -47,7 +47,7 @@ def write_fields(path: str | Path, fields: Mapping[str, Any], *, coding: str) ->
     except (ValueError, TypeError) as error:
         raise UsageError(f"{path} cannot be written: these tokens are unsound: {error}") from None
     codes, levels = fields["codes"], fields["levels"]
-    lengths = lengths_of_codes(codes)
+    lengths = block_code_lengths(codes)
     arrays = {"lengths": _smallest(lengths), "mse": fields["mse"], "met": fields["met"]}
     if coding == "plain":
         flat = BlockCodes.of(codes).flat
@@ -104,7 +104,7 @@ def check_fields(fields: Mapping[str, Any]) -> None:
     codes, levels = fields["codes"], fields["levels"]
     if not len(codes):
         raise ValueError("there are no blocks")
-    _check_blocks(fields["mse"], fields["met"], lengths=lengths_of_codes(codes))
+    _check_blocks(fields["mse"], fields["met"], lengths=block_code_lengths(codes))
     if not isinstance(codes, BlockCodes):
         if len({(code.dtype, code.shape[1:]) for code in codes}) != 1:
             raise ValueError("blocks have codes of several types")

@@ -19,7 +19,7 @@ import numpy as np
 import optax
 
 from elastictok_jax.data.clip_reader import ClipReader
-from elastictok_jax.data.mixture import item_blocks
+from elastictok_jax.data.mixture import mixture_item_blocks
 from elastictok_jax.data.packing import PackedClip
 from elastictok_jax.data.sources.splits import open_splits
 from elastictok_jax.errors import UsageError
@@ -65,17 +65,17 @@ def train_router(model: str | Path, *, blocks: int, steps: int) -> dict[str, flo
         if len(curves) % 100 == 0 or len(curves) == blocks:
             print(f"measured {len(curves)}/{blocks} blocks", file=sys.stderr)
     features_NF, curves_NK = np.stack(features), np.stack(curves)
-    held_back = held_back_items(items)
+    held_back = held_back_router_items(items)
     params, best_step = fit_router(
         features_NF, curves_NK, held_back=held_back, steps=steps, seed=tokenizer.config.seed
     )
     Router(params, tuple(lengths), tokenizer.fingerprint).save(folder)
     predicted = np.asarray(predict_errors(params, features_NF[held_back], knots=len(lengths)))
-    error = count_error(predicted, curves_NK[held_back], lengths)
+    error = router_count_error(predicted, curves_NK[held_back], lengths)
     return {"blocks": len(curves), "steps": best_step, "count_error": error}
 
 
-def held_back_items(items: Sequence[Hashable]) -> np.ndarray:
+def held_back_router_items(items: Sequence[Hashable]) -> np.ndarray:
     """Returns which blocks belong to held-back items, bool [N].
 
     An item may be drawn many times, so the split is by item rather than by block.
@@ -130,7 +130,9 @@ def training_clips(
         raise UsageError("the data sources have nothing to train a router on")
     rng = np.random.default_rng(config.seed)
     reader = ClipReader(feeds, config, split="train")
-    sizes = [item_blocks(feed, frames_per_block=config.video.frames_per_block) for feed in feeds]
+    sizes = [
+        mixture_item_blocks(feed, frames_per_block=config.video.frames_per_block) for feed in feeds
+    ]
     read = failed = 0
     while True:
         index = int(rng.integers(len(feeds)))
@@ -189,7 +191,9 @@ def fit_router(
     return jax.tree.map(np.asarray, params), best[2]
 
 
-def count_error(predicted_NK: np.ndarray, curves_NK: np.ndarray, lengths: list[int]) -> float:
+def router_count_error(
+    predicted_NK: np.ndarray, curves_NK: np.ndarray, lengths: list[int]
+) -> float:
     """Returns the mean relative error of the first length predicted to meet a target.
 
     Blocks that cannot meet a target are excluded.

@@ -11,7 +11,7 @@ import numpy as np
 
 from elastictok_jax.errors import UsageError
 from elastictok_jax.tokenizer import entropy, etok
-from elastictok_jax.tokenizer.block_codes import BlockCodes, lengths_of_codes
+from elastictok_jax.tokenizer.block_codes import BlockCodes, block_code_lengths
 
 # Fields that must agree between pieces of one clip.
 SHARED = ("fingerprint", "height", "width", "fps", "bits_per_token", "window_blocks", "levels")
@@ -51,7 +51,7 @@ class Tokens:
     @property
     def lengths(self) -> np.ndarray:
         """int32 [N], tokens kept in each block."""
-        return lengths_of_codes(self.codes)
+        return block_code_lengths(self.codes)
 
     @property
     def num_tokens(self) -> int:

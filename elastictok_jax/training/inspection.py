@@ -7,7 +7,7 @@ import jax
 
 from elastictok_jax.config import read_config
 from elastictok_jax.errors import UsageError
-from elastictok_jax.models.open_model import best_metric, is_exported
+from elastictok_jax.models.open_model import best_metric, is_exported_model
 from elastictok_jax.models.registry import open_family
 from elastictok_jax.storage.checkpoint import Checkpointer, DamagedCheckpoint
 
@@ -22,7 +22,7 @@ def inspect_run(folder: Path) -> dict[str, Any]:
     Raises:
       UsageError: if it is not a workdir with checkpoints.
     """
-    if is_exported(folder):
+    if is_exported_model(folder):
         raise UsageError(f"{folder} is an exported model: it has no checkpoints")
     config = read_config(folder / "config.json")
     family = open_family(config)

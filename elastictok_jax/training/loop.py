@@ -12,7 +12,7 @@ from elastictok_jax.config import resolve_config
 from elastictok_jax.parallel.liveness import Peers
 from elastictok_jax.training.run import Run, open_run
 from elastictok_jax.training.stop_signal import StopRequest
-from elastictok_jax.training.workdir import newest_saved
+from elastictok_jax.training.workdir import newest_saved_in_workdir
 
 
 def train_experiment(config: ml_collections.ConfigDict, *, workdir: Path) -> bool:
@@ -40,7 +40,7 @@ def train_experiment(config: ml_collections.ConfigDict, *, workdir: Path) -> boo
     """
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(StopRequest())  # entered first, to outlive the last save
-        peers = Peers(kept=partial(newest_saved, workdir))
+        peers = Peers(kept=partial(newest_saved_in_workdir, workdir))
         with peers.shared_fate():
             run = open_run(resolve_config(config), workdir=workdir, peers=peers, stack=stack)
             return run_steps(run, stop)

@@ -195,7 +195,7 @@ def open_run(
         console = ConsoleWriter(total=steps, start=start)
     stack.callback(writer.close)
     stack.callback(console.close)
-    console.line(startup_line(config, task, abstract, start=start, workdir=workdir))
+    console.line(run_startup_line(config, task, abstract, start=start, workdir=workdir))
     notes += [f"left out: {damaged}" for damaged in splits.damaged]
     notes += [f"note: {note}" for note in splits.notes]
     if position["files"] != files:
@@ -313,7 +313,7 @@ def restore_newest(
     return step, state, position, lines
 
 
-def startup_line(
+def run_startup_line(
     config: ml_collections.ConfigDict,
     task: Task,
     abstract: TrainState,

@@ -116,7 +116,7 @@ def read_held_out(workdir: Path) -> str | None:
         return None
 
 
-def newest_saved(workdir: Path) -> str:
+def newest_saved_in_workdir(workdir: Path) -> str:
     """Returns a sentence on the newest complete checkpoint on disk and how to resume from it."""
     steps = saved_steps(workdir / "checkpoints")
     saved = f"Step {steps[0]} is the newest saved" if steps else "No step is saved yet"

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from elastictok_jax.config import apply_overrides, resolve_config, source_config
-from elastictok_jax.data.mixture import Mixture, Stream, item_blocks
+from elastictok_jax.data.mixture import Mixture, Stream, mixture_item_blocks
 from elastictok_jax.data.sources.base import name_hash
 from elastictok_jax.data.sources.splits import SourceSplit
 from elastictok_jax.errors import UsageError
@@ -61,7 +61,7 @@ def blocks_of(rows):
 )
 def test_every_block_comes_exactly_once_an_epoch(frames, sequences, blocks, seed):
     only = feed("a", frames, sequences=sequences)
-    counts = item_blocks(only, frames_per_block=FRAMES)
+    counts = mixture_item_blocks(only, frames_per_block=FRAMES)
     assert counts.tolist() == [max(1, n // FRAMES) for n in frames]
     plan = mixture(only, data__sequence_blocks=blocks, data__packing_rows=3, seed=seed)
     total = int(counts.sum())
@@ -141,8 +141,8 @@ def test_sequences_cuts_a_long_video_into_stretches_that_are_shuffled():
 
 
 def test_frame_rate_decides_how_many_blocks_there_are():
-    assert item_blocks(feed("a", [240, 1], fps=6.0), frames_per_block=4).tolist() == [15, 1]
-    assert item_blocks(feed("a", [240], fps=60.0), frames_per_block=4).tolist() == [60]
+    assert mixture_item_blocks(feed("a", [240, 1], fps=6.0), frames_per_block=4).tolist() == [15, 1]
+    assert mixture_item_blocks(feed("a", [240], fps=60.0), frames_per_block=4).tolist() == [60]
 
 
 def test_a_weight_too_small_to_ever_come_is_refused():

@@ -24,7 +24,7 @@ from elastictok_jax.config import (
 )
 from elastictok_jax.data import media, packing
 from elastictok_jax.data.clip_reader import ClipReader
-from elastictok_jax.data.mixture import item_blocks
+from elastictok_jax.data.mixture import mixture_item_blocks
 from elastictok_jax.data.sources.file_source import EMBEDDED
 from elastictok_jax.data.sources.splits import open_splits
 from elastictok_jax.errors import UsageError
@@ -260,7 +260,7 @@ def test_clips_are_those_that_training_reads_of_the_held_out_split(model, settin
     feeds = open_splits(config).heldout
     reader = ClipReader(feeds, config, split="heldout")
     (feed,), per_block = feeds, config.video.frames_per_block
-    counts = item_blocks(feed, frames_per_block=per_block)
+    counts = mixture_item_blocks(feed, frames_per_block=per_block)
     for item, count in zip(feed.items, counts, strict=True):
         clip = clips[Path(feed.source.name(item)).stem]
         rate = feed.source.fps[item]

@@ -15,7 +15,7 @@ from elastictok_jax.evaluation.figures import (
     share_for_tokens,
     tokens_for_share,
 )
-from elastictok_jax.evaluation.measure import MeasurementPlan, block_energy, scene_cuts
+from elastictok_jax.evaluation.measure import MeasurementPlan, measure_block_energy, scene_cuts
 
 blocks = st.lists(st.tuples(st.integers(4, 64), st.booleans()), min_size=1, max_size=30)
 PLAN = MeasurementPlan(targets=(0.1,), contexts=(1,), main_target=0.1, search_blocks=0)
@@ -88,7 +88,9 @@ def test_high_frequency_energy():
     board = np.where(np.indices((16, 16)).sum(axis=0) % 2, 255, 0).astype(np.uint8)
     board = np.broadcast_to(board[None, :, :, None], (4, 16, 16, 3))
     ramp = np.broadcast_to(np.arange(16, dtype=np.uint8)[None, None, :, None], (4, 16, 16, 3))
-    energy = block_energy(np.concatenate([flat, board, ramp, board[:2]]), frames_per_block=4)
+    energy = measure_block_energy(
+        np.concatenate([flat, board, ramp, board[:2]]), frames_per_block=4
+    )
     assert energy[0] == pytest.approx(0, abs=1e-12)
     assert energy[1] == pytest.approx(1.0) == energy[3]  # +1 and -1: all of it at the highest
     assert 0 < energy[2] < 0.01

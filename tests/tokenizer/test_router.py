@@ -22,9 +22,9 @@ from elastictok_jax.tokenizer.router import (
     router_features,
 )
 from elastictok_jax.tokenizer.router_training import (
-    count_error,
     fit_router,
-    held_back_items,
+    held_back_router_items,
+    router_count_error,
     train_router,
     training_clips,
 )
@@ -53,10 +53,10 @@ def test_a_head_learns_more_than_the_mean_curve(problem):
     error = np.abs(predicted - curves[held_back]).mean()
     assert error < 0.3 * np.abs(curves[~held_back].mean(axis=0) - curves[held_back]).mean()
     mean = np.broadcast_to(curves[~held_back].mean(axis=0), predicted.shape)
-    assert count_error(predicted, curves[held_back], list(KNOTS)) < 0.5 * count_error(
+    assert router_count_error(predicted, curves[held_back], list(KNOTS)) < 0.5 * router_count_error(
         mean, curves[held_back], list(KNOTS)
     )
-    assert count_error(curves, curves, list(KNOTS)) == 0
+    assert router_count_error(curves, curves, list(KNOTS)) == 0
     again, _ = fit_router(features, curves, held_back=held_back, steps=800, seed=0)
     jax.tree.map(np.testing.assert_array_equal, again, params)
 
@@ -157,12 +157,12 @@ def test_train_router_and_use_it(folder, capsys):
 
 def test_all_blocks_of_an_item_are_held_back_or_none():
     items = [7, 7, 3, 7, 5, 3, 9, 1, 1, 2, 7]
-    held_back = held_back_items(items)
+    held_back = held_back_router_items(items)
     assert held_back.any() and not held_back.all()
     for item in set(items):
         assert len(set(held_back[np.asarray(items) == item])) == 1
     with pytest.raises(UsageError, match="all of one item"):
-        held_back_items([3, 3, 3])
+        held_back_router_items([3, 3, 3])
 
 
 def test_energies_of_all_scales_make_up_the_variance():

@@ -26,15 +26,15 @@ from elastictok_jax.data.media.images import (
     read_image,
     write_image,
 )
-from elastictok_jax.data.media.probing import MediaInfo, loss_on_reading, probe, read_frames
+from elastictok_jax.data.media.probing import MediaInfo, probe, probe_loss, read_frames
 from elastictok_jax.data.media.recompression import COMPARED_CODECS, Recompressed, recompress
 from elastictok_jax.data.media.stored_video import StoredVideo
 from elastictok_jax.data.media.video_reader import VideoReader
 from elastictok_jax.data.media.video_writer import (
     FASTEST,
     SLOWEST,
+    can_write_rate,
     encode_video,
-    is_rate,
     rate_fault,
     write_video,
 )
@@ -56,16 +56,16 @@ __all__ = [
     "StoredVideo",
     "UsageError",
     "VideoReader",
+    "can_write_rate",
     "center_crop",
     "crop_long_strip",
     "decode_image",
     "encode_video",
     "file_kind",
-    "is_rate",
-    "loss_on_reading",
     "media_kind",
     "opened_image",
     "probe",
+    "probe_loss",
     "rate_fault",
     "read_frames",
     "read_image",

@@ -143,12 +143,12 @@ def _samples_served(layout: av.VideoFormat) -> tuple[int, int]:
     return 64 // layout.chroma_width(64), 64 // layout.chroma_height(64)
 
 
-def usual_siting(*, full_range: bool) -> str:
+def usual_chroma_siting(*, full_range: bool) -> str:
     """Returns the chroma siting of files that declare none: full range comes from JPEG."""
     return "center" if full_range else WRITTEN
 
 
-def complete_siting(stream: av.VideoStream) -> str:
+def complete_chroma_siting(stream: av.VideoStream) -> str:
     """Makes the frames of a stream declare their chroma siting.
 
     Must be called before the first frame is decoded. Returns the `siting` for `ToRgbPlanes`.
@@ -159,7 +159,7 @@ def complete_siting(stream: av.VideoStream) -> str:
     if _samples_served(context.format) == (1, 1) or _declares_siting(stream):
         return ""
     is_full = context.color_range == ColorRange.JPEG or context.pix_fmt.startswith("yuvj")
-    siting = usual_siting(full_range=is_full)
+    siting = usual_chroma_siting(full_range=is_full)
     if context.name == "hevc":
         return siting  # its decoder resets the option
     context.options = context.options | {"chroma_sample_location": siting}

@@ -29,7 +29,7 @@ _ASF_PROPERTIES = bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365")
 _REVERSED_BITS = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
 
 
-def structure_fault(path: str) -> str:
+def container_fault(path: str) -> str:
     """Returns what is wrong with the structure of the file at `path`; "" if nothing is known."""
     size = os.path.getsize(path)
     if size == 0:
@@ -242,7 +242,7 @@ def _asf_fault(data: mmap.mmap, size: int) -> str:
 # ---- what a demuxer does not check
 
 
-def gif_ends_well(path: str) -> bool:
+def gif_container_ends_well(path: str) -> bool:
     """Returns whether a GIF's blocks reach its end mark: decoders silently fill what is cut off."""
     data = Path(path).read_bytes()
 
@@ -264,7 +264,7 @@ def gif_ends_well(path: str) -> bool:
     return True
 
 
-def announced_bytes(path: str) -> int:
+def container_announced_bytes(path: str) -> int:
     """Returns the file size that the header of a RIFF (avi) or Matroska file states, else 0."""
     with open(path, "rb") as file:
         head = file.read(4096)

@@ -78,7 +78,7 @@ def start_decoding(path, *, threads: int, seek_to: int | None = None) -> Decodin
     container, stream = open_video(path, threads=threads)
     if seek_to is not None:
         container.seek(seek_to, stream=stream, backward=True)
-    to_rgb = ToRgb(color.complete_siting(stream))
+    to_rgb = ToRgb(color.complete_chroma_siting(stream))
     # Frames may be larger than the first; twice the limit, as decoders round sizes up.
     most = 2 * max(LIMITS.pixels, stream.height * stream.width)
     options = {"max_pixels": str(most), "err_detect": "explode"}  # no error concealment
@@ -106,7 +106,7 @@ def _without_damaged_head(container, stream) -> Iterator[av.VideoFrame]:
                 yield frame
 
 
-def shown_size(path: str, *, threads: int) -> tuple[int, int]:
+def decoded_size(path: str, *, threads: int) -> tuple[int, int]:
     """Returns height and width of the first frame as shown; MediaError if it does not decode."""
     decoding = start_decoding(path, threads=threads)
     with decoding.container:

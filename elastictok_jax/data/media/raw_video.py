@@ -59,7 +59,7 @@ def read_raw(stream: BinaryIO, *, height: int, width: int) -> Iterator[np.ndarra
     Raises:
       UsageError: if the stream is y4m; CutOff: if it ends within a frame.
     """
-    require_size(height, width)
+    require_raw_size(height, width)
     number = 0
     while data := _frame_data(stream, height * width * 3, number=number):
         if number == 0 and data.startswith(Y4M):
@@ -89,7 +89,7 @@ def read_y4m_header(stream: BinaryIO) -> Y4mHeader:
         raise UsageError(
             f"standard input: damaged y4m header {line[:80]!r}: send it again"
         ) from None
-    require_size(height, width)
+    require_raw_size(height, width)
     old = [word.removeprefix(_OLD_LAYOUT) for word in words if word.startswith(_OLD_LAYOUT)]
     colors = fields.get(b"C") or b"".join(old[:1]).decode("ascii", "replace").lower() or "420"
     if colors not in _LAYOUTS:
@@ -103,7 +103,7 @@ def read_y4m_header(stream: BinaryIO) -> Y4mHeader:
         fps=rate,
         pixel_format=pixel_format,
         full_range=full_range,
-        siting=siting or color.usual_siting(full_range=full_range),
+        siting=siting or color.usual_chroma_siting(full_range=full_range),
     )
 
 
@@ -131,7 +131,7 @@ def read_y4m(stream: BinaryIO, header: Y4mHeader) -> Iterator[np.ndarray]:
         number += 1
 
 
-def require_size(height: int, width: int) -> None:
+def require_raw_size(height: int, width: int) -> None:
     """Raises UsageError for a size that no frame has."""
     if height < 1 or width < 1 or height * width > LIMITS.pixels:
         raise UsageError(

@@ -7,7 +7,7 @@ from fractions import Fraction
 import av
 
 from elastictok_jax.data.media import containers
-from elastictok_jax.data.media.decoding import open_video, shown_size, times_when_decoded
+from elastictok_jax.data.media.decoding import decoded_size, open_video, times_when_decoded
 from elastictok_jax.data.media.file_kinds import file_kind
 from elastictok_jax.data.media.files import MediaError, MediaLimits
 
@@ -71,7 +71,7 @@ def index_video(path: str, *, threads: int, limits: MediaLimits) -> VideoIndex:
                 f"{path}: damaged ({error.strerror}); re-encode or delete it"
             ) from error
         _require_complete(path, container, stream, packets=packets)
-        if fault := containers.structure_fault(path):
+        if fault := containers.container_fault(path):
             raise MediaError(f"{path}: {fault}; copy it again, re-encode or delete it")
         stated, tick = float(stream.average_rate or stream.guessed_rate or 0), stream.time_base
         seconds = _seconds(stream, packets)
@@ -82,7 +82,7 @@ def index_video(path: str, *, threads: int, limits: MediaLimits) -> VideoIndex:
             )
         is_timed = container.format.name not in _UNTIMED or codec in _INTRA_CODECS
         has_audio = len(container.streams.audio) > 0
-    height, width = shown_size(path, threads=threads)
+    height, width = decoded_size(path, threads=threads)
     keyframes: tuple[int, ...] = ()
     if is_timed and codec in _SEEKABLE_CODECS and _is_orderly(packets):
         pts = times = tuple(sorted(_known_pts(packets)))
@@ -162,7 +162,7 @@ def _require_complete(path: str, container, stream, *, packets: list[_PacketFact
         announced = stream.frames  # its clock counts skipped frames too
     if container.format.name == "gif":
         announced = max(announced, stream.frames)
-        if not containers.gif_ends_well(path):
+        if not containers.gif_container_ends_well(path):
             readable = min(readable, len(packets) - 1)
     if "mp4" in container.format.name and len(entries):
         announced = max(announced, len(entries))
@@ -174,7 +174,7 @@ def _require_complete(path: str, container, stream, *, packets: list[_PacketFact
             f"{path}: truncated: {readable} of {announced} frames are readable; "
             "re-encode or delete it"
         )
-    if size < (expected := containers.announced_bytes(path)):
+    if size < (expected := containers.container_announced_bytes(path)):
         raise MediaError(
             f"{path}: truncated: {size} of {expected} bytes are there, with "
             f"{readable} frames; re-encode or delete it"

@@ -11,7 +11,11 @@ from dataclasses import replace
 import av
 import numpy as np
 
-from elastictok_jax.data.frame_rate import frames_read, recorded_at, step_between
+from elastictok_jax.data.frame_rate import (
+    count_frames_at_rate,
+    frame_rate_step,
+    recorded_frames_at_rate,
+)
 from elastictok_jax.data.media.decoding import Decoding, start_decoding, times_when_decoded
 from elastictok_jax.data.media.files import LIMITS, MediaError, MediaLimits
 from elastictok_jax.data.media.geometry import center_crop, cropped_strip_size, resize, scaled_size
@@ -51,10 +55,10 @@ class VideoReader:
 
         Returns every frame once if `fps` is not below the video's own.
         """
-        step = float(step_between(self.fps, fps))
-        numbers = np.arange(int(frames_read(self.frame_count, step)))
+        step = float(frame_rate_step(self.fps, fps))
+        numbers = np.arange(int(count_frames_at_rate(self.frame_count, step)))
         if self.evenly_spaced or step == 1:
-            return recorded_at(numbers, step=step, frames=self.frame_count)
+            return recorded_frames_at_rate(numbers, step=step, frames=self.frame_count)
         times = np.asarray(self._index.times, np.float64) - self._index.times[0]
         times *= (self.frame_count - 1) / times[-1]  # in frames at the mean rate
         return np.searchsorted((times[1:] + times[:-1]) / 2, numbers * step, side="right")

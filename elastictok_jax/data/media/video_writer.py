@@ -69,14 +69,14 @@ def write_video(
             raise RunError(f"{path}: {codec} failed: {error}") from error
 
 
-def is_rate(fps: float) -> bool:
+def can_write_rate(fps: float) -> bool:
     """Returns whether a video of `fps` frames a second can be written."""
     return SLOWEST <= fps <= FASTEST
 
 
 def rate_fault(path, fps: float) -> str:
     """Returns why a video of `fps` frames a second cannot be written to `path`; "" if it can."""
-    if not is_rate(fps):
+    if not can_write_rate(fps):
         return f"{path}: fps is {fps:g}; a video has from {SLOWEST:g} to {FASTEST:,}"
     if Path(path).suffix.lower() == ".mkv" and fps > 1000:
         return f"{path}: fps is {fps:g}; .mkv stores times in milliseconds, so at most 1000"

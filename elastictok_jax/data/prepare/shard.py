@@ -14,8 +14,8 @@ from elastictok_jax.data.prepare.plan import Entry
 from elastictok_jax.data.prepare.transcode import (
     TranscodeSettings,
     fetch_original,
-    file_records,
-    item_records,
+    transcode_file,
+    transcode_item,
 )
 from elastictok_jax.data.sources.base import name_hash
 from elastictok_jax.data.sources.tfds_records import (
@@ -35,7 +35,7 @@ def sidecar_path(directory: Path, shard: int) -> Path:
     return directory / WORK / f"shard-{shard:05}.json"
 
 
-def is_done(directory: Path, shard: int, shards: int) -> bool:
+def is_shard_done(directory: Path, shard: int, shards: int) -> bool:
     """Returns whether a shard is complete."""
     return (directory / tfds_shard_name(shard, shards)).exists() and sidecar_path(
         directory, shard
@@ -133,7 +133,7 @@ def _originals(entry: Entry, settings: TranscodeSettings, temporary: Path):
     if entry.kind == "file":
         yield (
             entry.name,
-            lambda: file_records(Path(entry.path), name=entry.name, settings=settings),
+            lambda: transcode_file(Path(entry.path), name=entry.name, settings=settings),
         )
     elif entry.kind == "url":
         yield entry.name, lambda: _remote_records(entry, settings, temporary)
@@ -143,7 +143,7 @@ def _originals(entry: Entry, settings: TranscodeSettings, temporary: Path):
             name = source.name(item)
             yield (
                 name,
-                lambda item=item, name=name: item_records(
+                lambda item=item, name=name: transcode_item(
                     source, item, name=name, settings=settings
                 ),
             )
@@ -161,7 +161,7 @@ def _remote_records(
             if error.errno in NO_ROOM:
                 raise
             raise MediaError(f"{entry.path}: cannot be fetched ({error})") from error
-        return file_records(local, name=entry.name, settings=settings)
+        return transcode_file(local, name=entry.name, settings=settings)
     finally:
         local.unlink(missing_ok=True)
 

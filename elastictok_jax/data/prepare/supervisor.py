@@ -22,9 +22,9 @@ from tqdm import tqdm
 
 from elastictok_jax.ctrl_c import kept_from_children
 from elastictok_jax.data.prepare.plan import PreparePlan, plan_prepare
-from elastictok_jax.data.prepare.shard import is_done, sidecar_path, work_on_shard
+from elastictok_jax.data.prepare.shard import is_shard_done, sidecar_path, work_on_shard
 from elastictok_jax.data.prepare.transcode import TranscodeSettings
-from elastictok_jax.data.sources.listing import ignored_text
+from elastictok_jax.data.sources.listing import listing_ignored_text
 from elastictok_jax.data.sources.tfds_records import INDEX_COLUMNS, WORK, write_metadata
 from elastictok_jax.errors import RunError, UsageError
 from elastictok_jax.storage.atomic import write_json
@@ -66,10 +66,10 @@ def prepare_data_set(
     _begin(output, plan)
     shards = len(plan.shards)
     index, machines = machine
-    mine = [k for k in range(index, shards, machines) if not is_done(output, k, shards)]
+    mine = [k for k in range(index, shards, machines) if not is_shard_done(output, k, shards)]
     try:
         _Supervisor(output, plan, mine, jobs=jobs, timeout=timeout).run()
-        done = sum(is_done(output, k, shards) for k in range(shards))
+        done = sum(is_shard_done(output, k, shards) for k in range(shards))
         if done == shards:
             return _finish(output, plan)
     except (OSError, RunError) as error:
@@ -332,7 +332,7 @@ def prepare_summary(report: dict[str, Any]) -> str:
         *(f"duplicates: {', '.join(names)}" for names in report["duplicates"]),
         f"skipped: {len(report['skipped'])} files",
         *(f"  {entry['file']}: {entry['reason']}" for entry in report["skipped"]),
-        *([f"not read, as no image or video: {ignored_text(ignored)}"] if ignored else []),
+        *([f"not read, as no image or video: {listing_ignored_text(ignored)}"] if ignored else []),
         *(f"note: {entry['file']} {entry['loss']}" for entry in report["lossy"]),
     ]
     return "\n".join(lines)

@@ -68,12 +68,12 @@ def list_media(path: str | Path) -> Listing:
     for file in sorted(set(found), key=os.fsencode):
         _sort_in(file, listing)
     if not (listing.files or listing.unreadable):
-        there = f" ({ignored_text(listing.ignored)})" if listing.ignored else ""
+        there = f" ({listing_ignored_text(listing.ignored)})" if listing.ignored else ""
         raise UsageError(f"data folder {path} holds no image or video that can be read{there}")
     return listing
 
 
-def ignored_text(ignored: Counter[str] | dict[str, int]) -> str:
+def listing_ignored_text(ignored: Counter[str] | dict[str, int]) -> str:
     """Formats counts of ignored files by suffix, most first: "3 .txt, 1 without suffix"."""
     counts = sorted(ignored.items(), key=lambda entry: (-entry[1], entry[0]))
     return ", ".join(f"{count} {suffix or 'without suffix'}" for suffix, count in counts)

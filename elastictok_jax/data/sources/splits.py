@@ -9,7 +9,7 @@ import numpy as np
 from elastictok_jax.data import media
 from elastictok_jax.data.sources.base import Source, held_out, name_hash
 from elastictok_jax.data.sources.file_source import EMBEDDED, FileSource
-from elastictok_jax.data.sources.listing import ignored_text
+from elastictok_jax.data.sources.listing import listing_ignored_text
 from elastictok_jax.data.sources.synthetic import SyntheticSource
 from elastictok_jax.data.sources.tfds_records import RecordSource, is_record_dataset
 from elastictok_jax.errors import UsageError
@@ -98,7 +98,7 @@ def open_splits(config: ml_collections.ConfigDict) -> SourceSplits:
         ignored = getattr(source, "ignored", {}) if settings.path != "embedded" else {}
         if ignored:
             notes.append(
-                f"{settings.path}: not read, as no image or video: {ignored_text(ignored)}"
+                f"{settings.path}: not read, as no image or video: {listing_ignored_text(ignored)}"
             )
         if isinstance(held, np.ndarray):
             parts = [(train, source, ~held), (heldout, source, held)]

@@ -21,7 +21,7 @@ LABEL_HEIGHT = 14
 CodedClip = tuple[EvalClip, list[Coded]]
 
 
-def draw_report(
+def draw_reconstructions(
     path: Path,
     coded: Sequence[CodedClip],
     *,

@@ -11,7 +11,7 @@ from PIL import Image
 
 from elastictok_jax.data import media
 from elastictok_jax.data.frame_stream import open_frame_stream
-from elastictok_jax.data.media.containers import structure_fault
+from elastictok_jax.data.media.containers import container_fault
 from tests.mutations.inputs import (
     CONTAINERS,
     DAMAGES,
@@ -95,7 +95,7 @@ def sound_bytes(folder, name):
 def test_a_hole_in_the_middle_is_noticed(name, tmp_path):
     path = tmp_path / name
     sound = sound_bytes(tmp_path, name)
-    assert structure_fault(path) == ""
+    assert container_fault(path) == ""
     for damage in ("zeros", "noise", "cut_out"):
         path.write_bytes(DAMAGES[damage](bytearray(sound), generator(name + damage)))
         with pytest.raises(media.MediaError, match=r"damaged|truncated|not all"):

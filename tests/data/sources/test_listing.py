@@ -11,7 +11,7 @@ from elastictok_jax.data.media import MediaLimits
 from elastictok_jax.data.prepare.plan import plan_prepare
 from elastictok_jax.data.prepare.transcode import TranscodeSettings
 from elastictok_jax.data.sources.file_source import EMBEDDED, FileSource
-from elastictok_jax.data.sources.listing import ignored_text, list_media
+from elastictok_jax.data.sources.listing import list_media, listing_ignored_text
 from elastictok_jax.errors import UsageError
 
 PHOTO = EMBEDDED / "heldout" / "photo_peaks.jpg"
@@ -86,7 +86,7 @@ def test_content_decides_where_the_suffix_says_nothing(tmp_path):
     listing = list_media(tmp_path)
     assert len(listing.files) == 13
     assert listing.ignored == {".txt": 2, ".part": 1, "": 1}
-    assert ignored_text(listing.ignored) == "2 .txt, 1 without suffix, 1 .part"
+    assert listing_ignored_text(listing.ignored) == "2 .txt, 1 without suffix, 1 .part"
     source = FileSource(tmp_path)
     assert not source.damaged
     assert sum(source.is_video) == 8

@@ -128,12 +128,12 @@ def test_frames_are_exact_across_parts(tmp_path, monkeypatch):
     monkeypatch.setattr("elastictok_jax.data.prepare.transcode.PART_FRAMES", 20)
     monkeypatch.setattr("elastictok_jax.data.sources.tfds_records.PART_FRAMES", 20)
     writer = tfds_records.RecordWriter(tmp_path / tfds_records.tfds_shard_name(0, 1))
-    from elastictok_jax.data.prepare.transcode import file_records
+    from elastictok_jax.data.prepare.transcode import transcode_file
 
     names = ["bbb_kite.mp4", "bbb_stream.mp4"]
     for name in names:
         path = EMBEDDED / "heldout" / name
-        for record in file_records(path, name=name, settings=SETTINGS)[0]:
+        for record in transcode_file(path, name=name, settings=SETTINGS)[0]:
             writer.write(record, place=1)
     writer.close()
     lengths = [len(writer.columns["part"])]

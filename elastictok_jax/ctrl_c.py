@@ -75,7 +75,7 @@ def end_at_once() -> None:
     signal.signal(signal.SIGINT, lambda number, frame: end_interrupted())
 
 
-def say_interrupted() -> None:
+def _say_interrupted() -> None:
     """Prints the line once, unless the code that took over prints its own."""
     if _State.said or _State.taken_over:
         return
@@ -167,7 +167,7 @@ def end_interrupted() -> NoReturn:
         processes = sys.modules.get("multiprocessing.process")
         for child in processes.active_children() if processes else ():
             child.kill()
-    say_interrupted()
+    _say_interrupted()
     os._exit(INTERRUPTED)
 
 

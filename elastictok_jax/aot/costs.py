@@ -82,7 +82,7 @@ class _Counter:
     def _instruction(self, found: Instruction, computation: Computation, inside: bool) -> Costs:
         costs, opcode = Costs(), found.opcode
         if opcode in ("dot", "convolution"):
-            count = dot_flops if opcode == "dot" else convolution_flops
+            count = _dot_flops if opcode == "dot" else _convolution_flops
             operands = [computation.shapes(operand)[0] for operand in found.operands]
             costs.flops = costs.mean_flops = count(found, *operands)
         elif opcode == "while":
@@ -180,13 +180,13 @@ def _in_memory(shapes: tuple[Shape, ...]) -> float:
     return sum(shape.bytes for shape in shapes if shape.space == 0)
 
 
-def dot_flops(dot: Instruction, left: Shape, right: Shape) -> float:
+def _dot_flops(dot: Instruction, left: Shape, right: Shape) -> float:
     """Returns 2 x elements of the result x contracted sizes."""
     summed = math.prod(left.dims[axis] for axis in dot.numbers("lhs_contracting_dims"))
     return 2.0 * math.prod(dot.shapes[0].dims) * summed
 
 
-def convolution_flops(convolution: Instruction, left: Shape, right: Shape) -> float:
+def _convolution_flops(convolution: Instruction, left: Shape, right: Shape) -> float:
     """Returns 2 x multiplications, excluding those with padding and the holes of a dilation.
 
     The TPU compiler emits batched matrix products as convolutions, with a batch axis as a dilated

@@ -46,12 +46,12 @@ def compile_experiment(config: ml_collections.ConfigDict, topology: Topology) ->
         "chips": len(topology.devices) // topology.chip.devices,
         "devices": len(topology.devices),
         "mesh": dict(mesh.shape),
-        **compile_program(train_step, mesh, topology.chip),
-        **{half.name: compile_program(half, mesh, topology.chip) for half in halves},
+        **_compile_program(train_step, mesh, topology.chip),
+        **{half.name: _compile_program(half, mesh, topology.chip) for half in halves},
     }
 
 
-def compile_program(program: Program, mesh: Mesh, chip: Chip) -> Results:
+def _compile_program(program: Program, mesh: Mesh, chip: Chip) -> Results:
     """Compiles and analyses one program.
 
     A program that the compiler rejects for lack of memory does not fit and has no other figures.
@@ -126,8 +126,8 @@ def program_figures(
         "model_flops_per_device": mine,
         "moved_bytes_per_device": costs.bytes,
         "arithmetic_intensity": costs.flops / max(costs.bytes, 1.0),
-        "collectives": collective_rows(costs, dict(mesh.shape), slice_of),
-        "kernels": kernel_rows(costs),
+        "collectives": _collective_rows(costs, dict(mesh.shape), slice_of),
+        "kernels": _kernel_rows(costs),
         "predicted": {
             **{f"{term}_seconds": seconds for term, seconds in line.terms.items()},
             "step_seconds": line.seconds,
@@ -160,7 +160,7 @@ def memory_sizes(compiled: jax.stages.Compiled) -> dict[str, float]:
     }
 
 
-def collective_rows(costs: Costs, mesh: dict[str, int], slice_of: Sequence[int]) -> list[Results]:
+def _collective_rows(costs: Costs, mesh: dict[str, int], slice_of: Sequence[int]) -> list[Results]:
     """Groups collectives of equal kind, size and group, sorted by descending bytes."""
     devices = len(slice_of)
     counts: defaultdict[tuple, int] = defaultdict(int)
@@ -188,7 +188,7 @@ def collective_rows(costs: Costs, mesh: dict[str, int], slice_of: Sequence[int])
     return sorted(rows, key=lambda row: -row["bytes_total"])
 
 
-def kernel_rows(costs: Costs) -> list[Results]:
+def _kernel_rows(costs: Costs) -> list[Results]:
     """Returns rows of kernels, sorted by name."""
     rows = [
         {"name": kernel.name, "count": n, "flops_each": kernel.flops, "basis": kernel.basis}

@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     try:
         try:
-            return run_verb(argv)
+            return _run_verb(argv)
         finally:
             sys.stdout.flush()  # so that a full disk is noticed here, not when Python exits
     except ReaderGone as gone:
@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
         return RunError.status
 
 
-def run_verb(argv: list[str]) -> int:
+def _run_verb(argv: list[str]) -> int:
     """Parses a command line, runs its verb, and returns the exit status."""
     words, overrides = split_overrides(argv)
     parser = build_parser()

@@ -9,7 +9,7 @@ from elastictok_jax.errors import UsageError
 from elastictok_jax.paths import input_path, local_path, local_text
 
 
-def option_type(read: Callable[[str], Any]) -> Callable[[str], Any]:
+def _option_type(read: Callable[[str], Any]) -> Callable[[str], Any]:
     """Wraps `read` for `type=`, so that argparse prints the message of its UsageError."""
 
     def typed(text: str) -> Any:
@@ -21,7 +21,11 @@ def option_type(read: Callable[[str], Any]) -> Callable[[str], Any]:
     return typed
 
 
-LOCAL, LOCAL_TEXT, INPUT = option_type(local_path), option_type(local_text), option_type(input_path)
+LOCAL, LOCAL_TEXT, INPUT = (
+    _option_type(local_path),
+    _option_type(local_text),
+    _option_type(input_path),
+)
 
 
 def add_goal_options(parser: argparse.ArgumentParser) -> None:

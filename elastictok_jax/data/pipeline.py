@@ -61,7 +61,7 @@ class BatchPart:
         return math.gcd(*runs.tolist())
 
 
-def complete_batch(config: ml_collections.ConfigDict) -> BatchPart:
+def _complete_batch(config: ml_collections.ConfigDict) -> BatchPart:
     """All of a batch."""
     needed_BN = np.ones((config.data.batch_size, config.data.sequence_blocks), bool)
     return BatchPart(needed_BN, needed_BN)
@@ -92,7 +92,7 @@ class BatchReader:
         self.config, self.codec, self.geometry = config, codec, codec.geometry
         self.first_row = first_row
         self._batch_size = config.data.batch_size  # read once: a ConfigDict is slow
-        self.part = complete_batch(config) if part is None else part
+        self.part = _complete_batch(config) if part is None else part
         self.feeds = feeds.split(split)
         if not self.feeds:
             raise UsageError(
@@ -219,7 +219,7 @@ def read_ahead(reader: BatchReader, *, start: int, stop: int) -> Iterator[dict[s
             flags.FLAGS.mark_as_parsed()  # grain reads its own flags, which are not parsed here
         dataset = dataset.mp_prefetch(
             grain.MultiprocessingOptions(num_workers=data.workers, per_worker_buffer_size=1),
-            worker_init_fn=end_with_parent,
+            worker_init_fn=_end_with_parent,
         )
         return _from_workers(iter(dataset))
     return iter(dataset)
@@ -234,7 +234,7 @@ def _from_workers(batches: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]
         yield from batches
 
 
-def end_with_parent(worker: int, workers: int) -> None:
+def _end_with_parent(worker: int, workers: int) -> None:
     """Makes a worker process end with its parent, even if that is killed."""
     parent = multiprocessing.parent_process()
     if parent is None:

@@ -88,7 +88,7 @@ def evaluate_models(
     measured = [
         Measured(name, measured_model_properties(tokenizer), of_model)
         for name, tokenizer, of_model in zip(
-            short_model_names(models), tokenizers, records, strict=True
+            _short_model_names(models), tokenizers, records, strict=True
         )
     ]
     results = summarise_evaluation(measured, clips, plan)
@@ -101,7 +101,7 @@ def evaluate_models(
     shown = clips_to_show(clips)
     coded, results["clips"] = [], {}
     for clip in clips:
-        of_clip = decode_record(tokenizers[0], clip, measured[0].records[clip.name], plan)
+        of_clip = _decode_record(tokenizers[0], clip, measured[0].records[clip.name], plan)
         results["clips"][clip.name] = [
             {"fps": clip.fps, **each.summary(clip.frames)} for each in of_clip
         ]
@@ -121,7 +121,7 @@ def evaluate_models(
     write_report(
         output,
         title=f"Evaluation of {', '.join(model.name for model in measured)}",
-        command=evaluate_command(models, data, fps, limits),
+        command=_evaluate_command(models, data, fps, limits),
         measured=measured,
         results=results,
         clips=clips,
@@ -143,7 +143,7 @@ def clips_to_show(clips: Sequence[EvalClip]) -> list[EvalClip]:
     return chosen
 
 
-def decode_record(
+def _decode_record(
     tokenizer: ElasticTokenizer, clip: EvalClip, record: Record, plan: MeasurementPlan
 ) -> list[Coded]:
     """Decodes a record's tokens at each target."""
@@ -154,7 +154,7 @@ def decode_record(
     return coded
 
 
-def evaluate_command(
+def _evaluate_command(
     models: Sequence[str | Path], data: str | None, fps: float | None, limits: EvaluationOverrides
 ) -> str:
     """Returns the command that reproduces an evaluation."""
@@ -170,7 +170,7 @@ def evaluate_command(
     return shlex.join([*words, "-o", "DIR"])
 
 
-def short_model_names(models: Sequence[str | Path]) -> list[str]:
+def _short_model_names(models: Sequence[str | Path]) -> list[str]:
     """Returns the folders' names, with as much of their paths as makes them distinct."""
     paths = [Path(model).resolve() for model in models]
     parts = 1

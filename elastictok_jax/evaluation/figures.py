@@ -97,7 +97,7 @@ def ranks(x: np.ndarray) -> np.ndarray:
     return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
 
 
-def model_figures(
+def _model_figures(
     model: Measured, kind_of: Mapping[str, str], plan: MeasurementPlan
 ) -> dict[str, Any]:
     """Computes all figures of one model by clip kind."""
@@ -303,7 +303,7 @@ def summarise_evaluation(
             key: list(value) if isinstance(value, tuple) else value
             for key, value in dataclasses.asdict(plan).items()
         },
-        "models": [model_figures(model, kind_of, plan) for model in measured],
+        "models": [_model_figures(model, kind_of, plan) for model in measured],
         "comparisons": [
             row for model in elastic for row in compare_token_use(model, fixed, kind_of, plan)
         ],

@@ -59,18 +59,18 @@ def inspect_data(
     blocks = evenly_spaced(config.data.sequence_blocks, most=MOST_THUMBS)
     frames = evenly_spaced(config.video.frames_per_block, most=MOST_THUMBS // len(blocks))
     lengths_BN = batch_lengths(config, task, batch) if split == "train" else None
-    rows = read_rows(
+    rows = _read_rows(
         reader,
         batch,
         blocks=blocks,
         lengths_BN=lengths_BN,
-        shrink=lambda frames_nFHWC: thumbnails(frames_nFHWC[:, frames]),
+        shrink=lambda frames_nFHWC: _thumbnails(frames_nFHWC[:, frames]),
     )
     per_block = reader.geometry.tokens
     title = _title(config, split, batch, kept=lengths_BN is not None, tokens_per_block=per_block)
     sizes = dict(blocks=blocks, tokens_per_block=per_block)
-    draw_batch(output, rows, config=config, title=title, **sizes)
-    return summarise_batch(config, rows, split=split, batch=batch, tokens_per_block=per_block)
+    _draw_batch(output, rows, config=config, title=title, **sizes)
+    return _summarise_batch(config, rows, split=split, batch=batch, tokens_per_block=per_block)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +111,7 @@ class BatchRow:
         }
 
 
-def read_rows(
+def _read_rows(
     reader: BatchReader,
     batch: int,
     *,
@@ -176,7 +176,7 @@ def batch_lengths(config: ml_collections.ConfigDict, task: Task, step: int) -> n
     return None if lengths_BN is None else np.asarray(lengths_BN)
 
 
-def summarise_batch(
+def _summarise_batch(
     config: ml_collections.ConfigDict,
     rows: list[BatchRow],
     *,
@@ -208,7 +208,7 @@ def evenly_spaced(count: int, *, most: int) -> np.ndarray:
     return np.arange(shown) * count // shown
 
 
-def thumbnails(frames_nFHWC: np.ndarray) -> np.ndarray:
+def _thumbnails(frames_nFHWC: np.ndarray) -> np.ndarray:
     """Returns thumbnails uint8 [n, F, THUMB, THUMB, 3]."""
     n, shown, *_ = frames_nFHWC.shape
     small = np.empty((n, shown, THUMB, THUMB, 3), np.uint8)
@@ -240,7 +240,7 @@ def _title(
     )
 
 
-def draw_batch(
+def _draw_batch(
     path: Path,
     rows: list[BatchRow],
     *,

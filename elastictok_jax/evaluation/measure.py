@@ -121,7 +121,7 @@ def measure_clip(
                 record |= _named(f"search/{name}", found)
     if frame_metrics.features is not None and len(clip.frames) > 1:
         record["original/features"] = frame_metrics.features(clip.frames)
-    for share in measured_fractions(tokenizer):
+    for share in _measured_fractions(tokenizer):
         record |= _named(f"share/{share:g}", _at_share(tokenizer, clip, grid, share, frame_metrics))
     if grid.blocks > 1 and fixed is None:
         half = max(tokenizer.min_tokens, round(CONTEXT_SHARE * tokenizer.tokens_per_block))
@@ -152,7 +152,7 @@ def measurement_plan(
     )
 
 
-def pixels_per_block(config: ml_collections.ConfigDict) -> int:
+def _pixels_per_block(config: ml_collections.ConfigDict) -> int:
     return config.video.frames_per_block * config.video.resolution**2
 
 
@@ -173,13 +173,13 @@ def measured_model_properties(tokenizer: ElasticTokenizer) -> dict[str, Any]:
         "fixed_tokens": tokenizer.geometry.fixed_tokens,
         "frames_per_block": config.video.frames_per_block,
         "resolution": config.video.resolution,
-        "pixels_per_block": pixels_per_block(config),
+        "pixels_per_block": _pixels_per_block(config),
         "window_blocks": tokenizer.window_blocks,
-        "shares": list(measured_fractions(tokenizer)),
+        "shares": list(_measured_fractions(tokenizer)),
     }
 
 
-def measured_fractions(tokenizer: ElasticTokenizer) -> tuple[float, ...]:
+def _measured_fractions(tokenizer: ElasticTokenizer) -> tuple[float, ...]:
     """Returns the fractions of all tokens that a model is measured at, ascending.
 
     These are SHARES and, for video, those of BPP16, down to the fewest tokens in training; for a
@@ -189,7 +189,7 @@ def measured_fractions(tokenizer: ElasticTokenizer) -> tuple[float, ...]:
     if fixed is not None:
         return (fixed / every,)
     bits = tokenizer.codec.code.bits * every
-    most = 16 * bits / pixels_per_block(tokenizer.config)
+    most = 16 * bits / _pixels_per_block(tokenizer.config)
     wanted = (*SHARES, *(bpp16 / most for bpp16 in BPP16))
     lengths = {round(share * every) for share in wanted}
     return tuple(n / every for n in sorted(lengths) if tokenizer.min_tokens <= n <= every)

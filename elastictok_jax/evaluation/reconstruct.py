@@ -47,7 +47,7 @@ def reconstruct_file(
     for note in stream.notes:
         print(f"note: {note}", file=sys.stderr)
     clip = EvalClip(Path(source).stem, frames, stream.fps)
-    coded = code_eval_clip(tokenizer, clip, goals=[goal], progress=show_blocks)
+    coded = code_eval_clip(tokenizer, clip, goals=[goal], progress=_show_blocks)
     sizes = dict(
         frames_per_block=tokenizer.config.video.frames_per_block,
         tokens_per_block=tokenizer.tokens_per_block,
@@ -66,7 +66,7 @@ def reconstruct_file(
     return results
 
 
-def show_blocks(what: str, done: int, total: int) -> None:
+def _show_blocks(what: str, done: int, total: int) -> None:
     """Prints a counter on a terminal, or in a log one line once all blocks are coded."""
     terminal = sys.stderr.isatty()
     if terminal or done == total:

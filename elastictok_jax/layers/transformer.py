@@ -124,11 +124,11 @@ class Linear(nn.Module):
         shape = (*x.shape[-contracted:], *self.features)
         weights: Any = self.param("kernel", nn.with_logical_partitioning(init, self.axes), shape)
         kernel = self.kernel_view(weights.astype(self.dtype))
-        return contract_axes(x.astype(self.dtype), kernel, contracted)
+        return _contract_axes(x.astype(self.dtype), kernel, contracted)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
-def contract_axes(x: Array, kernel: Array, count: int) -> Array:
+def _contract_axes(x: Array, kernel: Array, count: int) -> Array:
     """Contracts the last `count` axes of `x` with the first ones of `kernel`.
 
     The kernel's gradient is a product with `x` on the left. JAX's own rule puts the output's
@@ -149,10 +149,10 @@ def _contract_backward(count: int, saved: tuple[Array, Array], grad: Array):
     return jnp.tensordot(grad, kernel, axes=outputs), jnp.tensordot(x, grad, axes=(lead, lead))
 
 
-contract_axes.defvjp(_contract_forward, _contract_backward)
+_contract_axes.defvjp(_contract_forward, _contract_backward)
 
 
-def rotary_turns(head_width: int, theta: float) -> np.ndarray:
+def _rotary_turns(head_width: int, theta: float) -> np.ndarray:
     """Returns rotary frequencies uint32 [K/2]: turns per token in units of 2^-32.
 
     The wrapping uint32 product of a position and a frequency is the exact angle modulo one turn, so
@@ -179,7 +179,7 @@ def rotate(x_BSHK: Array, positions_S: Array, *, theta: float) -> Array:
     Dims i and i + K/2 are the interleaved pair (2i, 2i + 1) of the published weights. The result
     has the dtype of the input.
     """
-    turns_SK = positions_S.astype(jnp.uint32)[:, None] * rotary_turns(x_BSHK.shape[-1], theta)
+    turns_SK = positions_S.astype(jnp.uint32)[:, None] * _rotary_turns(x_BSHK.shape[-1], theta)
     angle_SK = turns_SK.astype(jnp.float32) * jnp.float32(2 * np.pi / 2.0**32)
     cos_SHK, sin_SHK = jnp.cos(angle_SK)[:, None], jnp.sin(angle_SK)[:, None]
     even, odd = jnp.split(x_BSHK.astype(jnp.float32), 2, axis=-1)
@@ -254,7 +254,7 @@ class SwiGLU(nn.Module):
         )
 
 
-def mlp_in_chunks(mlp: SwiGLU, x_BSW: Array) -> Array:
+def _mlp_in_chunks(mlp: SwiGLU, x_BSW: Array) -> Array:
     """Returns `mlp(x_BSW)`, computed for a chunk of each device's tokens at a time.
 
     The hidden units of all tokens are thus never in memory at once; the backward pass recomputes
@@ -297,7 +297,7 @@ class Layer(nn.Module):
         normed_BSW = self.spec.norm("attention_norm")(x_BSW)
         x_BSW += SelfAttention(self.spec, name="attention")(normed_BSW, places)
         normed_BSW = self.spec.norm("mlp_norm")(x_BSW)
-        return x_BSW + mlp_in_chunks(SwiGLU(self.spec, name="mlp"), normed_BSW), None
+        return x_BSW + _mlp_in_chunks(SwiGLU(self.spec, name="mlp"), normed_BSW), None
 
 
 def transformer_layers(count: int, spec: LayerSpec) -> Callable[[Array, SequenceLayout], Array]:

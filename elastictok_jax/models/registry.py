@@ -27,7 +27,7 @@ def register_family(name: str, module: ModuleType) -> None:
     _registered[name] = module
 
 
-def family_names() -> list[str]:
+def _family_names() -> list[str]:
     """Returns the names of all families that can be found."""
     installed = (point.name for point in importlib.metadata.entry_points(group=ENTRY_POINTS))
     return sorted({*BUILT_IN, *_registered, *installed})
@@ -52,7 +52,7 @@ def family_module(name: str) -> Any:
                 "the package that it is part of"
             ) from error
     raise UsageError(
-        f"model.family = {name!r}: choose one of {', '.join(family_names())}, or install the "
+        f"model.family = {name!r}: choose one of {', '.join(_family_names())}, or install the "
         "package that has it"
     )
 

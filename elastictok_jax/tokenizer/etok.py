@@ -43,7 +43,7 @@ def write_fields(path: str | Path, fields: Mapping[str, Any], *, coding: str) ->
     if coding not in CODINGS:
         raise UsageError(f"coding {coding!r}: choose one of {', '.join(CODINGS)}")
     try:
-        check_fields(fields)
+        _check_fields(fields)
     except (ValueError, TypeError) as error:
         raise UsageError(f"{path} cannot be written: these tokens are unsound: {error}") from None
     codes, levels = fields["codes"], fields["levels"]
@@ -95,7 +95,7 @@ def read_fields(path: str | Path) -> dict[str, Any]:
         raise UsageError(f"{path} is damaged ({str(error)[:200]}): encode it again") from None
 
 
-def check_fields(fields: Mapping[str, Any]) -> None:
+def _check_fields(fields: Mapping[str, Any]) -> None:
     """Raises ValueError if the fields of `Tokens` are inconsistent or exceed this module's limits.
 
     Both `save` and `load` enforce it.
@@ -203,7 +203,7 @@ def _with_blocks(clip: dict[str, Any], arrays: dict[str, np.ndarray]) -> dict[st
         flat = flat if flat.dtype == np.float32 else flat.astype(np.int32)
     codes = BlockCodes(flat, lengths)
     fields = clip | {"codes": codes, "mse": mse, "met": met}
-    check_fields(fields)
+    _check_fields(fields)
     return fields
 
 

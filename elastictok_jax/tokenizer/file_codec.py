@@ -64,7 +64,7 @@ def encode_file(
     """
     if output.suffix != ".etok":
         raise UsageError(f"-o {output}: the name of a token file must end in .etok")
-    require_writable(output)
+    _require_writable(output)
     _require_window(window_blocks)
     if source == PIPE and goal.total_tokens is not None:
         raise UsageError("--total-tokens needs the complete clip; for a pipe give --budget")
@@ -89,7 +89,7 @@ def encode_file(
             f"{stream.fault}: the {tokens.frames} frames before are in {output}; fix what "
             "sends it, or cut it there, and encode the rest into another file"
         )
-    return {"input": source, "output": str(output)} | etok_summary(tokens, tokenizer, output, goal)
+    return {"input": source, "output": str(output)} | _etok_summary(tokens, tokenizer, output, goal)
 
 
 def _encode_complete(tokenizer: ElasticTokenizer, stream: FrameStream, goal: Goal) -> Tokens:
@@ -137,7 +137,7 @@ def _encode_in_order(tokenizer: ElasticTokenizer, stream: FrameStream, goal: Goa
     return Tokens.join(pieces)
 
 
-def etok_summary(
+def _etok_summary(
     tokens: Tokens, tokenizer: ElasticTokenizer, path: Path, goal: Goal
 ) -> dict[str, object]:
     """Returns the contents and quality of an .etok file, as JSON values."""
@@ -209,7 +209,7 @@ def decode_file(
         raise UsageError(f"-o {output}: unknown suffix {suffix!r}; use one of {known}")
     if numbered and not re.fullmatch(r"[^%]*%(0\d)?d[^%]*", output.name):
         raise UsageError(f"-o {output}: name numbered pictures like frame-%05d.png")
-    require_writable(output)
+    _require_writable(output)
     tokens = Tokens.load(source)
     _require_kind(output, tokens, numbered=numbered)
     rate = tokens.fps
@@ -303,7 +303,7 @@ def _require_window(window_blocks: int | None) -> None:
         raise UsageError(f"--window-blocks {window_blocks}: give at least 1 and at most {most}")
 
 
-def require_writable(path: Path) -> None:
+def _require_writable(path: Path) -> None:
     """Raises UsageError if no file can be made at `path`, before the work rather than after."""
     if path.is_dir():
         raise UsageError(f"-o {path} is a folder: name a file in it")

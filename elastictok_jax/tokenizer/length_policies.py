@@ -95,7 +95,7 @@ class TargetError:
             return stop.value
 
 
-def measured_curve(block: BlockEncoder, *, low: int, high: int) -> np.ndarray:
+def _measured_curve(block: BlockEncoder, *, low: int, high: int) -> np.ndarray:
     """Returns float64 [high - low + 1], squared error by length, interpolated from POINTS."""
     lengths = log_spaced(low, high, count=POINTS)
     points = [(lengths, np.asarray(block.errors(lengths)))]
@@ -116,7 +116,7 @@ class Probe:
         self.errors: list[float] = []
 
     def keep(self, block: BlockEncoder) -> CodedBlock:
-        self.curves.append(measured_curve(block, **self._bounds))
+        self.curves.append(_measured_curve(block, **self._bounds))
         kept = block.keep(int(next(self._lengths)))
         self.errors.append(kept.mse * block.fraction_inside)
         return kept
@@ -130,4 +130,4 @@ class CausalBudget:
         self._account = BudgetPlanner(tokens, low, high, reserve=round(RESERVE_BLOCKS * tokens))
 
     def keep(self, block: BlockEncoder) -> CodedBlock:
-        return block.keep(self._account.next_length(measured_curve(block, **self._bounds)))
+        return block.keep(self._account.next_length(_measured_curve(block, **self._bounds)))

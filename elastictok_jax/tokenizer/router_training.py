@@ -58,7 +58,7 @@ def train_router(model: str | Path, *, blocks: int, steps: int) -> dict[str, flo
     require_file(folder / FILE, change="make the model's folder writable, or copy it")
     lengths = log_spaced(tokenizer.min_tokens, tokenizer.tokens_per_block, count=KNOTS)
     items, features, curves = [], [], []
-    for item, block_features, curve_K in measured_blocks(tokenizer, lengths, blocks=blocks):
+    for item, block_features, curve_K in _measured_blocks(tokenizer, lengths, blocks=blocks):
         items.append(item)
         features.append(block_features)
         curves.append(curve_K)
@@ -92,7 +92,7 @@ def held_back_router_items(items: Sequence[Hashable]) -> np.ndarray:
     return np.asarray([order[item] % HELD_BACK == 0 for item in items])
 
 
-def measured_blocks(
+def _measured_blocks(
     tokenizer: ElasticTokenizer, lengths: list[int], *, blocks: int
 ) -> Iterator[tuple[tuple[int, int], np.ndarray, np.ndarray]]:
     """Yields (item, features, log errors at `lengths` [K]) of `blocks` blocks of training data."""

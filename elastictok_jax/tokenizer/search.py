@@ -44,7 +44,7 @@ class SearchProblem:
     guess: np.ndarray
 
 
-def full_search(problem: SearchProblem) -> Search:
+def _full_search(problem: SearchProblem) -> Search:
     """Finds the shortest length that meets the target, or if none does, the one of least error."""
     tried: dict[int, float] = {}
     for start in range(problem.low, problem.high + 1, AT_ONCE):
@@ -52,17 +52,17 @@ def full_search(problem: SearchProblem) -> Search:
         tried |= zip(lengths, (yield lengths), strict=True)
         if min(tried.values()) <= problem.target:
             break
-    return best_length(tried, problem.target)
+    return _best_length(tried, problem.target)
 
 
-def binned_search(problem: SearchProblem) -> Search:
+def _binned_search(problem: SearchProblem) -> Search:
     """Finds the shortest of about BINS log-spaced lengths that meets the target."""
     lengths = log_spaced(problem.low, problem.high, count=BINS)
     tried = dict(zip(lengths, (yield lengths), strict=True))
-    return best_length(tried, problem.target)
+    return _best_length(tried, problem.target)
 
 
-def binary_search(problem: SearchProblem) -> Search:
+def _binary_search(problem: SearchProblem) -> Search:
     """Finds a length that meets the target in about log2(high - low) sequential measurements."""
 
     def propose(gap: range, tried: Mapping[int, float]) -> int:
@@ -71,15 +71,15 @@ def binary_search(problem: SearchProblem) -> Search:
     return (yield from _narrow(problem, propose, close=0.0))
 
 
-def regression_search(problem: SearchProblem) -> Search:
+def _regression_search(problem: SearchProblem) -> Search:
     """Returns the first length at which the guess meets the target, whatever its actual error."""
     length = _first_below(problem, problem.guess, problem.low, problem.high)
     yield [length]
     return length
 
 
-def verified_regression_search(problem: SearchProblem) -> Search:
-    """Starts as `regression_search`, then corrects the guess until a length meets the target."""
+def _verified_regression_search(problem: SearchProblem) -> Search:
+    """Starts as `_regression_search`, then corrects the guess until a length meets the target."""
 
     def propose(gap: range, tried: Mapping[int, float]) -> int:
         expected = corrected_guess(problem.guess, tried, low=problem.low)
@@ -88,7 +88,7 @@ def verified_regression_search(problem: SearchProblem) -> Search:
     return (yield from _narrow(problem, propose, close=1.0))
 
 
-def hybrid_search(problem: SearchProblem) -> Search:
+def _hybrid_search(problem: SearchProblem) -> Search:
     """Follows the guess, corrected by the measurements, then interpolates between a miss and a hit.
 
     The interpolation is linear in log length and log error. If the error never rises with the
@@ -129,12 +129,12 @@ class SearchMethod(NamedTuple):
 
 # `hybrid` does not use a router: measurements on previous blocks lead to fewer evaluations.
 SEARCHES: dict[str, SearchMethod] = {
-    "hybrid": SearchMethod(hybrid_search),
-    "full": SearchMethod(full_search),
-    "binned": SearchMethod(binned_search),
-    "binary": SearchMethod(binary_search),
-    "regression": SearchMethod(regression_search, needs_router=True),
-    "verified_regression": SearchMethod(verified_regression_search, needs_router=True),
+    "hybrid": SearchMethod(_hybrid_search),
+    "full": SearchMethod(_full_search),
+    "binned": SearchMethod(_binned_search),
+    "binary": SearchMethod(_binary_search),
+    "regression": SearchMethod(_regression_search, needs_router=True),
+    "verified_regression": SearchMethod(_verified_regression_search, needs_router=True),
 }
 
 
@@ -175,7 +175,7 @@ def _narrow(
                 break
             length = left[0]
         tried[length] = (yield [length])[0]
-    return best_length(tried, problem.target)
+    return _best_length(tried, problem.target)
 
 
 def _first_below(problem: SearchProblem, expected: np.ndarray, first: int, last: int) -> int:
@@ -191,7 +191,7 @@ def log_spaced(low: int, high: int, *, count: int) -> list[int]:
     return np.unique(np.round(np.exp(steps)).astype(int)).tolist()
 
 
-def best_length(tried: Mapping[int, float], target: float) -> int:
+def _best_length(tried: Mapping[int, float], target: float) -> int:
     """Returns the shortest measured length that meets the target, or the one of least error."""
     met = [length for length, error in tried.items() if error <= target]
     return min(met) if met else min(tried, key=lambda length: (tried[length], length))

@@ -91,8 +91,3 @@ def require_best_metric(task: Task, config: ml_collections.ConfigDict) -> None:
         raise UsageError(
             f"train.best_metric = {config.train.best_metric!r}: choose one of {', '.join(names)}"
         )
-
-
-def lower_is_better(task: Task, metric: str) -> bool:
-    """Returns whether lower values are better for a metric that `evaluate` returns."""
-    return task.better.get(metric.removeprefix("eval/")) != "higher"

@@ -79,12 +79,14 @@ def initialise(
     group = next(iter(abstract.params))  # the one that is exported, so other runs have it
     wanted_params = abstract.params[group]
     stacked = is_stacked(wanted_params)
-    with open_initial_weights(config.train.init_from) as source:
+    with _open_initial_weights(config.train.init_from) as source:
         layout = is_stacked(source.shapes)
         if layer_counts(source.shapes) != layer_counts(wanted_params):
             layout = False  # compared layer by layer
         wanted = flatten_dict(relayout_shapes(wanted_params, stacked=layout))
-        plan = match_weights(flatten_dict(_shapes_in_layout(source.shapes, stacked=layout)), wanted)
+        plan = _match_weights(
+            flatten_dict(_shapes_in_layout(source.shapes, stacked=layout)), wanted
+        )
         differences = plan.differences()
         if differences and (config.train.init_from_mismatch == "refuse" or not plan.taken):
             fix = (
@@ -107,7 +109,7 @@ def initialise(
         shardings = jax.tree.map(lambda leaf: leaf.sharding, wanted_params)
         copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree), out_shardings=shardings)
         ema_params = ema_params | {group: copy(params)}
-    record_initialisation(plan, source.origin, path=workdir / RECORD)
+    _record_initialisation(plan, source.origin, path=workdir / RECORD)
     summary = (
         f"weights of {source.origin}: {len(plan.taken)} taken, {len(plan.reinitialised)} "
         f"re-initialised, {len(plan.skipped)} skipped (all in {RECORD})"
@@ -119,7 +121,7 @@ def initialise(
     ]
 
 
-def match_weights(saved: Flat, wanted: Flat) -> WeightMatch:
+def _match_weights(saved: Flat, wanted: Flat) -> WeightMatch:
     """Compares two flat dicts of arrays or shape structs by name and shape."""
     old = {"/".join(key): tuple(leaf.shape) for key, leaf in saved.items()}
     new = {"/".join(key): tuple(leaf.shape) for key, leaf in wanted.items()}
@@ -133,7 +135,7 @@ def match_weights(saved: Flat, wanted: Flat) -> WeightMatch:
     )
 
 
-def record_initialisation(plan: WeightMatch, origin: str, *, path: Path) -> None:
+def _record_initialisation(plan: WeightMatch, origin: str, *, path: Path) -> None:
     """Writes which weights were taken, skipped and re-initialised as JSON; process 0 only."""
     if jax.process_index() == 0:
         shapes = {
@@ -145,7 +147,7 @@ def record_initialisation(plan: WeightMatch, origin: str, *, path: Path) -> None
 
 
 @contextlib.contextmanager
-def open_initial_weights(model: str) -> Iterator[SavedModel]:
+def _open_initial_weights(model: str) -> Iterator[SavedModel]:
     """Opens the weights of train.init_from; process 0 chooses the checkpoint for all processes.
 
     Raises:

@@ -43,10 +43,10 @@ def train_experiment(config: ml_collections.ConfigDict, *, workdir: Path) -> boo
         peers = Peers(kept=partial(newest_saved_in_workdir, workdir))
         with peers.shared_fate():
             run = open_run(resolve_config(config), workdir=workdir, peers=peers, stack=stack)
-            return run_steps(run, stop)
+            return _run_steps(run, stop)
 
 
-def run_steps(run: Run, stop: StopRequest) -> bool:
+def _run_steps(run: Run, stop: StopRequest) -> bool:
     """Runs the remaining steps; returns as `train_experiment` does."""
     train_config, state, log = run.config.train, run.state, run.log
     run.state = None  # type: ignore[assignment]  # donated to the first step

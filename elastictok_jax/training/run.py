@@ -145,7 +145,7 @@ def open_run(
     part = local_batch_part(sharding, config, family.codec.geometry)
     require_sinks(config)
     require_best_metric(task, config)
-    raise_if_lost, wandb_run = hold_workdir(workdir, config, first=peers.process == 0, stack=stack)
+    raise_if_lost, wandb_run = _hold_workdir(workdir, config, first=peers.process == 0, stack=stack)
     splits = open_splits(config)
     reader = task.reader(splits, split="train", part=part)
     held_out = open_held_out(task, config, splits, part=part)
@@ -181,7 +181,7 @@ def open_run(
             notes += taken
         position: dict[str, Any] = {"next_row": 0, "files": files}
     else:
-        start, state, position, lost = restore_newest(checkpoints, candidates, abstract)
+        start, state, position, lost = _restore_newest(checkpoints, candidates, abstract)
         notes += lost
     write_config(workdir, config)
     write_held_out(workdir, splits.fingerprint("heldout"))
@@ -195,7 +195,7 @@ def open_run(
         console = ConsoleWriter(total=steps, start=start)
     stack.callback(writer.close)
     stack.callback(console.close)
-    console.line(run_startup_line(config, task, abstract, start=start, workdir=workdir))
+    console.line(_run_startup_line(config, task, abstract, start=start, workdir=workdir))
     notes += [f"left out: {damaged}" for damaged in splits.damaged]
     notes += [f"note: {note}" for note in splits.notes]
     if position["files"] != files:
@@ -248,7 +248,7 @@ def open_run(
     )
 
 
-def hold_workdir(
+def _hold_workdir(
     workdir: Path,
     config: ml_collections.ConfigDict,
     *,
@@ -269,7 +269,7 @@ def hold_workdir(
     return lock.raise_if_lost, open_wandb(workdir, config)
 
 
-def restore_newest(
+def _restore_newest(
     checkpoints: Checkpointer, steps: list[int], abstract: TrainState
 ) -> tuple[int, TrainState, dict[str, Any], list[str]]:
     """Restores the first of `steps` whose checkpoint can be read.
@@ -313,7 +313,7 @@ def restore_newest(
     return step, state, position, lines
 
 
-def run_startup_line(
+def _run_startup_line(
     config: ml_collections.ConfigDict,
     task: Task,
     abstract: TrainState,

@@ -29,7 +29,7 @@ def enter_workdir(workdir: Path, config: ml_collections.ConfigDict, *, files: An
     """
     process, processes = process_place()
     if process == 0:
-        prepare_workdir(workdir, config)
+        _prepare_workdir(workdir, config)
     if processes == 1:
         return
     mark = workdir / "run_id"  # new at every start
@@ -64,7 +64,7 @@ def enter_workdir(workdir: Path, config: ml_collections.ConfigDict, *, files: An
         time.sleep(0.2)
 
 
-def prepare_workdir(workdir: Path, config: ml_collections.ConfigDict) -> None:
+def _prepare_workdir(workdir: Path, config: ml_collections.ConfigDict) -> None:
     """Makes `workdir` and checks that it can be written.
 
     Raises:

@@ -66,13 +66,13 @@ def work_on_shard(
         pipe.send((kind, value))
 
     try:
-        make_shard(Path(directory), shard, shards, entries, settings, hopeless=hopeless, tell=tell)
+        _make_shard(Path(directory), shard, shards, entries, settings, hopeless=hopeless, tell=tell)
         tell("done", None)
     except OSError as error:  # most likely a full disk; bad originals raise MediaError
         tell("error", error.strerror or str(error))
 
 
-def make_shard(
+def _make_shard(
     directory: Path,
     shard: int,
     shards: int,

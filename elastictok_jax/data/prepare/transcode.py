@@ -57,15 +57,15 @@ def transcode_file(
     origin = {"source": name, "content_hash": digest}
     if media.file_kind(path) == "image":
         pixels = media.read_image(path, limits=settings.limits)
-        record = origin | transcode_image(path.read_bytes(), pixels, settings=settings)
+        record = origin | _transcode_image(path.read_bytes(), pixels, settings=settings)
         return [record], media.probe_loss(path)
     with media.VideoReader(path, limits=settings.limits) as reader:
         if reader.frame_count == 1:  # a still GIF
-            made = [transcode_image(None, reader.read(0, 1)[0], settings=settings)]
+            made = [_transcode_image(None, reader.read(0, 1)[0], settings=settings)]
         else:
             fps = reader.fps or FRAME_RATE
             frames = _video_frames(reader, resolution=settings.resolution)
-            made = list(transcode_video(frames, fps=fps, settings=settings))
+            made = list(_transcode_video(frames, fps=fps, settings=settings))
     return [origin | record for record in made], media.probe_loss(path)
 
 
@@ -76,7 +76,7 @@ def transcode_item(source: RecordSource, item: int, *, name: str, settings: Tran
         data = source.encoded_image(item)
         pixels = media.decode_image(data, name=name, limits=settings.limits)
         origin["content_hash"] = hashlib.sha256(data).hexdigest()
-        return [origin | transcode_image(data, pixels, settings=settings)], ""
+        return [origin | _transcode_image(data, pixels, settings=settings)], ""
     seen = hashlib.sha256()
     total = int(source.frames[item])
 
@@ -87,12 +87,12 @@ def transcode_item(source: RecordSource, item: int, *, name: str, settings: Tran
                 seen.update(frame.tobytes())
                 yield frame
 
-    made = list(transcode_video(frames(), fps=float(source.fps[item]), settings=settings))
+    made = list(_transcode_video(frames(), fps=float(source.fps[item]), settings=settings))
     origin["content_hash"] = seen.hexdigest()
     return [origin | record for record in made], ""
 
 
-def transcode_image(
+def _transcode_image(
     data: bytes | None, pixels: np.ndarray, *, settings: TranscodeSettings
 ) -> dict[str, Any]:
     """Makes the record of an image uint8 [H, W, 3]; keeps its own bytes `data` if possible."""
@@ -122,7 +122,7 @@ def _plain_form(data: bytes | None) -> tuple[bool, str]:
         return plain and image.format in ("JPEG", "PNG"), image.format or ""
 
 
-def transcode_video(
+def _transcode_video(
     frames: Iterable[np.ndarray], *, fps: float, settings: TranscodeSettings
 ) -> Iterator[dict[str, Any]]:
     """Yields records of at most PART_FRAMES frames, in one pass over frames uint8 [H, W, 3]."""

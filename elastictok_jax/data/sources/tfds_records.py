@@ -49,7 +49,7 @@ INDEX_COLUMNS = {
 FRAME_RATE = 24.0  # assumed for videos that state none
 
 
-def tfds_features() -> tfds.features.FeaturesDict:
+def _tfds_features() -> tfds.features.FeaturesDict:
     """Returns the features of a prepared data set."""
     return tfds.features.FeaturesDict(
         {
@@ -81,7 +81,7 @@ class RecordWriter:
     """
 
     def __init__(self, path: Path):
-        self._features = tfds_features()
+        self._features = _tfds_features()
         self._serializer = tfds.core.example_serializer.ExampleSerializer(
             self._features.get_serialized_info()
         )
@@ -91,7 +91,7 @@ class RecordWriter:
         self.bytes = 0
 
     def write(self, record: dict[str, Any], *, place: int) -> None:
-        """Writes one record with the fields of `tfds_features`; `place` is that of its original."""
+        """Writes one record with the fields of `_tfds_features`; `place` is its original's."""
         example = self._serializer.get_tf_example(self._features.encode_example(record))
         encoded = example.SerializeToString(deterministic=True)  # a map's order is arbitrary
         with _write_errors():
@@ -131,7 +131,7 @@ def write_metadata(
         data_dir=os.fspath(directory),
         module_name="",
     )
-    info = tfds.core.DatasetInfo(builder=identity, features=tfds_features())
+    info = tfds.core.DatasetInfo(builder=identity, features=_tfds_features())
     info.set_file_format(tfds.core.FileFormat.ARRAY_RECORD)
     template = tfds.core.ShardedFileTemplate(
         dataset_name=DATASET,

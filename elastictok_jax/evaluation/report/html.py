@@ -99,7 +99,7 @@ def _part(part: Picture | Video | Table) -> str:
             f'aria-label="{escape(part.label)}" src="data:video/mp4;base64,{data}"></video>'
             f"<figcaption>{escape(part.label)}</figcaption></figure>"
         )
-    data = base64.b64encode(figure_to_webp(part.image)).decode()
+    data = base64.b64encode(_figure_to_webp(part.image)).decode()
     least = round(LEGIBLE * DPI * part.image.get_figwidth())
     return (
         f'<figure><div class="wide" tabindex="0" role="group" aria-label="{escape(part.alt)}">'
@@ -109,7 +109,7 @@ def _part(part: Picture | Video | Table) -> str:
     )
 
 
-def figure_to_webp(figure: Figure) -> bytes:
+def _figure_to_webp(figure: Figure) -> bytes:
     """Renders a figure as WebP, at a fifth of the size of a PNG."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="webp", dpi=DPI, pil_kwargs={"quality": 90})

@@ -32,7 +32,7 @@ def _figure(columns: int, *, height: float = 3.4) -> tuple[Figure, list[Any]]:
     return figure, list(axes[0])
 
 
-def plotted_kinds(models: Models) -> list[str]:
+def _plotted_kinds(models: Models) -> list[str]:
     """Returns the clip kinds that were measured."""
     return [kind for kind in CLIP_KINDS if kind in models[0]]
 
@@ -74,7 +74,7 @@ def plot_rate(key: str, label: str) -> Callable[[Models], Figure | None]:
     def draw(models: Models) -> Figure | None:
         kinds = [
             k
-            for k in plotted_kinds(models)
+            for k in _plotted_kinds(models)
             if any(r.get(key) is not None for m in models for r in m[k]["rates"])
         ]
         if not kinds:
@@ -104,7 +104,7 @@ def plot_rate(key: str, label: str) -> Callable[[Models], Figure | None]:
 
 def plot_loss_by_tokens(models: Models) -> Figure | None:
     """Plots error against tokens (Fig. 5)."""
-    kinds = plotted_kinds(models)
+    kinds = _plotted_kinds(models)
     figure, axes = _figure(len(kinds))
     for one, kind in zip(axes, kinds, strict=True):
         for colour, model in zip(COLOURS * 9, models, strict=False):

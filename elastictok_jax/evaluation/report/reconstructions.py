@@ -155,7 +155,7 @@ def _draw_curves(figure, curve: Sequence[dict[str, float]], coded: Sequence[Code
         axes.grid(alpha=0.3)
 
 
-def side_by_side(
+def _side_by_side(
     item: CodedClip, *, frames_per_block: int, tokens_per_block: int, scale: int
 ) -> np.ndarray:
     """Renders original and reconstructions above token strips, uint8 [T, H', W', 3].
@@ -223,7 +223,7 @@ def write_side_by_side(
     width = videos[0][0].frames.shape[2] * (len(videos[0][1]) + 1)
     scale = max(1, round(768 / width))
     pictures = [
-        side_by_side(
+        _side_by_side(
             item, frames_per_block=frames_per_block, tokens_per_block=tokens_per_block, scale=scale
         )
         for item in videos

@@ -70,7 +70,7 @@ def attention(
     segments_BS, per_block = places.segments_BS, places.tokens_per_block
     ranks_BS = places.ranks_BS
     inputs = [x.swapaxes(1, 2) for x in (query_BSHK, key_BSHK, value_BSHK)]
-    kernel = make_kernel(backend, platform_of(mesh))
+    kernel = make_kernel(backend, _platform_of(mesh))
     if not mesh.empty and mesh.size > 1:
         kernel = on_mesh(kernel, inputs[0].shape)
     elif backend == "dense":
@@ -111,7 +111,7 @@ def attend_to_past(
     Returns:
       [C, S, H, K] in the dtype of `value_CHSK`.
     """
-    kernel = make_kernel(backend, platform_of(jax.sharding.get_abstract_mesh()))
+    kernel = make_kernel(backend, _platform_of(jax.sharding.get_abstract_mesh()))
     count, tokens, heads, _ = query_CSHK.shape
     query_CHSK, ids_CS = query_CSHK.swapaxes(1, 2), jnp.ones((count, tokens), jnp.int32)
     own = Visibility(ids_CS, ids_CS, query_ranks_BS=ranks_CS, key_ranks_BT=ranks_CS)
@@ -126,7 +126,7 @@ def attend_to_past(
     return out[0].swapaxes(1, 2).astype(value_CHSK.dtype)
 
 
-def platform_of(mesh: jax.sharding.AbstractMesh) -> str:
+def _platform_of(mesh: jax.sharding.AbstractMesh) -> str:
     """Returns the platform of the mesh, or of this process if the mesh is empty."""
     return jax.default_backend() if mesh.empty else mesh.abstract_device.platform
 

@@ -54,7 +54,7 @@ class BlockwiseKernel:
             out_tile, lse_tile = merge_softmax(queries.of(out), queries.of(lse), *part)
             return queries.put(out, out_tile), queries.put(lse, lse_tile)
 
-        return for_each_tile(add_tile, (out_BHSK, lse_BHS), tiles, visibility)
+        return _for_each_tile(add_tile, (out_BHSK, lse_BHS), tiles, visibility)
 
     def backward(
         self, query_BHSK, key_BHTK, value_BHTK, visibility, *, out_BHSK, lse_BHS, grad_BHSK
@@ -82,7 +82,7 @@ class BlockwiseKernel:
 
         inputs = (query_BHSK, key_BHTK, value_BHTK)
         zeros = tuple(jnp.zeros(x.shape, jnp.float32) for x in inputs)
-        return for_each_tile(add_tile, zeros, tiles, visibility)
+        return _for_each_tile(add_tile, zeros, tiles, visibility)
 
 
 def visible_tiles(
@@ -110,7 +110,7 @@ def visible_tiles(
     return tiles
 
 
-def for_each_tile(add_tile: Callable, sums, tiles: list[tuple[range, range]], visibility):
+def _for_each_tile(add_tile: Callable, sums, tiles: list[tuple[range, range]], visibility):
     """Folds `sums = add_tile(sums, queries, keys, visibility)` over tiles, one loop per shape."""
     groups = collections.defaultdict(list)
     for queries, keys in tiles:

@@ -48,7 +48,7 @@ def output_dot_gradient(out_BHSK: Array, grad_BHSK: Array) -> Array:
     return jnp.sum(out_BHSK.astype(jnp.float32) * grad_BHSK.astype(jnp.float32), axis=-1)
 
 
-def tile_scores(query_BHSK: Array, key_BHTK: Array, mask_BST: Array) -> Array:
+def _tile_scores(query_BHSK: Array, key_BHTK: Array, mask_BST: Array) -> Array:
     """Computes scaled and masked scores, float32 [B, H, S, T]."""
     scores_BHST = jnp.einsum(
         "bhsk,bhtk->bhst", query_BHSK, key_BHTK, preferred_element_type=jnp.float32
@@ -61,7 +61,7 @@ def tile_forward(
     query_BHSK: Array, key_BHTK: Array, value_BHTK: Array, mask_BST: Array
 ) -> tuple[Array, Array]:
     """Computes the output and log-sum-exp of one tile."""
-    scores_BHST = tile_scores(query_BHSK, key_BHTK, mask_BST)
+    scores_BHST = _tile_scores(query_BHSK, key_BHTK, mask_BST)
     top_BHS = jnp.max(scores_BHST, axis=-1)
     weights_BHST = jnp.exp(scores_BHST - top_BHS[..., None])
     total_BHS = jnp.sum(weights_BHST, axis=-1)
@@ -89,7 +89,7 @@ def tile_backward(
     def product(spec: str, left: Array, right: Array) -> Array:
         return jnp.einsum(spec, left, right, preferred_element_type=jnp.float32)
 
-    scores_BHST = tile_scores(query_BHSK, key_BHTK, mask_BST)
+    scores_BHST = _tile_scores(query_BHSK, key_BHTK, mask_BST)
     weights_BHST = jnp.exp(scores_BHST - lse_BHS[..., None])
     value_grad = product("bhst,bhsk->bhtk", weights_BHST.astype(value_BHTK.dtype), grad_BHSK)
     weight_grad_BHST = product("bhsk,bhtk->bhst", grad_BHSK, value_BHTK)

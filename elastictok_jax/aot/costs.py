@@ -11,7 +11,7 @@ from collections import Counter
 
 from elastictok_jax.aot.collectives import Collective, collective_of
 from elastictok_jax.aot.hlo import Computation, Instruction, Module, Shape, trip_count
-from elastictok_jax.aot.kernels import MARKS, KernelCall, call_target, kernel_of
+from elastictok_jax.aot.kernels import MARKS, KernelCall, kernel_call_target, kernel_of
 
 # Instructions that move no data themselves.
 _STILL = {
@@ -124,7 +124,7 @@ class _Counter:
     def _bytes(self, found: Instruction, computation: Computation) -> float:
         if found.opcode in _STILL or found.opcode.endswith("-start"):
             return 0.0
-        if call_target(found) in MARKS:
+        if kernel_call_target(found) in MARKS:
             return 0.0
         if found.opcode.endswith("-done"):  # a copy or collective, counted as if synchronous
             started = computation.instructions[found.operands[0]]

@@ -32,7 +32,7 @@ class KernelCall:
     bytes: float | None = None
 
 
-def call_target(instruction: Instruction) -> str:
+def kernel_call_target(instruction: Instruction) -> str:
     """Returns the target of a custom call; empty for any other instruction."""
     if instruction.opcode != "custom-call":
         return ""
@@ -42,7 +42,7 @@ def call_target(instruction: Instruction) -> str:
 
 def kernel_of(instruction: Instruction) -> KernelCall | None:
     """Returns the kernel that a custom call runs; None if the call is the compiler's own."""
-    name = call_target(instruction)
+    name = kernel_call_target(instruction)
     if not name or name in (*MARKS, *MOVES):
         return None
     if name == "tpu_custom_call":

@@ -19,25 +19,27 @@ from elastictok_jax.aot.topology import Topology
 from elastictok_jax.config import resolve_config
 from elastictok_jax.errors import RunError
 from elastictok_jax.hardware import GIB, Chip
-from elastictok_jax.models.registry import open_family
+from elastictok_jax.models.registry import registered_family
 from elastictok_jax.parallel.mesh import make_mesh
 
 Results = dict[str, Any]
 
 
-def compile_experiment(config: ml_collections.ConfigDict, topology: Topology) -> Results:
+def report_experiment(config: ml_collections.ConfigDict, topology: Topology) -> Results:
     """Compiles the programs of an experiment for a pod and analyses their costs, without data.
 
     Returns:
       The output of `--json`: the pod and the mesh, the figures of the training step, and those of
-      the tokenizer under "encode" and "decode". `program_figures` documents the figures.
+      the tokenizer under "encode" and "decode". `program_report` documents the figures.
 
     Raises:
       UsageError: if the config is invalid, or its mesh does not fit the pod.
       RunError: if the compiler fails.
     """
     config = resolve_config(config)
-    mesh = make_mesh(config, topology.devices, check_model=open_family(config).task.check_mesh)
+    mesh = make_mesh(
+        config, topology.devices, check_model=registered_family(config).task.check_mesh
+    )
     train_step, *halves = programs(config, mesh)
     return {
         "experiment": config.name,
@@ -66,10 +68,10 @@ def _compile_program(program: Program, mesh: Mesh, chip: Chip) -> Results:
         compiled = program.lower().compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" in str(error) and "hbm" in str(error).lower():
-            return compile_refusal(str(error), chip)
+            return report_refusal(str(error), chip)
         reason = str(error).splitlines()[0]
         raise RunError(f"the TPU compiler failed on {program.name}: {reason}") from error
-    results = program_figures(compiled, mesh=mesh, chip=chip, model_flops=program.model_flops)
+    results = program_report(compiled, mesh=mesh, chip=chip, model_flops=program.model_flops)
     seconds = results["predicted"]["step_seconds"]
     return results | {
         "tokens": program.tokens,
@@ -78,7 +80,7 @@ def _compile_program(program: Program, mesh: Mesh, chip: Chip) -> Results:
     }
 
 
-def compile_refusal(message: str, chip: Chip) -> Results:
+def report_refusal(message: str, chip: Chip) -> Results:
     """Returns the results of a program that needs more memory than a device has."""
     needed = re.search(r"\((\d[\d.]*)([KMGT])\)? exceeds|Used (\d[\d.]*)([KMGT]) of", message)
     total = None
@@ -92,14 +94,14 @@ def compile_refusal(message: str, chip: Chip) -> Results:
     }
 
 
-def program_figures(
+def program_report(
     compiled: jax.stages.Compiled, *, mesh: Mesh, chip: Chip, model_flops: float
 ) -> Results:
     """Returns figures of a compiled program on `chip`, which may differ from its target.
 
     Returns:
       fits: whether `bytes_per_device["total"]` is at most the usable memory.
-      bytes_per_device: `memory_sizes`, and the chip's capacity and usable memory.
+      bytes_per_device: `report_memory`, and the chip's capacity and usable memory.
       flops_per_device: operations of matrix products with the most expensive branches;
         `mean_branch_flops_per_device`: with the mean of the branches; `model_flops_per_device`:
         those of the method.
@@ -113,7 +115,7 @@ def program_figures(
     assert text is not None
     costs = program_costs(parse_module(text))
     slice_of = [getattr(device, "slice_index", 0) for device in mesh.devices.flat]
-    sizes = memory_sizes(compiled)
+    sizes = report_memory(compiled)
     line = roofline(costs, chip=chip, slice_of=slice_of)
     peak = chip.peak_flops / chip.devices
     mine = model_flops / mesh.size
@@ -140,7 +142,7 @@ def program_figures(
     }
 
 
-def memory_sizes(compiled: jax.stages.Compiled) -> dict[str, float]:
+def report_memory(compiled: jax.stages.Compiled) -> dict[str, float]:
     """Returns the bytes per device of a compiled program, by kind.
 
     "aliased" outputs reuse donated arguments, and "total" is the memory needed at once: arguments +

@@ -16,7 +16,7 @@ from elastictok_jax.config.schema import (
     Key,
     Section,
     one_of,
-    section_defaults,
+    schema_defaults,
 )
 from elastictok_jax.layers.attention.api import BACKENDS
 from elastictok_jax.layers.transformer import REMAT_POLICIES
@@ -137,15 +137,15 @@ def default_config(family: str = DEFAULT_FAMILY) -> ml_collections.ConfigDict:
 
     Of ElasticTok, that is the paper's 200m FSQ model at 256 px.
     """
-    config = ml_collections.ConfigDict(section_defaults(TOP))
+    config = ml_collections.ConfigDict(schema_defaults(TOP))
     for name, section in default_sections(family).items():
-        config[name] = ml_collections.ConfigDict(section_defaults(section))
+        config[name] = ml_collections.ConfigDict(schema_defaults(section))
     config.data.sources = ml_collections.ConfigDict({"main": source_config(path="embedded")})
     return config
 
 
 def source_config(**settings: Any) -> ml_collections.ConfigDict:
     """Returns a source of images and videos, an entry of `data.sources`, with these settings."""
-    source = ml_collections.ConfigDict(section_defaults(SOURCE))
+    source = ml_collections.ConfigDict(schema_defaults(SOURCE))
     source.update(settings)
     return source

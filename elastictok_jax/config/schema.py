@@ -63,6 +63,6 @@ def check_constraint(key: str, value: Any, constraint: Constraint | None) -> Non
     raise UsageError(f"{key} = {value!r}: must be {constraint.words}")
 
 
-def section_defaults(section: Section) -> dict[str, Any]:
+def schema_defaults(section: Section) -> dict[str, Any]:
     """Returns the default of each key."""
     return {name: key.default for name, key in section.items()}

@@ -17,22 +17,22 @@ from elastictok_jax.evaluation.eval_clips import (
     EvaluationOverrides,
     evaluation_clips,
 )
-from elastictok_jax.evaluation.figures import Measured, summarise_evaluation
 from elastictok_jax.evaluation.frame_metrics import make_frame_metrics
 from elastictok_jax.evaluation.measure import (
     MeasurementPlan,
     Record,
-    coded_to_target,
+    measure_at_target,
     measured_model_properties,
     measurement_plan,
 )
-from elastictok_jax.evaluation.measurement_store import measure_all
-from elastictok_jax.evaluation.report.drawing import plot_label
+from elastictok_jax.evaluation.measurement_store import store_measurements
+from elastictok_jax.evaluation.report.drawing import drawing_label
 from elastictok_jax.evaluation.report.page import write_report
-from elastictok_jax.evaluation.report.reconstructions import (
-    draw_reconstructions,
+from elastictok_jax.evaluation.report.side_by_side import (
+    draw_side_by_side,
     write_side_by_side,
 )
+from elastictok_jax.evaluation.summary import Measured, summarise_evaluation
 from elastictok_jax.progress import Progress
 from elastictok_jax.storage.atomic import make_folder, remove_outputs, write_json
 from elastictok_jax.tokenizer.api import ElasticTokenizer
@@ -79,7 +79,7 @@ def evaluate_models(
         make_frame_metrics(config),
     )
     with Progress("measuring", unit="clip") as progress:
-        records = measure_all(
+        records = store_measurements(
             *(tokenizers, clips, plan, frame_metrics),
             folder=output / RECORDS,
             devices=jax.local_devices(),
@@ -114,8 +114,8 @@ def evaluate_models(
         tokens_per_block=tokenizers[0].tokens_per_block,
     )
     most = sizes["tokens_per_block"]
-    title = f"{plot_label(config.name)}: held-out clips, at most {most} tokens a block"
-    draw_reconstructions(output / "report.png", coded, title=title, curve=curve, **sizes)
+    title = f"{drawing_label(config.name)}: held-out clips, at most {most} tokens a block"
+    draw_side_by_side(output / "report.png", coded, title=title, curve=curve, **sizes)
     video = output / "report.mp4"
     write_side_by_side(video, coded, **sizes)
     write_report(
@@ -149,7 +149,7 @@ def _decode_record(
     """Decodes a record's tokens at each target."""
     coded = []
     for target in plan.targets:
-        tokens = coded_to_target(tokenizer, clip, record, target)
+        tokens = measure_at_target(tokenizer, clip, record, target)
         coded.append(Coded(Goal(max_mse=target), tokens, tokenizer.decode(tokens)))
     return coded
 

@@ -8,9 +8,9 @@ import numpy as np
 from elastictok_jax.data.frame_stream import PIPE, open_frame_stream
 from elastictok_jax.errors import UsageError
 from elastictok_jax.evaluation.eval_clips import EvalClip, code_eval_clip
-from elastictok_jax.evaluation.report.drawing import plot_label
-from elastictok_jax.evaluation.report.reconstructions import (
-    draw_reconstructions,
+from elastictok_jax.evaluation.report.drawing import drawing_label
+from elastictok_jax.evaluation.report.side_by_side import (
+    draw_side_by_side,
     write_side_by_side,
 )
 from elastictok_jax.storage.atomic import make_folder, remove_outputs, write_json
@@ -53,10 +53,10 @@ def reconstruct_file(
         tokens_per_block=tokenizer.tokens_per_block,
     )
     remove_outputs(output, RECONSTRUCTION)
-    draw_reconstructions(
+    draw_side_by_side(
         output / "reconstruction.png",
         [(clip, coded)],
-        title=f"{plot_label(clip.name)}: {goal}",
+        title=f"{drawing_label(clip.name)}: {goal}",
         **sizes,
     )
     write_side_by_side(output / "reconstruction.mp4", [(clip, coded)], **sizes)

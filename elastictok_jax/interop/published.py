@@ -16,9 +16,13 @@ from flax import traverse_util
 
 from elastictok_jax import config as config_lib
 from elastictok_jax.errors import UsageError
-from elastictok_jax.interop.published_stream import Key, published_keys, read_published
+from elastictok_jax.interop.published_stream import (
+    Key,
+    published_stream_keys,
+    read_published_stream,
+)
 from elastictok_jax.layers.scan_layout import is_stacked, relayout_shapes, stack_or_unstack
-from elastictok_jax.models.registry import open_family
+from elastictok_jax.models.registry import registered_family
 from elastictok_jax.storage import safetensors
 
 Shape = tuple[int, ...]
@@ -119,11 +123,11 @@ def import_params(path: str | os.PathLike, *, abstract_params: dict[str, Any]) -
     structs = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, "f4"), abstract_params)
     stacked = relayout_shapes(structs, stacked=True)
     shapes = {key: leaf.shape for key, leaf in traverse_util.flatten_dict(stacked).items()}
-    targets = _targets(shapes, found=published_keys(path))
+    targets = _targets(shapes, found=published_stream_keys(path))
     params: dict[Key, np.ndarray] = {}
     problems: list[str] = []
     seen: set[Key] = set()
-    for key, array in read_published(path):
+    for key, array in read_published_stream(path):
         name = "/".join(key)
         target = targets.get(key)
         if key in seen:
@@ -174,11 +178,11 @@ def import_published(
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise UsageError(f"{output} exists and is not an empty folder; name another one")
     published = _read_json(Path(config_file))
-    conditioned = any(key[-1] == "is_kept_embed" for key in published_keys(file))
+    conditioned = any(key[-1] == "is_kept_embed" for key in published_stream_keys(file))
     config = config_lib.default_config()
     config_lib.apply_overrides(config, convert_config(published, conditioned=conditioned))
     config = config_lib.resolve_config(config)
-    params = import_params(file, abstract_params=open_family(config).codec.params_shapes())
+    params = import_params(file, abstract_params=registered_family(config).codec.params_shapes())
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as staging:

@@ -47,7 +47,7 @@ class _Entry(NamedTuple):
     length: int
 
 
-def read_published(path: str | os.PathLike) -> Iterator[tuple[Key, np.ndarray]]:
+def read_published_stream(path: str | os.PathLike) -> Iterator[tuple[Key, np.ndarray]]:
     """Streams the weights of a published file, holding one array in memory at a time.
 
     Args:
@@ -76,7 +76,7 @@ def _open(path: Path) -> BinaryIO:
         raise UsageError(f"cannot read {path}: {error}") from error
 
 
-def published_keys(path: Path) -> set[Key]:
+def published_stream_keys(path: Path) -> set[Key]:
     """Returns the keys of the weights in the file without reading the weights."""
     with _open(path) as file:
         return {entry.key for entry in _entries(file, path=path)}

@@ -163,7 +163,7 @@ def _rotary_turns(head_width: int, theta: float) -> np.ndarray:
     return np.round(2.0**32 / (2 * np.pi) * theta**-exponents).astype(np.uint32)
 
 
-def pairs_to_halves(kernel: Array) -> Array:
+def rotary_pairs_to_halves(kernel: Array) -> Array:
     """Reorders the last axis from pairs (2i, 2i + 1) to halves: all even dims, then all odd ones.
 
     It is nearly free on a kernel, unlike on activations. Scores do not change if queries and keys
@@ -174,7 +174,7 @@ def pairs_to_halves(kernel: Array) -> Array:
 
 
 def rotate(x_BSHK: Array, positions_S: Array, *, theta: float) -> Array:
-    """Applies rotary embedding in float32 to dims in halves order (`pairs_to_halves`).
+    """Applies rotary embedding in float32 to dims in halves order (`rotary_pairs_to_halves`).
 
     Dims i and i + K/2 are the interleaved pair (2i, 2i + 1) of the published weights. The result
     has the dtype of the input.
@@ -197,7 +197,7 @@ class SelfAttention(nn.Module):
         spec = self.spec
         features = (spec.heads, spec.width // spec.heads)
         axes = ("embed", "heads", "head_width")
-        view = pairs_to_halves  # the order that `rotate` expects
+        view = rotary_pairs_to_halves  # the order that `rotate` expects
         query_BSHK = spec.linear(*features, axes=axes, name="query", kernel_view=view)(x_BSW)
         key_BSHK = spec.linear(*features, axes=axes, name="key", kernel_view=view)(x_BSW)
         value_BSHK = spec.linear(*features, axes=axes, name="value")(x_BSW)
@@ -303,7 +303,7 @@ class Layer(nn.Module):
 def transformer_layers(count: int, spec: LayerSpec) -> Callable[[Array, SequenceLayout], Array]:
     """Returns `count` layers, stacked if `spec` says so; to be called in a compact method."""
     if spec.scan_layers:
-        scan = stacked_layers(count, spec)
+        scan = stack_transformer_layers(count, spec)
         return lambda x_BSW, places: scan(x_BSW, places)[0]
     layer = _rematerialised(spec, prevent_cse=True)
     layers = [layer(spec, name=f"{UNSTACKED}{index}") for index in range(count)]
@@ -316,7 +316,9 @@ def transformer_layers(count: int, spec: LayerSpec) -> Callable[[Array, Sequence
     return in_turn
 
 
-def stacked_layers(count: int, spec: LayerSpec) -> Callable[[Array, SequenceLayout], tuple]:
+def stack_transformer_layers(
+    count: int, spec: LayerSpec
+) -> Callable[[Array, SequenceLayout], tuple]:
     """Returns `count` layers as one scan named "layers"; compile time does not grow with depth."""
     return nn.scan(
         _rematerialised(spec, prevent_cse=False),  # a scan prevents it by itself

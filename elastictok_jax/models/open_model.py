@@ -16,10 +16,10 @@ from elastictok_jax.config import read_config
 from elastictok_jax.errors import UsageError
 from elastictok_jax.layers.scan_layout import is_stacked, relayout_shapes, stack_or_unstack
 from elastictok_jax.models.base import Family
-from elastictok_jax.models.registry import open_family
+from elastictok_jax.models.registry import registered_family
 from elastictok_jax.storage.checkpoint import BestMetric, Checkpointer, shape_mismatches
 from elastictok_jax.storage.references import split_reference
-from elastictok_jax.storage.safetensors import load_params
+from elastictok_jax.storage.safetensors import load_safetensors
 
 WEIGHTS = "model.safetensors"
 
@@ -95,7 +95,7 @@ def open_model(
     if not folder.is_dir():
         raise UsageError(f"model {model} does not exist: give a workdir or an exported folder")
     config = read_config(folder / "config.json")
-    family = open_family(config)
+    family = registered_family(config)
     if is_exported_model(folder):
         if which is not None:
             raise UsageError(f"model {folder} is exported, and has no checkpoints to choose from")
@@ -119,7 +119,7 @@ class _Exported:
 
     @functools.cached_property
     def shapes(self) -> Any:
-        return load_params(self.folder / WEIGHTS)[0]
+        return load_safetensors(self.folder / WEIGHTS)[0]
 
     def read(self, wanted: Any) -> Any:
         return jax.tree.map(

@@ -57,7 +57,7 @@ def family_module(name: str) -> Any:
     )
 
 
-def open_family(config: ml_collections.ConfigDict) -> Family:
+def registered_family(config: ml_collections.ConfigDict) -> Family:
     """Returns the family that a resolved config describes.
 
     Raises:

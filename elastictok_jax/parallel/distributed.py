@@ -55,7 +55,7 @@ def initialize(
     If not all processes have met after `timeout` seconds, jax aborts; the process then reports it
     in one line and exits with status 1.
     """
-    given = explicit_settings(
+    given = distributed_settings(
         {"coordinator": coordinator, "processes": processes, "process": process}, os.environ
     )
     if given is None and not in_cluster(os.environ):
@@ -98,7 +98,7 @@ def shutdown() -> None:
     jax.distributed.shutdown()
 
 
-def explicit_settings(
+def distributed_settings(
     options: Mapping[str, str | int | None], environment: Mapping[str, str]
 ) -> dict | None:
     """Returns arguments of jax.distributed.initialize from options, else variables; None if unset.
@@ -324,7 +324,7 @@ def wait_for_all_processes(mesh: Mesh, *, timeout: float) -> None:
             jax.block_until_ready(jax.jit(add)(placed))
 
 
-def require_same_count(*, timeout: float) -> None:
+def require_same_process_count(*, timeout: float) -> None:
     """Raises UsageError if this process and process 0 were given different --processes."""
     process, processes = process_place()
     first = int(broadcast_from_first("processes", str(processes), timeout=timeout))
@@ -341,7 +341,7 @@ class _Runs:
     begun = 0
 
 
-def begin_run() -> None:
+def begin_distributed_run() -> None:
     """Starts a new set of keys and barriers, each usable once; all processes call it once a run."""
     _Runs.begun += 1
 

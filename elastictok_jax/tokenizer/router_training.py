@@ -33,7 +33,7 @@ from elastictok_jax.tokenizer.router import (
     predict_errors,
     router_features_of,
 )
-from elastictok_jax.tokenizer.search import log_spaced
+from elastictok_jax.tokenizer.search import search_grid
 from elastictok_jax.tokenizer.tiling import TileGrid
 
 KNOTS = 32
@@ -56,7 +56,7 @@ def train_router(model: str | Path, *, blocks: int, steps: int) -> dict[str, flo
     tokenizer = ElasticTokenizer.without_router(model)
     folder, _ = split_reference(model)
     require_file(folder / FILE, change="make the model's folder writable, or copy it")
-    lengths = log_spaced(tokenizer.min_tokens, tokenizer.tokens_per_block, count=KNOTS)
+    lengths = search_grid(tokenizer.min_tokens, tokenizer.tokens_per_block, count=KNOTS)
     items, features, curves = [], [], []
     for item, block_features, curve_K in _measured_blocks(tokenizer, lengths, blocks=blocks):
         items.append(item)
@@ -100,7 +100,7 @@ def _measured_blocks(
     rng = np.random.default_rng([config.seed, 1])
     coder = tokenizer.coder("mse")
     count = 0
-    for item, video in training_clips(config):
+    for item, video in router_training_clips(config):
         grid = TileGrid(video.shape[:3], tokenizer.geometry)
         target = 0.0
         for frames, inside in zip(*(tiles[0] for tiles in grid.cut(video)), strict=True):
@@ -115,7 +115,7 @@ def _measured_blocks(
                 return
 
 
-def training_clips(
+def router_training_clips(
     config: ml_collections.ConfigDict,
 ) -> Iterator[tuple[tuple[int, int], np.ndarray]]:
     """Yields (item, up to CLIP_BLOCKS of its blocks, uint8 [T, R, R, 3]) without end.

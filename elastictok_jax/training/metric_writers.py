@@ -202,7 +202,7 @@ def _first_line(error: Exception) -> str:
     return lines[0]
 
 
-def shows_pictures(config: ml_collections.ConfigDict) -> bool:
+def writer_shows_pictures(config: ml_collections.ConfigDict) -> bool:
     """Returns whether a sink takes pictures; all processes have to take part in drawing them."""
     return bool(config.train.tensorboard or config.train.wandb_project)
 

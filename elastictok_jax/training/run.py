@@ -22,12 +22,12 @@ from elastictok_jax.data.sources.splits import open_splits
 from elastictok_jax.errors import RunError
 from elastictok_jax.models.base import Task
 from elastictok_jax.models.open_model import best_metric
-from elastictok_jax.models.registry import open_family
+from elastictok_jax.models.registry import registered_family
 from elastictok_jax.parallel.backend import require_devices
 from elastictok_jax.parallel.distributed import (
     FIRST_SECONDS,
     broadcast_from_first,
-    require_same_count,
+    require_same_process_count,
     wait_for_all_processes,
 )
 from elastictok_jax.parallel.liveness import Peers
@@ -41,7 +41,11 @@ from elastictok_jax.parallel.sharding import (
 )
 from elastictok_jax.storage.checkpoint import Checkpointer, DamagedCheckpoint
 from elastictok_jax.training.async_metrics import StepLog
-from elastictok_jax.training.evaluator import evaluate_batches, open_held_out, require_best_metric
+from elastictok_jax.training.evaluator import (
+    evaluate_batches,
+    open_evaluator_data,
+    require_best_metric,
+)
 from elastictok_jax.training.host_consensus import Votes
 from elastictok_jax.training.initialise import initialise
 from elastictok_jax.training.lock import WorkdirLock
@@ -51,12 +55,16 @@ from elastictok_jax.training.metric_writers import (
     SilentWriter,
     open_wandb,
     require_sinks,
-    shows_pictures,
+    writer_shows_pictures,
 )
 from elastictok_jax.training.state import TrainState, abstract_state, sharded_init
 from elastictok_jax.training.step import jit_train_step
 from elastictok_jax.training.watchdog import Watchdog
-from elastictok_jax.training.workdir import enter_workdir, write_config, write_held_out
+from elastictok_jax.training.workdir import (
+    enter_workdir,
+    write_workdir_config,
+    write_workdir_held_out,
+)
 
 
 @dataclasses.dataclass
@@ -136,9 +144,9 @@ def open_run(
     Raises:
       UsageError, RunError: as `loop.train` does.
     """
-    require_same_count(timeout=FIRST_SECONDS)
+    require_same_process_count(timeout=FIRST_SECONDS)
     require_devices()
-    family = open_family(config)
+    family = registered_family(config)
     task = family.task
     mesh = make_mesh(config, check_model=task.check_mesh)
     sharding = batch_sharding(mesh)
@@ -148,7 +156,7 @@ def open_run(
     raise_if_lost, wandb_run = _hold_workdir(workdir, config, first=peers.process == 0, stack=stack)
     splits = open_splits(config)
     reader = task.reader(splits, split="train", part=part)
-    held_out = open_held_out(task, config, splits, part=part)
+    held_out = open_evaluator_data(task, config, splits, part=part)
     frozen = replicate(task.frozen(), mesh)
     files = splits.fingerprint()
     enter_workdir(workdir, config, files=files)
@@ -183,8 +191,8 @@ def open_run(
     else:
         start, state, position, lost = _restore_newest(checkpoints, candidates, abstract)
         notes += lost
-    write_config(workdir, config)
-    write_held_out(workdir, splits.fingerprint("heldout"))
+    write_workdir_config(workdir, config)
+    write_workdir_held_out(workdir, splits.fingerprint("heldout"))
     reader = reader.from_row(position["next_row"])
     replaced_before = position.get("replaced_blocks", 0)  # over all processes
     steps = max(start, config.train.steps)
@@ -217,7 +225,7 @@ def open_run(
             held_out,
             place=partial(batch_to_device, reader=reader, sharding=sharding),
             draw=draw,
-            show=partial(writer.picture, step) if shows_pictures(config) else None,
+            show=partial(writer.picture, step) if writer_shows_pictures(config) else None,
         )
 
     batches = DeviceBatches(

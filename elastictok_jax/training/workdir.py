@@ -86,7 +86,7 @@ def _prepare_workdir(workdir: Path, config: ml_collections.ConfigDict) -> None:
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         if not path.exists():
-            write_config(workdir, config)
+            write_workdir_config(workdir, config)
         with path.open("a"):
             pass
     except OSError as error:
@@ -95,21 +95,21 @@ def _prepare_workdir(workdir: Path, config: ml_collections.ConfigDict) -> None:
         ) from None
 
 
-def write_config(workdir: Path, config: ml_collections.ConfigDict) -> None:
+def write_workdir_config(workdir: Path, config: ml_collections.ConfigDict) -> None:
     """Writes config.json atomically, in process 0 only."""
     if process_place()[0] == 0:
         with replacing(workdir / "config.json") as temporary:
             temporary.write_text(config_to_json(config))
 
 
-def write_held_out(workdir: Path, fingerprint: str) -> None:
+def write_workdir_held_out(workdir: Path, fingerprint: str) -> None:
     """Records the data that a run is evaluated on, for `elastictok compare`; in process 0 only."""
     if process_place()[0] == 0:
         (workdir / HELD_OUT).write_text(json.dumps({"files": fingerprint}) + "\n")
 
 
-def read_held_out(workdir: Path) -> str | None:
-    """Returns what `write_held_out` recorded, or None if there is no record."""
+def read_workdir_held_out(workdir: Path) -> str | None:
+    """Returns what `write_workdir_held_out` recorded, or None if there is no record."""
     try:
         return str(json.loads((workdir / HELD_OUT).read_text())["files"])
     except (OSError, ValueError, LookupError, TypeError):

@@ -13,9 +13,9 @@ from elastictok_jax.aot.hlo import parse_module
 from elastictok_jax.aot.programs import programs
 from elastictok_jax.aot.report import (
     compile_notes,
-    compile_refusal,
-    memory_sizes,
-    program_figures,
+    program_report,
+    report_memory,
+    report_refusal,
     report_text,
 )
 from elastictok_jax.aot.roofline import roofline
@@ -58,7 +58,7 @@ def figures():
     mesh, found = compiled_programs(tiny())
     chip = CHIPS["v5e"]
     return {
-        name: program_figures(compiled, mesh=mesh, chip=chip, model_flops=program.model_flops)
+        name: program_report(compiled, mesh=mesh, chip=chip, model_flops=program.model_flops)
         for name, (program, compiled) in found.items()
     }
 
@@ -102,10 +102,10 @@ def test_memory_of_the_step_is_its_state_and_its_batch(figures):
 
 def test_memory_of_a_known_program():
     x = jax.ShapeDtypeStruct((1000, 250), jnp.float32)
-    kept = memory_sizes(jax.jit(lambda x: x + 1).lower(x).compile())
+    kept = report_memory(jax.jit(lambda x: x + 1).lower(x).compile())
     assert (kept["arguments"], kept["outputs"], kept["aliased"]) == (10**6, 10**6, 0)
     assert kept["total"] == 2 * 10**6 + kept["temporaries"] + kept["generated_code"]
-    donated = memory_sizes(jax.jit(lambda x: x + 1, donate_argnums=0).lower(x).compile())
+    donated = report_memory(jax.jit(lambda x: x + 1, donate_argnums=0).lower(x).compile())
     assert donated["aliased"] == 10**6
     assert donated["total"] == kept["total"] - 10**6
 
@@ -115,7 +115,7 @@ def test_more_than_a_chip_holds_does_not_fit():
     compiled = jax.jit(lambda x: x[0]).lower(big).compile()
     mesh = mesh_of(tiny())
     found = {
-        name: program_figures(compiled, mesh=mesh, chip=CHIPS[name], model_flops=1.0)["fits"]
+        name: program_report(compiled, mesh=mesh, chip=CHIPS[name], model_flops=1.0)["fits"]
         for name in ("v5e", "v4")
     }
     assert found == {"v5e": False, "v4": True}
@@ -126,7 +126,7 @@ def test_predictions_are_those_of_the_roofline():
     x = jax.ShapeDtypeStruct((512, 512), jnp.float32)
     compiled = jax.jit(jnp.matmul).lower(x, x).compile()
     mesh = mesh_of(tiny())
-    found = program_figures(compiled, mesh=mesh, chip=chip, model_flops=mesh.size * 512.0**3)
+    found = program_report(compiled, mesh=mesh, chip=chip, model_flops=mesh.size * 512.0**3)
     guess = found["predicted"]
     flops, moved = 2 * 512**3, 3 * 4 * 512**2
     assert guess["compute_seconds"] == pytest.approx(flops / 275e12)
@@ -152,7 +152,7 @@ def test_predictions_are_those_of_the_roofline():
     ],
 )
 def test_a_program_that_the_compiler_refuses(message, total):
-    found = compile_refusal(message + "\n\nallocations", CHIPS["v4"])
+    found = report_refusal(message + "\n\nallocations", CHIPS["v4"])
     assert found["fits"] is False
     assert found["bytes_per_device"] == {"total": total, "usable": 30.75 * GIB}
     assert message in found["notes"][0]
@@ -186,7 +186,7 @@ def test_table_for_people(figures):
         **figures["train_step"],
         "predicted_tokens_per_second": 1234567.0,
         "encode": figures["encode"] | {"predicted_tokens_per_second": 1.0},
-        "decode": compile_refusal("RESOURCE_EXHAUSTED: (33.54G) exceeds", CHIPS["v5e"]),
+        "decode": report_refusal("RESOURCE_EXHAUSTED: (33.54G) exceeds", CHIPS["v5e"]),
     }
     json.dumps(results)
     text = report_text(results)

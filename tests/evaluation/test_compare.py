@@ -9,7 +9,7 @@ import pytest
 from elastictok_jax.cli import main
 from elastictok_jax.config import apply_overrides, config_to_json, resolve_config
 from elastictok_jax.experiment_registry import get_experiment
-from elastictok_jax.training.workdir import write_held_out
+from elastictok_jax.training.workdir import write_workdir_held_out
 
 
 @pytest.fixture
@@ -86,11 +86,11 @@ def test_runs_that_were_judged_on_other_data_are_said_to_be(runs, tmp_path, caps
 def test_the_same_files_in_two_places_are_the_same_data(runs, capsys):
     retrained(runs / "seed1", path="elsewhere")
     for run in runs.iterdir():
-        write_held_out(run, "0123")
+        write_workdir_held_out(run, "0123")
     assert main(["compare", str(runs), "--json"]) == 0
     said = capsys.readouterr()
     assert "held_out" not in said.out and said.err == ""
-    write_held_out(runs / "seed1", "4567")  # as where files were added
+    write_workdir_held_out(runs / "seed1", "4567")  # as where files were added
     assert main(["compare", str(runs), "--json"]) == 0
     assert "evaluated on different held-out data" in capsys.readouterr().err
 

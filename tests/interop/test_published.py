@@ -21,8 +21,8 @@ from elastictok_jax.interop.published import (
     import_params,
     import_published,
 )
-from elastictok_jax.interop.published_stream import read_published
-from elastictok_jax.storage.safetensors import load_params
+from elastictok_jax.interop.published_stream import read_published_stream
+from elastictok_jax.storage.safetensors import load_safetensors
 from tests.tiny import abstract_params
 
 REFERENCE = Path(__file__).parents[1] / "reference_parity"
@@ -50,7 +50,7 @@ def fsq_abstract():
 
 @pytest.fixture(scope="module")
 def fsq_weights():
-    return dict(read_published(FSQ))
+    return dict(read_published_stream(FSQ))
 
 
 def write_stream(path, weights):
@@ -147,7 +147,7 @@ def test_chunked_arrays_are_joined(tmp_path, monkeypatch, fsq_weights):
         patch.setattr(flax.serialization, "MAX_CHUNK_SIZE", 4000)
         path = write_stream(tmp_path / "chunked", fsq_weights)
     assert b"__msgpack_chunked_array__" in path.read_bytes()
-    chunked = dict(read_published(path))
+    chunked = dict(read_published_stream(path))
     assert chunked.keys() == fsq_weights.keys()
     for key in fsq_weights:
         np.testing.assert_array_equal(chunked[key], fsq_weights[key])
@@ -166,7 +166,7 @@ def test_optimizer_state_is_passed_over_unread(tmp_path, fsq_weights):
     path.write_bytes(b"".join(entries))
     del entries
     tracemalloc.start()
-    found = {key for key, _ in read_published(path)}
+    found = {key for key, _ in read_published_stream(path)}
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert found == fsq_weights.keys()
@@ -247,7 +247,7 @@ def test_truncation_inside_the_first_header_is_named(tmp_path, cut):
     path = tmp_path / "m"
     path.write_bytes(FSQ.read_bytes()[:cut])
     with pytest.raises(UsageError, match=f"{path}: cut short"):
-        list(read_published(path))
+        list(read_published_stream(path))
 
 
 @settings(max_examples=150)
@@ -272,7 +272,7 @@ def test_garbage_is_a_usage_error(tmp_path_factory, garbage):
     path = tmp_path_factory.mktemp("garbage") / "m"
     path.write_bytes(garbage)
     try:
-        weights = list(read_published(path))
+        weights = list(read_published_stream(path))
     except UsageError as error:
         assert str(path) in str(error)
     else:
@@ -320,7 +320,7 @@ def test_garbage_is_a_usage_error(tmp_path_factory, garbage):
 def test_hostile_arrays_are_named(tmp_path, value, reason):
     path = write_raw(tmp_path / "m", value)
     with pytest.raises(UsageError, match=reason) as caught:
-        list(read_published(path))
+        list(read_published_stream(path))
     assert str(path) in str(caught.value) and "encoder/in_proj/kernel" in str(caught.value)
 
 
@@ -347,7 +347,7 @@ def test_hostile_headers_are_usage_errors(tmp_path, data):
     path = tmp_path / "m"
     path.write_bytes(data)
     with pytest.raises(UsageError, match=str(path)):
-        list(read_published(path))
+        list(read_published_stream(path))
 
 
 def test_a_claimed_size_is_not_allocated(tmp_path):
@@ -355,7 +355,7 @@ def test_a_claimed_size_is_not_allocated(tmp_path):
     path.write_bytes(b"\x92\x91\xa1a\xc6\xff\xff\xff\xff" + bytes(100))
     tracemalloc.start()
     with pytest.raises(UsageError, match="cut short inside a"):
-        list(read_published(path))
+        list(read_published_stream(path))
     assert tracemalloc.get_traced_memory()[1] < 2**20
     tracemalloc.stop()
 
@@ -443,7 +443,7 @@ def test_import_writes_an_exported_folder(tmp_path, case):
     assert [path.name for path in output.parent.iterdir()] == ["mine"]
     config = config_lib.read_config(output / "config.json")
     assert config.model.width == 64 and config.model.conditioned
-    params, metadata = load_params(output / "model.safetensors")
+    params, metadata = load_safetensors(output / "model.safetensors")
     assert metadata["source"] == f"published {FILES[case].name}"
     assert_trees_equal(params, import_params(FILES[case], abstract_params=abstract_params(config)))
 

@@ -15,8 +15,13 @@ from hypothesis import strategies as st
 from elastictok_jax import config as config_lib
 from elastictok_jax.layers.attention.api import SequenceLayout
 from elastictok_jax.layers.scan_layout import stack_or_unstack
-from elastictok_jax.layers.transformer import LayerSpec, pairs_to_halves, rotate, stacked_layers
-from elastictok_jax.models.elastictok.model import build_model, init_params
+from elastictok_jax.layers.transformer import (
+    LayerSpec,
+    rotary_pairs_to_halves,
+    rotate,
+    stack_transformer_layers,
+)
+from elastictok_jax.models.elastictok.model import build_model, init_model_params
 from elastictok_jax.parallel.sharding import LOGICAL_AXIS_RULES
 from tests.tiny import abstract_params
 
@@ -100,8 +105,10 @@ def test_distance_matters():
 )
 def test_rotation_is_the_published_one(positions, tolerance):
     vectors = unit_vectors(1, count=64)
-    want = pairs_to_halves(jnp.asarray(rotate_pairs_float64(vectors, positions), jnp.float32))
-    halves = pairs_to_halves(jnp.asarray(vectors, jnp.float32))
+    want = rotary_pairs_to_halves(
+        jnp.asarray(rotate_pairs_float64(vectors, positions), jnp.float32)
+    )
+    halves = rotary_pairs_to_halves(jnp.asarray(vectors, jnp.float32))
     got = rotated(halves, jnp.asarray(positions, jnp.int32))
     np.testing.assert_allclose(got, want, atol=tolerance, rtol=0)
     norms = np.linalg.norm(np.asarray(got, np.float64), axis=-1)
@@ -111,7 +118,7 @@ def test_rotation_is_the_published_one(positions, tolerance):
 def test_pairs_to_halves_puts_even_dims_first():
     kernel = jnp.arange(24).reshape(3, 8)
     want = np.concatenate([kernel[:, 0::2], kernel[:, 1::2]], axis=1)
-    np.testing.assert_array_equal(pairs_to_halves(kernel), want)
+    np.testing.assert_array_equal(rotary_pairs_to_halves(kernel), want)
 
 
 def test_rotation_keeps_dtype_and_computes_in_float32():
@@ -124,7 +131,7 @@ def test_rotation_keeps_dtype_and_computes_in_float32():
 
 
 def layers_and_input(**changes):
-    layers = stacked_layers(2, dataclasses.replace(SPEC, **changes))
+    layers = stack_transformer_layers(2, dataclasses.replace(SPEC, **changes))
     x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 8, 16)), jnp.float32)
     return layers, x
 
@@ -199,7 +206,7 @@ def test_a_scan_is_its_layers_in_turn(plain):
     """Two scanned layers equal the same two layers applied one by one."""
     params, want, _ = plain
     _, x = layers_and_input()
-    one = stacked_layers(1, SPEC)
+    one = stack_transformer_layers(1, SPEC)
     for index in range(2):
         layer = jax.tree.map(lambda leaf, i=index: leaf[i : i + 1], params)
         x, _ = one.apply(layer, x, PLACES)
@@ -234,7 +241,7 @@ def tiny(**overrides):
 @pytest.mark.parametrize("bottleneck", ["fsq", "vae"])
 def test_every_parameter_has_logical_axes_that_the_rules_know(bottleneck):
     model = build_model(tiny(**{"model.bottleneck": bottleneck}))
-    boxed = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+    boxed = jax.eval_shape(lambda: init_model_params(model, jax.random.key(0)))
     leaves = jax.tree.leaves(boxed, is_leaf=lambda leaf: isinstance(leaf, nn.Partitioned))
     known = {name for name, _ in LOGICAL_AXIS_RULES}
     assert len(leaves) > 20
@@ -334,7 +341,7 @@ def test_layers_stacked_or_apart_are_the_same_model():
 def test_initial_weights_do_not_depend_on_the_layout():
     stacked, apart = (
         jax.jit(
-            lambda c=config: nn.meta.unbox(init_params(build_model(c), jax.random.key(3))),
+            lambda c=config: nn.meta.unbox(init_model_params(build_model(c), jax.random.key(3))),
             compiler_options=QUICK,
         )()
         for config in both_layouts()

@@ -16,11 +16,11 @@ from elastictok_jax.config import apply_overrides, resolve_config
 from elastictok_jax.evaluation.eval_clips import EvaluationOverrides
 from elastictok_jax.evaluation.evaluate import evaluate_models
 from elastictok_jax.models.base import StepKeys
-from elastictok_jax.models.registry import open_family
+from elastictok_jax.models.registry import registered_family
 from elastictok_jax.parallel.sharding import batch_sharding, in_mesh, replicate
 from elastictok_jax.tokenizer.search import SEARCHES
 from elastictok_jax.training.host_consensus import Votes
-from elastictok_jax.training.loop import train_experiment
+from elastictok_jax.training.loop import training_loop
 from elastictok_jax.training.metric_writers import read_metrics
 from tests.tiny import abstract_state, jit_train_step, mesh_of, sharded_init
 
@@ -36,7 +36,7 @@ def changed(config, **overrides):
 
 def random_batch(config, *, seed: int = 0):
     """Returns 2 rows: one clip and padding; two clips."""
-    geometry = open_family(config).codec.geometry
+    geometry = registered_family(config).codec.geometry
     shape = (2, geometry.row_inputs, geometry.input_values)
     segments_BN = np.ones((2, geometry.window), np.int32)
     segments_BN[0, -1] = 0
@@ -47,7 +47,7 @@ def random_batch(config, *, seed: int = 0):
 
 def random_clip(config, *, blocks: int, extra_frames: int = 0):
     """Returns frames uint8 [T, R, R, 3] that change slowly."""
-    geometry = open_family(config).codec.geometry
+    geometry = registered_family(config).codec.geometry
     rng = np.random.default_rng(blocks)
     coarse = rng.integers(0, 256, (1, geometry.side // 4, geometry.side // 4, 3))
     frames = blocks * geometry.frames + extra_frames
@@ -62,13 +62,13 @@ def initial_state(config):
 
 def tokenizer_of(config):
     """Returns a tokenizer with initial weights."""
-    group = open_family(config).task.groups[0]
+    group = registered_family(config).task.groups[0]
     return ElasticTokenizer(config, initial_state(config).params[group])
 
 
 def check_clips_do_not_see_each_other(config) -> None:
     """Changing all pixels of one clip changes no bit of another, in its row or in others."""
-    task, batch = open_family(config).task, random_batch(config)
+    task, batch = registered_family(config).task, random_batch(config)
     params, frozen = initial_state(config).params, task.frozen()
     step = jax.jit(task.evaluate)
 
@@ -87,7 +87,7 @@ def check_clips_do_not_see_each_other(config) -> None:
 
 def check_microbatches_add_up(config) -> None:
     """Losses and gradients of single rows, with the totals of the batch, sum to those of both."""
-    task = open_family(config).task
+    task = registered_family(config).task
     batch = jax.tree.map(jnp.asarray, random_batch(config))
     params, frozen, totals = initial_state(config).params, task.frozen(), task.totals(batch)
     for group in task.groups:
@@ -115,7 +115,7 @@ def check_microbatches_add_up(config) -> None:
 
 def check_what_is_reported_is_decoded(config, tmp_path) -> None:
     """The reported MSE is that of what stored tokens decode to, which is the same every time."""
-    tokenizer, geometry = tokenizer_of(config), open_family(config).codec.geometry
+    tokenizer, geometry = tokenizer_of(config), registered_family(config).codec.geometry
     clip = random_clip(config, blocks=3, extra_frames=1)
     lengths = [geometry.tokens, 1, max(1, geometry.tokens // 2), geometry.tokens]
     tokens = tokenizer.encode(clip, tokens=lengths)
@@ -151,7 +151,7 @@ def check_resume_is_bitwise(config, tmp_path) -> None:
     config = changed(config, **every, optimizer__schedule="constant")
     for folder, stops in (("straight", [4]), ("resumed", [2, 4])):
         for steps in stops:
-            assert train_experiment(changed(config, train__steps=steps), workdir=tmp_path / folder)
+            assert training_loop(changed(config, train__steps=steps), workdir=tmp_path / folder)
     straight, resumed = (
         [
             {k: v for k, v in line.items() if k not in TIMES and k != "eval/seconds"}
@@ -171,7 +171,7 @@ def check_any_mesh(config, meshes) -> None:
     results = []
     for sizes in meshes:
         given = changed(config, **{f"mesh__{axis}": size for axis, size in sizes.items()})
-        task, mesh = open_family(given).task, mesh_of(given)
+        task, mesh = registered_family(given).task, mesh_of(given)
         abstract = abstract_state(given, mesh)
         sharding, rows = batch_sharding(mesh), given.data.batch_size // 2
         batch = {

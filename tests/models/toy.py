@@ -33,7 +33,7 @@ def family(config):
 class Toy:
     config: ml_collections.FrozenConfigDict
 
-    geometry = property(lambda self: autoencoder.patch_geometry(self.config, PATCH))
+    geometry = property(lambda self: autoencoder.autoencoder_geometry(self.config, PATCH))
     code = property(lambda self: FloatCode(self.config.model.dims))
     has_kl = knows_length = False  # codes are the same however many are kept
 

@@ -14,7 +14,7 @@ import pytest
 from elastictok_jax import cli
 from elastictok_jax.data.sources.file_source import EMBEDDED
 from elastictok_jax.errors import STOPPED, UsageError
-from elastictok_jax.parallel.distributed import explicit_settings, in_cluster
+from elastictok_jax.parallel.distributed import distributed_settings, in_cluster
 from elastictok_jax.parallel.liveness import LOST
 from elastictok_jax.training.metric_writers import read_metrics
 from tests.multiprocess.launched import (
@@ -145,7 +145,7 @@ def test_half_given_settings_are_refused(tmp_path, monkeypatch, capsys, given, m
 
 def test_where_settings_come_from():
     none = dict.fromkeys(("coordinator", "processes", "process"))
-    assert explicit_settings(none, {}) is None
+    assert distributed_settings(none, {}) is None
     assert not in_cluster({})
     variables = {
         "JAX_COORDINATOR_ADDRESS": "host:1",
@@ -153,10 +153,12 @@ def test_where_settings_come_from():
         "JAX_PROCESS_ID": "3",
     }
     expected = {"coordinator_address": "host:1", "num_processes": 4, "process_id": 3}
-    assert explicit_settings(none, variables) == expected
-    assert explicit_settings(none | {"process": 0}, variables)["process_id"] == 0  # options first
+    assert distributed_settings(none, variables) == expected
+    assert (
+        distributed_settings(none | {"process": 0}, variables)["process_id"] == 0
+    )  # options first
     with pytest.raises(UsageError, match="must be numbers"):
-        explicit_settings(none, variables | {"JAX_NUM_PROCESSES": "four"})
+        distributed_settings(none, variables | {"JAX_NUM_PROCESSES": "four"})
     slurm = {"SLURM_NTASKS": "2", "SLURM_STEP_NODELIST": "node[1-2]"}
     assert in_cluster(slurm)
     assert not in_cluster({"SLURM_NTASKS": "2"})  # a batch script's own shell

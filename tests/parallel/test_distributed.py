@@ -9,7 +9,7 @@ import pytest
 
 from elastictok_jax.errors import UsageError
 from elastictok_jax.parallel.distributed import (
-    explicit_settings,
+    distributed_settings,
     host_and_port,
     in_cluster,
     require_host,
@@ -135,7 +135,7 @@ def test_a_port_that_is_not_allowed_is_said():
 def test_empty_variables_are_unset_and_others_must_be_numbers():
     unset = dict.fromkeys(("coordinator", "processes", "process"))
     empty = dict.fromkeys(("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"), "")
-    assert explicit_settings(unset, empty) is None
+    assert distributed_settings(unset, empty) is None
     for variable in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE"):
         assert not in_cluster({variable: "", "JAX_PLATFORMS": "cpu"})
         for value in ("two", "-3", "1.5", "²"):

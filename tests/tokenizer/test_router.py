@@ -25,8 +25,8 @@ from elastictok_jax.tokenizer.router_training import (
     fit_router,
     held_back_router_items,
     router_count_error,
+    router_training_clips,
     train_router,
-    training_clips,
 )
 from elastictok_jax.tokenizer.tiling import TileGrid
 from tests.tokenizer.small import LENGTH, make_tokenizer, moving_clip
@@ -89,7 +89,7 @@ def test_a_router_learns_from_frames_as_training_reads_them(tmp_path):
     main = {"path": str(tmp_path), "fps": 4.0, "resolution": 24, "crop": "center"}
     settings = {f"data.sources.main.{key}": value for key, value in main.items()}
     config = make_tokenizer(**settings, **{"data.eval_fraction": 0.0}).config
-    for item, video in itertools.islice(training_clips(config), 3):
+    for item, video in itertools.islice(router_training_clips(config), 3):
         assert item == (0, 0) and video.shape == (8, 16, 16, 3)
         np.testing.assert_allclose(video.mean(axis=(1, 2, 3)), 5 * 6 * np.arange(8), atol=2)
 

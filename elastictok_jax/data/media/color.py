@@ -184,7 +184,7 @@ def _declares_siting(stream: av.VideoStream) -> bool:
     return at >= 0 and head.find(_SITING_HORZ, at) >= 0
 
 
-def brightness_note(stream: av.VideoStream) -> str:
+def hdr_color_note(stream: av.VideoStream) -> str:
     """Returns what is lost of a stream whose brightness or colors exceed a usual screen's."""
     context = stream.codec_context
     transfer = _BRIGHTER.get(context.color_trc)

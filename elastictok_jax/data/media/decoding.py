@@ -37,7 +37,7 @@ class Decoding:
     to_rgb: ToRgb
 
 
-def open_video(path: str, *, threads: int, limits: MediaLimits | None = None):
+def open_for_decoding(path: str, *, threads: int, limits: MediaLimits | None = None):
     """Opens a file; returns its container, which the caller closes, and its video stream.
 
     `limits` are checked when a file is first opened, and None afterwards.
@@ -75,7 +75,7 @@ def _why_unreadable(path: str) -> str:
 
 def start_decoding(path, *, threads: int, seek_to: int | None = None) -> Decoding:
     """Opens a file to decode it from its start, or from the keyframe at or before `seek_to`."""
-    container, stream = open_video(path, threads=threads)
+    container, stream = open_for_decoding(path, threads=threads)
     if seek_to is not None:
         container.seek(seek_to, stream=stream, backward=True)
     to_rgb = ToRgb(color.complete_chroma_siting(stream))
@@ -106,7 +106,7 @@ def _without_damaged_head(container, stream) -> Iterator[av.VideoFrame]:
                 yield frame
 
 
-def decoded_size(path: str, *, threads: int) -> tuple[int, int]:
+def decoding_size(path: str, *, threads: int) -> tuple[int, int]:
     """Returns height and width of the first frame as shown; MediaError if it does not decode."""
     decoding = start_decoding(path, threads=threads)
     with decoding.container:
@@ -120,7 +120,7 @@ def decoded_size(path: str, *, threads: int) -> tuple[int, int]:
         return (frame.width, frame.height) if turned else (frame.height, frame.width)
 
 
-def times_when_decoded(path: str, *, threads: int) -> tuple[Any, ...]:
+def decoding_times(path: str, *, threads: int) -> tuple[Any, ...]:
     """Decodes a file and returns each frame's timestamp, or None, in order.
 
     Slow: for files whose packets do not tell.

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from elastictok_jax.data.media import color
-from elastictok_jax.data.media.decoding import open_video
+from elastictok_jax.data.media.decoding import open_for_decoding
 from elastictok_jax.data.media.file_kinds import file_kind
 from elastictok_jax.data.media.files import LIMITS, MediaError, MediaLimits
 from elastictok_jax.data.media.geometry import resize_shortest
@@ -65,7 +65,7 @@ def read_frames(
         return reader.read(start, count, side=side)
 
 
-def probe_loss(path) -> str:
+def probe_lost_frames(path) -> str:
     """Returns what reading a sound file loses, as text to follow its name; "" for nothing.
 
     That is color beyond a usual screen's, and all but the first frame of an animated image.
@@ -78,6 +78,6 @@ def probe_loss(path) -> str:
             return (
                 f"is an animation: only the first of its {frames} frames is read" if moves else ""
             )
-    container, stream = open_video(str(path), threads=1)
+    container, stream = open_for_decoding(str(path), threads=1)
     with container:
-        return color.brightness_note(stream)
+        return color.hdr_color_note(stream)

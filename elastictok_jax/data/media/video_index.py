@@ -7,7 +7,7 @@ from fractions import Fraction
 import av
 
 from elastictok_jax.data.media import containers
-from elastictok_jax.data.media.decoding import decoded_size, open_video, times_when_decoded
+from elastictok_jax.data.media.decoding import decoding_size, decoding_times, open_for_decoding
 from elastictok_jax.data.media.file_kinds import file_kind
 from elastictok_jax.data.media.files import MediaError, MediaLimits
 
@@ -49,7 +49,7 @@ def index_video(path: str, *, threads: int, limits: MediaLimits) -> VideoIndex:
     """Demuxes a video file once and decodes its first frame; MediaError names what is wrong."""
     if file_kind(path) != "video":
         raise MediaError(f"{path}: an image; a video is needed here")
-    container, stream = open_video(path, threads=threads, limits=limits)
+    container, stream = open_for_decoding(path, threads=threads, limits=limits)
     with container:
         codec = stream.codec_context.codec.canonical_name
         try:
@@ -82,13 +82,13 @@ def index_video(path: str, *, threads: int, limits: MediaLimits) -> VideoIndex:
             )
         is_timed = container.format.name not in _UNTIMED or codec in _INTRA_CODECS
         has_audio = len(container.streams.audio) > 0
-    height, width = decoded_size(path, threads=threads)
+    height, width = decoding_size(path, threads=threads)
     keyframes: tuple[int, ...] = ()
     if is_timed and codec in _SEEKABLE_CODECS and _is_orderly(packets):
         pts = times = tuple(sorted(_known_pts(packets)))
         keyframes = tuple(sorted(_known_pts([packet for packet in packets if packet.is_keyframe])))
     else:
-        times = times_when_decoded(path, threads=threads)
+        times = decoding_times(path, threads=threads)
         pts = tuple(range(len(times)))
         if not is_timed or None in times:
             times = pts

@@ -30,14 +30,14 @@ NO_ROOM = frozenset(
 )  # errors of the output disk
 
 
-def sidecar_path(directory: Path, shard: int) -> Path:
+def shard_sidecar_path(directory: Path, shard: int) -> Path:
     """Returns the path of a shard's index columns and skipped files, kept until the end."""
     return directory / WORK / f"shard-{shard:05}.json"
 
 
 def is_shard_done(directory: Path, shard: int, shards: int) -> bool:
     """Returns whether a shard is complete."""
-    return (directory / tfds_shard_name(shard, shards)).exists() and sidecar_path(
+    return (directory / tfds_shard_name(shard, shards)).exists() and shard_sidecar_path(
         directory, shard
     ).exists()
 
@@ -124,7 +124,7 @@ def _make_shard(
         }
         text = Path(temporary) / "sidecar"
         text.write_text(json.dumps(sidecar))
-        os.replace(text, sidecar_path(directory, shard))
+        os.replace(text, shard_sidecar_path(directory, shard))
         os.replace(path, directory / tfds_shard_name(shard, shards))
 
 

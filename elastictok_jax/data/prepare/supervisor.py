@@ -22,10 +22,10 @@ from tqdm import tqdm
 
 from elastictok_jax.ctrl_c import kept_from_children
 from elastictok_jax.data.prepare.plan import PreparePlan, plan_prepare
-from elastictok_jax.data.prepare.shard import is_shard_done, sidecar_path, work_on_shard
+from elastictok_jax.data.prepare.shard import is_shard_done, shard_sidecar_path, work_on_shard
 from elastictok_jax.data.prepare.transcode import TranscodeSettings
 from elastictok_jax.data.sources.listing import listing_ignored_text
-from elastictok_jax.data.sources.tfds_records import INDEX_COLUMNS, WORK, write_metadata
+from elastictok_jax.data.sources.tfds_records import INDEX_COLUMNS, WORK, write_tfds_metadata
 from elastictok_jax.errors import RunError, UsageError
 from elastictok_jax.storage.atomic import write_json
 
@@ -273,7 +273,7 @@ def _finish(output: Path, plan: PreparePlan) -> dict[str, Any]:
     Raises:
       OSError: if a file cannot be written.
     """
-    sidecars = [_read_json(sidecar_path(output, shard)) for shard in range(len(plan.shards))]
+    sidecars = [_read_json(shard_sidecar_path(output, shard)) for shard in range(len(plan.shards))]
     columns = {
         name: [v for sidecar in sidecars for v in sidecar["columns"][name]]
         for name in INDEX_COLUMNS
@@ -312,7 +312,7 @@ def _finish(output: Path, plan: PreparePlan) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="tmp-end-", dir=output / WORK) as temporary:
         made = Path(temporary)
         (made / REPORT).write_text(json.dumps(report, indent=2) + "\n")
-        write_metadata(made, shard_lengths=lengths, num_bytes=num_bytes, columns=columns)
+        write_tfds_metadata(made, shard_lengths=lengths, num_bytes=num_bytes, columns=columns)
         for path in sorted(made.iterdir()):
             os.replace(path, output / path.name)
     # Complete once the folder is gone: one rename, however long removing its files takes.

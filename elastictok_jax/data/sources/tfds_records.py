@@ -117,7 +117,7 @@ def _write_errors() -> Iterator[None]:
         raise OSError(str(error).partition(";")[0]) from error
 
 
-def write_metadata(
+def write_tfds_metadata(
     directory: Path, *, shard_lengths: list[int], num_bytes: int, columns: dict[str, list]
 ) -> None:
     """Writes dataset_info.json, features.json and the index of all records in shard order.

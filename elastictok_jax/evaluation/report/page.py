@@ -8,13 +8,13 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from elastictok_jax.evaluation.eval_clips import EvalClip
-from elastictok_jax.evaluation.figures import CLIP_KINDS, Measured, clip_kinds
 from elastictok_jax.evaluation.frechet import FVD_METRIC
 from elastictok_jax.evaluation.measure import SHARES, MeasurementPlan, Record
 from elastictok_jax.evaluation.report import plots
-from elastictok_jax.evaluation.report.drawing import plt, save_figure
+from elastictok_jax.evaluation.report.drawing import plt, save_drawing
 from elastictok_jax.evaluation.report.html import DPI, Picture, Section, Table, Video, write_html
-from elastictok_jax.storage.atomic import make_folder, write_csv
+from elastictok_jax.evaluation.summary import CLIP_KINDS, Measured, kinds_in_summary
+from elastictok_jax.storage.atomic import make_folder, write_csv_file
 
 PICTURES = 3  # clips whose crops are shown at several lengths
 
@@ -36,14 +36,14 @@ def write_report(
     """Writes report.html, tables/*.csv and plots/*.png and .svg below `output`.
 
     Args:
-      results: from `figures.summarise`; clips: all measured clips; shown: the clips to picture;
+      results: from `summarise_evaluation`; clips: all measured clips; shown: the clips to picture;
         video: an MP4 to show, if any.
     """
     tables, figures = output / "tables", output / "plots"
     for folder in (tables, figures):
         make_folder(folder)
     sections = []
-    kind_of = clip_kinds(clips)
+    kind_of = kinds_in_summary(clips)
     for section in _sections(
         measured, results, kind_of=kind_of, shown=shown, plan=plan, video=video
     ):
@@ -54,12 +54,12 @@ def write_report(
             counts[type(part)] += 1
             name = "_".join([*_slug(section.title), *([str(number)] if number else [])])
             if isinstance(part, Table):
-                write_csv(tables / f"{name}.csv", part.rows)
+                write_csv_file(tables / f"{name}.csv", part.rows)
             elif isinstance(part, Picture):
-                save_figure(
+                save_drawing(
                     part.image, figures / f"{name}.png", dpi=DPI, metadata={"Software": None}
                 )
-                save_figure(part.image, figures / f"{name}.svg", metadata={"Date": None})
+                save_drawing(part.image, figures / f"{name}.svg", metadata={"Date": None})
         if parts:
             sections.append(Section(section.title, section.text, parts))
     first, limits = results["models"][0], results["plan"]

@@ -137,7 +137,7 @@ def test_frames_are_exact_across_parts(tmp_path, monkeypatch):
             writer.write(record, place=1)
     writer.close()
     lengths = [len(writer.columns["part"])]
-    tfds_records.write_metadata(
+    tfds_records.write_tfds_metadata(
         tmp_path, shard_lengths=lengths, num_bytes=writer.bytes, columns=writer.columns
     )
     assert lengths[0] > 4

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Every check that wants a GPU, in 12 minutes on one H200, and one report of them.
+# Every check that wants a GPU, one after another within a budget of time, and one report of them.
 #
 #     benchmarks/gpu.sh [OUTPUT_FOLDER]        default: $OUT, else runs/gpu
 #
@@ -164,7 +164,7 @@ train_step fused-attention-$many 100 --config.compute.attention=fused \
 workdir=$(mktemp -d)
 step quickstart 60 "$python" -m elastictok_jax train quickstart --workdir "$workdir" "${quick[@]}"
 rm -rf "$workdir"
-# Last: on an H200 XLA took over a minute to compile each of these.
+# Last: on an H200 each of these steps took over a minute before it printed a figure.
 train_step blockwise-dots-1 120 --config.compute.attention=blockwise --config.compute.remat=dots
 step check-blockwise 150 "$python" -m benchmarks.check_attention --backends dense,blockwise \
     --json "$out/check-blockwise.json"

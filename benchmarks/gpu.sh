@@ -164,7 +164,7 @@ train_step fused-attention-$many 100 --config.compute.attention=fused \
 workdir=$(mktemp -d)
 step quickstart 60 "$python" -m elastictok_jax train quickstart --workdir "$workdir" "${quick[@]}"
 rm -rf "$workdir"
-# Last: on an H200 each of these steps took over a minute before it printed a figure.
+# Last, since a minute was too short for either on an H200.
 train_step blockwise-dots-1 120 --config.compute.attention=blockwise --config.compute.remat=dots
 step check-blockwise 150 "$python" -m benchmarks.check_attention --backends dense,blockwise \
     --json "$out/check-blockwise.json"

@@ -24,3 +24,11 @@ class ReaderGone(RunError):
     """The reader of standard output is gone, as in `elastictok experiments | head -1`."""
 
     status = 141  # as of a program that SIGPIPE ends
+
+
+def first_line(error: BaseException, *, until: tuple[str, ...] = ()) -> str:
+    """Returns the first line of an error's text up to any of `until`; its type if that is empty."""
+    line = (str(error).strip().splitlines() or [""])[0]
+    for mark in until:
+        line = line.partition(mark)[0]
+    return line.strip() or type(error).__name__

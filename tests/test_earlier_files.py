@@ -11,7 +11,7 @@ from elastictok_jax import ElasticTokenizer, Tokens
 from elastictok_jax.config import apply_overrides, read_config
 from elastictok_jax.data import media
 from elastictok_jax.data.sources.file_source import EMBEDDED
-from elastictok_jax.training.loop import training_loop
+from elastictok_jax.training.loop import train_experiment
 from elastictok_jax.training.metric_writers import read_metrics
 
 V0 = Path(__file__).parent / "fixtures" / "v0"
@@ -37,7 +37,7 @@ def test_a_config_has_its_keys_where_they_moved():
 def test_a_run_resumes_with_the_losses_it_would_have_had(workdir):
     config = read_config(workdir / "config.json")
     apply_overrides(config, {"train.steps": 4})
-    assert training_loop(config, workdir=workdir)
+    assert train_experiment(config, workdir=workdir)
     losses = {x["step"]: x["loss"] for x in read_metrics(workdir / "metrics.jsonl") if "loss" in x}
     assert losses == pytest.approx({int(k): v for k, v in EXPECTED["loss"].items()}, rel=1e-5)
 

@@ -17,7 +17,7 @@ from elastictok_jax.aot.programs import Program, programs
 from elastictok_jax.aot.roofline import roofline
 from elastictok_jax.aot.topology import Topology
 from elastictok_jax.config import resolve_config
-from elastictok_jax.errors import RunError
+from elastictok_jax.errors import RunError, first_line
 from elastictok_jax.hardware import GIB, Chip
 from elastictok_jax.models.registry import registered_family
 from elastictok_jax.parallel.mesh import make_mesh
@@ -25,7 +25,7 @@ from elastictok_jax.parallel.mesh import make_mesh
 Results = dict[str, Any]
 
 
-def report_experiment(config: ml_collections.ConfigDict, topology: Topology) -> Results:
+def compile_experiment(config: ml_collections.ConfigDict, topology: Topology) -> Results:
     """Compiles the programs of an experiment for a pod and analyses their costs, without data.
 
     Returns:
@@ -68,8 +68,8 @@ def _compile_program(program: Program, mesh: Mesh, chip: Chip) -> Results:
         compiled = program.lower().compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" in str(error) and "hbm" in str(error).lower():
-            return report_refusal(str(error), chip)
-        reason = str(error).splitlines()[0]
+            return compile_refusal(str(error), chip)
+        reason = first_line(error)
         raise RunError(f"the TPU compiler failed on {program.name}: {reason}") from error
     results = program_report(compiled, mesh=mesh, chip=chip, model_flops=program.model_flops)
     seconds = results["predicted"]["step_seconds"]
@@ -80,7 +80,7 @@ def _compile_program(program: Program, mesh: Mesh, chip: Chip) -> Results:
     }
 
 
-def report_refusal(message: str, chip: Chip) -> Results:
+def compile_refusal(message: str, chip: Chip) -> Results:
     """Returns the results of a program that needs more memory than a device has."""
     needed = re.search(r"\((\d[\d.]*)([KMGT])\)? exceeds|Used (\d[\d.]*)([KMGT]) of", message)
     total = None
@@ -101,7 +101,7 @@ def program_report(
 
     Returns:
       fits: whether `bytes_per_device["total"]` is at most the usable memory.
-      bytes_per_device: `report_memory`, and the chip's capacity and usable memory.
+      bytes_per_device: `memory_sizes`, and the chip's capacity and usable memory.
       flops_per_device: operations of matrix products with the most expensive branches;
         `mean_branch_flops_per_device`: with the mean of the branches; `model_flops_per_device`:
         those of the method.
@@ -115,7 +115,7 @@ def program_report(
     assert text is not None
     costs = program_costs(parse_module(text))
     slice_of = [getattr(device, "slice_index", 0) for device in mesh.devices.flat]
-    sizes = report_memory(compiled)
+    sizes = memory_sizes(compiled)
     line = roofline(costs, chip=chip, slice_of=slice_of)
     peak = chip.peak_flops / chip.devices
     mine = model_flops / mesh.size
@@ -142,7 +142,7 @@ def program_report(
     }
 
 
-def report_memory(compiled: jax.stages.Compiled) -> dict[str, float]:
+def memory_sizes(compiled: jax.stages.Compiled) -> dict[str, float]:
     """Returns the bytes per device of a compiled program, by kind.
 
     "aliased" outputs reuse donated arguments, and "total" is the memory needed at once: arguments +

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 
-from elastictok_jax.errors import UsageError
+from elastictok_jax.errors import UsageError, first_line
 from elastictok_jax.hardware import CHIPS, Chip
 
 # libtpu queries the machine that it runs on, which is no TPU host. No device is opened, so several
@@ -73,6 +73,6 @@ def describe_topology(name: str, *, slices: int = 1) -> Topology:
     try:
         described = topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
     except jax.errors.JaxRuntimeError as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise UsageError(f"--topology {name}: unknown to the TPU compiler ({reason})") from None
     return Topology(name, chip, slices, tuple(described.devices))

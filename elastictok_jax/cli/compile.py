@@ -19,7 +19,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, overrides: dict[str, str]) -> int:
-    from elastictok_jax.aot.report import report_experiment, report_text
+    from elastictok_jax.aot.report import compile_experiment, report_text
     from elastictok_jax.aot.topology import describe_topology
     from elastictok_jax.config import apply_overrides
     from elastictok_jax.experiment_registry import get_experiment
@@ -27,7 +27,7 @@ def run(args: argparse.Namespace, overrides: dict[str, str]) -> int:
     config = get_experiment(args.experiment)
     apply_overrides(config, overrides)
     topology = describe_topology(args.topology, slices=args.slices)
-    results = report_experiment(config, topology)
+    results = compile_experiment(config, topology)
     if args.json:
         print_results(results, args)
     else:

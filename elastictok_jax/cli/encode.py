@@ -34,7 +34,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, overrides: dict[str, str]) -> None:
-    from elastictok_jax.tokenizer.file_codec import encode_file, file_codec_summary
+    from elastictok_jax.tokenizer.file_codec import encode_file, encode_summary_line
 
     size = None
     if args.size is not None:
@@ -57,4 +57,4 @@ def run(args: argparse.Namespace, overrides: dict[str, str]) -> None:
     if args.json:
         print_results(results, args)
     else:
-        print(file_codec_summary(results))
+        print(encode_summary_line(results))

@@ -21,11 +21,9 @@ def _option_type(read: Callable[[str], Any]) -> Callable[[str], Any]:
     return typed
 
 
-LOCAL, LOCAL_TEXT, INPUT = (
-    _option_type(local_path),
-    _option_type(local_text),
-    _option_type(input_path),
-)
+LOCAL = _option_type(local_path)
+LOCAL_TEXT = _option_type(local_text)
+INPUT = _option_type(input_path)
 
 
 def add_goal_options(parser: argparse.ArgumentParser) -> None:

@@ -21,7 +21,7 @@ def run(args: argparse.Namespace, overrides: dict[str, str]) -> int:
     from elastictok_jax.data.sources.splits import has_held_out
     from elastictok_jax.experiment_registry import get_experiment
     from elastictok_jax.parallel import distributed
-    from elastictok_jax.training.loop import training_loop
+    from elastictok_jax.training.loop import train_experiment
 
     config = get_experiment(args.experiment)
     apply_overrides(config, overrides)
@@ -32,7 +32,7 @@ def run(args: argparse.Namespace, overrides: dict[str, str]) -> int:
         timeout=args.initialization_timeout,
     )
     process, processes = distributed.process_place()
-    finished = training_loop(config, workdir=args.workdir)
+    finished = train_experiment(config, workdir=args.workdir)
     distributed.shutdown()
     if not finished:
         return STOPPED

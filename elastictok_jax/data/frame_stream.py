@@ -80,7 +80,7 @@ def open_frame_stream(
         stream = FrameStream(source, [image], height, width, fps=0.0, num_frames=1)
     else:
         stream = _open_video(source, fps=fps)
-    if source != PIPE and (loss := media.probe_lost_frames(source)):
+    if source != PIPE and (loss := media.probe_loss(source)):
         stream.notes.append(f"{source} {loss}")
     if max_frames is not None:
         stream.frames = islice(stream.frames, max_frames)

@@ -22,7 +22,7 @@ from elastictok_jax.evaluation.report.html import (
     html_text,
     write_html,
 )
-from elastictok_jax.storage.atomic import csv_columns, make_folder, write_csv_file, write_json
+from elastictok_jax.storage.atomic import csv_columns, make_folder, write_csv, write_json
 from elastictok_jax.training.metric_writers import read_metrics
 from elastictok_jax.training.workdir import read_workdir_held_out
 
@@ -74,7 +74,7 @@ def compare_runs(runs: Sequence[Path], *, output: Path | None) -> list[dict[str,
     return rows
 
 
-def compare_held_out(rows: Sequence[dict[str, Any]]) -> str | None:
+def held_out_warning(rows: Sequence[dict[str, Any]]) -> str | None:
     """Returns a warning if the runs were evaluated on different held-out data, else None."""
     groups: dict[str, list[str]] = {}
     for row in rows:
@@ -142,20 +142,20 @@ def _write(
 ) -> None:
     make_folder(output)
     write_json(output / "compare.json", rows)
-    write_csv_file(output / "compare.csv", rows)
+    write_csv(output / "compare.csv", rows)
     keys = [key for key in CURVES if any(key in line for some in lines.values() for line in some)]
     parts: list[Picture | Table] = [Table(rows, "settings that differ and final metrics")]
     picture = output / "compare.png"
     picture.unlink(missing_ok=True)
     if keys:
         figure = _curves(keys, lines)
-        drawing.save_drawing(figure, picture, dpi=DPI)
+        drawing.save_figure(figure, picture, dpi=DPI)
         parts.insert(0, Picture(figure, "metrics by step"))
     command = shlex.join(["elastictok", "compare", *map(str, runs), "-o", "DIR"])
     write_html(
         output / "report.html",
         title=f"{len(rows)} runs",
-        summary=" ".join(filter(None, ("From their metrics.jsonl.", compare_held_out(rows)))),
+        summary=" ".join(filter(None, ("From their metrics.jsonl.", held_out_warning(rows)))),
         command=command,
         sections=[Section("Runs", "", parts)],
     )
@@ -170,11 +170,9 @@ def _curves(keys: Sequence[str], lines: dict[str, list[dict[str, float]]]) -> Fi
         for name, some in lines.items():
             points = [(line["step"], line[key]) for line in some if key in line]
             if points:
-                one.plot(
-                    *zip(*points, strict=True), label=drawing.drawing_label(name), linewidth=1.4
-                )
+                one.plot(*zip(*points, strict=True), label=drawing.plot_label(name), linewidth=1.4)
         one.set(title=key, xlabel="step", yscale="log")
-        drawing.draw_log_ticks(one.yaxis)
+        drawing.log_ticks(one.yaxis)
         one.grid(alpha=0.3)
     handles = {
         name: line

@@ -8,7 +8,7 @@ import ml_collections
 import numpy as np
 
 from elastictok_jax.errors import UsageError
-from elastictok_jax.evaluation.frechet import FVD_METRIC, frechet_logits
+from elastictok_jax.evaluation.frechet import FVD_METRIC, clip_logits
 from elastictok_jax.evaluation.image_quality import (
     MIN_SIDE,
     MIN_SIDE_MULTISCALE,
@@ -68,7 +68,7 @@ def _video_features() -> Callable[[np.ndarray], np.ndarray] | None:
         return None  # not fetched
 
     def features(video: np.ndarray) -> np.ndarray:
-        batches = list(frechet_logits([video], params=params))
+        batches = list(clip_logits([video], params=params))
         return np.concatenate([np.zeros((0, CLASSES), np.float32), *batches])
 
     return features

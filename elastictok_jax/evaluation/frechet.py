@@ -135,12 +135,12 @@ def video_moments(
     """
     params = jax.device_put(params)  # once, not for every batch
     total = Moments.none(CLASSES)
-    for logits in frechet_logits(videos, params=params, clips_a_batch=clips_a_batch):
+    for logits in clip_logits(videos, params=params, clips_a_batch=clips_a_batch):
         total = total.merge(Moments.of(logits))
     return total
 
 
-def frechet_logits(
+def clip_logits(
     videos: Iterable[np.ndarray], *, params: I3dParams, clips_a_batch: int = 4
 ) -> Iterator[np.ndarray]:
     """Yields the logits behind `video_moments` batch by batch, float32 [N, 400]."""

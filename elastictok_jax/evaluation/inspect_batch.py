@@ -24,7 +24,7 @@ from elastictok_jax.data.packing import PackedClip
 from elastictok_jax.data.pipeline import BatchReader
 from elastictok_jax.data.sources.splits import open_splits
 from elastictok_jax.errors import UsageError
-from elastictok_jax.evaluation.report.drawing import drawing_label, plt, save_drawing, shorten_label
+from elastictok_jax.evaluation.report.drawing import plot_label, plt, save_figure, shorten_label
 from elastictok_jax.evaluation.report.side_by_side import COLOURS
 from elastictok_jax.models.base import StepKeys, Task
 from elastictok_jax.models.registry import registered_family
@@ -58,7 +58,7 @@ def inspect_data(
     reader = task.reader(open_splits(config), split=split)
     blocks = evenly_spaced(config.data.sequence_blocks, most=MOST_THUMBS)
     frames = evenly_spaced(config.video.frames_per_block, most=MOST_THUMBS // len(blocks))
-    lengths_BN = inspect_lengths(config, task, batch) if split == "train" else None
+    lengths_BN = batch_lengths(config, task, batch) if split == "train" else None
     rows = _read_rows(
         reader,
         batch,
@@ -163,7 +163,7 @@ def read_row(
     )
 
 
-def inspect_lengths(config: ml_collections.ConfigDict, task: Task, step: int) -> np.ndarray | None:
+def batch_lengths(config: ml_collections.ConfigDict, task: Task, step: int) -> np.ndarray | None:
     """Returns int32 [B, N], the tokens that each block keeps at training step `step`.
 
     None for a task that does not drop tokens.
@@ -234,7 +234,7 @@ def _title(
         limits = f"{masking.kind}, {masking.min_tokens} to {tokens_per_block}"
         bars = f"bars: tokens kept at that step ({limits})"
     return (
-        f"{drawing_label(config.name)}: {split} batch {batch}{use}\n{data.batch_size} rows of "
+        f"{plot_label(config.name)}: {split} batch {batch}{use}\n{data.batch_size} rows of "
         f"{data.sequence_blocks} blocks; a block: {video.frames_per_block} frames of {side} x "
         f"{side}, {tokens_per_block} tokens; {bars}"
     )
@@ -277,7 +277,7 @@ def _draw_batch(
         if row.lengths_N is not None:
             top += LABEL + THUMB + 4
             _draw_lengths(axes, row, top=top, blocks=blocks, most=tokens_per_block)
-    save_drawing(figure, path, dpi=DPI)
+    save_figure(figure, path, dpi=DPI)
     plt.close(figure)
 
 
@@ -304,7 +304,7 @@ def _draw_row(axes, row: BatchRow, *, top: int, blocks: np.ndarray) -> None:
         letters = int(wide / LETTER)
         for line, text in enumerate(_label(row, first)):
             y = top + 2 + line * 13
-            shown = shorten_label(drawing_label(text), letters)
+            shown = shorten_label(plot_label(text), letters)
             weight = "bold" if line == 0 else "normal"
             style = dict(fontsize=7.5, va="top", color=colour, weight=weight)
             axes.text(left + 3, y, shown, **style)

@@ -278,14 +278,14 @@ def _at_share(
     }
     if tokens.levels:
         record["codes"] = np.concatenate(tokens.codes)
-    if tokens.levels and entropy.entropy_coder_installed():
+    if tokens.levels and entropy.is_installed():
         record["coded_bits"] = np.asarray(tokens.entropy_coded_bits())
     if frame_metrics.features is not None and len(clip.frames) > 1:
         record["features"] = frame_metrics.features(decoded)
     return record
 
 
-def measure_at_target(
+def coded_to_target(
     tokenizer: ElasticTokenizer, clip: EvalClip, record: Record, target: float
 ) -> Tokens:
     """Returns the entries of a record for the tokens of a clip."""

@@ -38,7 +38,7 @@ class Measured:
     records: Mapping[str, Record]
 
 
-def summary_records(records: Sequence[Record], key: str) -> np.ndarray:
+def join_records(records: Sequence[Record], key: str) -> np.ndarray:
     """Concatenates the arrays under `key`; returns an empty array if no record has it."""
     found = [np.atleast_1d(record[key]) for record in records if key in record]
     return np.concatenate(found) if found else np.zeros(0)
@@ -108,7 +108,7 @@ def _model_figures(
             continue
         figures[kind] = {
             "clips": len(records),
-            "blocks": len(summary_records(records, "energy")),
+            "blocks": len(join_records(records, "energy")),
             "thresholds": [_threshold(model, records, target) for target in plan.targets],
             "rates": [_rate(model, records, share) for share in model.facts["shares"]],
             "context": _context(model, records, plan),
@@ -120,7 +120,7 @@ def _model_figures(
 
 def _threshold(model: Measured, records: Sequence[Record], target: float) -> dict[str, Any]:
     values = {
-        name: summary_records(records, f"target/{target:g}/{name}")
+        name: join_records(records, f"target/{target:g}/{name}")
         for name in ("lengths", "met", "mse", "evaluations", "encoder_passes")
     }
     lengths, met = values["lengths"], values["met"].astype(bool)
@@ -148,22 +148,22 @@ def _threshold(model: Measured, records: Sequence[Record], target: float) -> dic
 
 def _rate(model: Measured, records: Sequence[Record], share: float) -> dict[str, Any]:
     prefix = f"share/{share:g}"
-    pixels = summary_records(records, "pixels").sum()
-    bits, coded = (summary_records(records, f"{prefix}/{name}") for name in ("bits", "coded_bits"))
-    mse = float(summary_records(records, f"{prefix}/mse").mean())
+    pixels = join_records(records, "pixels").sum()
+    bits, coded = (join_records(records, f"{prefix}/{name}") for name in ("bits", "coded_bits"))
+    mse = float(join_records(records, f"{prefix}/mse").mean())
     row: dict[str, Any] = {
         "share": share,
-        "tokens": float(summary_records(records, f"{prefix}/lengths").mean()),
+        "tokens": float(join_records(records, f"{prefix}/lengths").mean()),
         "bpp16": 16 * float(bits.sum()) / pixels,
         "bpp16_coded": 16 * float(coded.sum()) / pixels if len(coded) == len(records) else None,
         "mse": mse,
         "psnr_of_mse": min(psnr(mse), PSNR_SHOWN),
     }
     for name in FRAME_METRICS:
-        values = summary_records(records, f"{prefix}/{name}")
+        values = join_records(records, f"{prefix}/{name}")
         row[name] = _mean(np.minimum(values, PSNR_SHOWN))
     row[FVD_METRIC] = _frechet(records, prefix)
-    codes = summary_records(records, f"{prefix}/codes")
+    codes = join_records(records, f"{prefix}/codes")
     if codes.size:
         size = model.facts["codebook_size"]
         use = codebook_statistics(codes, size=size)
@@ -173,7 +173,7 @@ def _rate(model: Measured, records: Sequence[Record], share: float) -> dict[str,
 
 def _frechet(records: Sequence[Record], prefix: str) -> float | None:
     pairs = [r for r in records if "original/features" in r and f"{prefix}/features" in r]
-    sides = [summary_records(pairs, key) for key in ("original/features", f"{prefix}/features")]
+    sides = [join_records(pairs, key) for key in ("original/features", f"{prefix}/features")]
     if len(sides[0]) < 2:
         return None
     return frechet_distance(*map(Moments.of, sides))
@@ -203,9 +203,9 @@ def _energy(
     """Correlates token use with high-frequency energy, per block alone and in context (Fig. 9)."""
     if model.facts["fixed_tokens"] is not None:
         return None
-    energy = summary_records(records, "energy")
-    single = summary_records(records, "single/lengths")
-    multi = summary_records(records, f"target/{plan.main_target:g}/lengths")
+    energy = join_records(records, "energy")
+    single = join_records(records, "single/lengths")
+    multi = join_records(records, f"target/{plan.main_target:g}/lengths")
     log = np.log(energy + 1e-9)
     return {
         name: {
@@ -221,20 +221,20 @@ def _energy(
 
 def _searches(records: Sequence[Record]) -> list[dict[str, Any]]:
     """Compares the evaluations and errors of each search with the full search (Table 2)."""
-    exact = summary_records(records, "search/full/lengths")
+    exact = join_records(records, "search/full/lengths")
     rows = []
     for name in SEARCHES:
-        lengths = summary_records(records, f"search/{name}/lengths")
+        lengths = join_records(records, f"search/{name}/lengths")
         if not exact.size or not lengths.size:
             continue
-        met = summary_records(records, f"search/{name}/met").astype(bool)
-        possible = summary_records(records, "search/full/met").astype(bool)
+        met = join_records(records, f"search/{name}/met").astype(bool)
+        possible = join_records(records, "search/full/met").astype(bool)
         rows.append(
             {
                 "search": name,
                 "blocks": len(lengths),
                 "evaluations_per_block": float(
-                    summary_records(records, f"search/{name}/evaluations").mean()
+                    join_records(records, f"search/{name}/evaluations").mean()
                 ),
                 "missed_share": float((possible & ~met).mean()),
                 "count_error": _mean(np.abs(lengths - exact)[possible] / exact[possible]),
@@ -247,7 +247,7 @@ def _mean(values: np.ndarray) -> float | None:
     return float(values.mean()) if values.size else None
 
 
-def summarise_token_use(
+def compare_token_use(
     elastic: Measured, fixed: Sequence[Measured], kind_of: Mapping[str, str], plan: MeasurementPlan
 ) -> list[dict[str, Any]]:
     """Compares token use at the fraction of blocks that a fixed tokenizer brings to each target.
@@ -261,11 +261,11 @@ def summarise_token_use(
         for target in plan.targets if names else ():
             ours = [elastic.records[name] for name in names]
             lengths, met = (
-                summary_records(ours, f"target/{target:g}/{name}") for name in ("lengths", "met")
+                join_records(ours, f"target/{target:g}/{name}") for name in ("lengths", "met")
             )
             for other in fixed:
                 theirs = [other.records[name] for name in names]
-                share = float(summary_records(theirs, f"target/{target:g}/met").mean())
+                share = float(join_records(theirs, f"target/{target:g}/met").mean())
                 tokens = other.facts["fixed_tokens"]
                 needed = alike = None  # the fixed tokenizer may meet the target on no block
                 if share > 0:
@@ -293,7 +293,7 @@ def summarise_evaluation(
     measured: Sequence[Measured], clips: Sequence[EvalClip], plan: MeasurementPlan
 ) -> dict[str, Any]:
     """Returns the content of metrics.json except for the individual clips, as JSON values."""
-    kind_of = kinds_in_summary(clips)
+    kind_of = clip_kinds(clips)
     elastic = [model for model in measured if model.facts["fixed_tokens"] is None]
     fixed = [model for model in measured if model.facts["fixed_tokens"] is not None]
     return {
@@ -305,11 +305,11 @@ def summarise_evaluation(
         },
         "models": [_model_figures(model, kind_of, plan) for model in measured],
         "comparisons": [
-            row for model in elastic for row in summarise_token_use(model, fixed, kind_of, plan)
+            row for model in elastic for row in compare_token_use(model, fixed, kind_of, plan)
         ],
     }
 
 
-def kinds_in_summary(clips: Sequence[EvalClip]) -> dict[str, str]:
+def clip_kinds(clips: Sequence[EvalClip]) -> dict[str, str]:
     """Maps each clip's name to its kind: an image is a clip of one frame."""
     return {clip.name: CLIP_KINDS[len(clip.frames) > 1] for clip in clips}

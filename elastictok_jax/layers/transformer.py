@@ -303,7 +303,7 @@ class Layer(nn.Module):
 def transformer_layers(count: int, spec: LayerSpec) -> Callable[[Array, SequenceLayout], Array]:
     """Returns `count` layers, stacked if `spec` says so; to be called in a compact method."""
     if spec.scan_layers:
-        scan = stack_transformer_layers(count, spec)
+        scan = stacked_layers(count, spec)
         return lambda x_BSW, places: scan(x_BSW, places)[0]
     layer = _rematerialised(spec, prevent_cse=True)
     layers = [layer(spec, name=f"{UNSTACKED}{index}") for index in range(count)]
@@ -316,9 +316,7 @@ def transformer_layers(count: int, spec: LayerSpec) -> Callable[[Array, Sequence
     return in_turn
 
 
-def stack_transformer_layers(
-    count: int, spec: LayerSpec
-) -> Callable[[Array, SequenceLayout], tuple]:
+def stacked_layers(count: int, spec: LayerSpec) -> Callable[[Array, SequenceLayout], tuple]:
     """Returns `count` layers as one scan named "layers"; compile time does not grow with depth."""
     return nn.scan(
         _rematerialised(spec, prevent_cse=False),  # a scan prevents it by itself

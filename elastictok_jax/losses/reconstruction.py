@@ -13,9 +13,7 @@ from elastictok_jax.losses.base import Reconstruction, Weight
 Array = jax.Array
 
 
-def reconstruction_error_sum(
-    reconstruction_BSD: Array, target_BSD: Array, valid_BS: Array
-) -> Array:
+def squared_error_sum(reconstruction_BSD: Array, target_BSD: Array, valid_BS: Array) -> Array:
     """Returns the sum over valid inputs of the mean squared error of their pixels, float32."""
     error_BS = jnp.mean((reconstruction_BSD - target_BSD) ** 2, axis=-1)
     return jnp.sum(jnp.where(valid_BS, error_BS, 0.0))
@@ -31,7 +29,7 @@ class SquaredError:
 
     def __call__(self, made: Reconstruction, *, frozen, keys) -> Array:
         del frozen, keys
-        return reconstruction_error_sum(made.decoded_BSD, made.target_BSD, made.segments_BS != 0)
+        return squared_error_sum(made.decoded_BSD, made.target_BSD, made.segments_BS != 0)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -34,13 +34,13 @@ from elastictok_jax.layers.codebook import codebook_counts, codebook_use
 from elastictok_jax.layers.patching import tokens_per_block
 from elastictok_jax.losses.base import Reconstruction, Term, Weight, weighted_sum
 from elastictok_jax.losses.perceptual import PerceptualLoss
-from elastictok_jax.losses.reconstruction import KL, SquaredError, reconstruction_error_sum
+from elastictok_jax.losses.reconstruction import KL, SquaredError, squared_error_sum
 from elastictok_jax.models.base import Batch, Codec, Geometry, Metrics, StepKeys
 from elastictok_jax.models.rate_points import (
     evaluated_fractions,
+    metric_directions,
     mse_name,
-    rate_point_directions,
-    rate_tokens_at_targets,
+    tokens_at_targets,
 )
 from elastictok_jax.perceptual.lpips import lpips_shapes
 from elastictok_jax.perceptual.lpips_weights import load_lpips
@@ -176,7 +176,7 @@ class AutoencoderTask:
 
     @property
     def better(self) -> Mapping[str, str]:
-        return rate_point_directions(self.points, self.config.evaluation.targets)
+        return metric_directions(self.points, self.config.evaluation.targets)
 
     def init(self, key: Array) -> dict[str, Any]:
         return {"model": self.network.init(key)}
@@ -305,7 +305,7 @@ class AutoencoderTask:
         error_BNP = error_BS.reshape(*lengths_BN.shape, geometry.inputs)
         valid_BN = valid_BS[:, :: geometry.inputs]
         sums = {
-            "error": reconstruction_error_sum(decoded_BSD, target_BSD, valid_BS),
+            "error": squared_error_sum(decoded_BSD, target_BSD, valid_BS),
             "tokens": jnp.sum(valid_BS).astype(jnp.float32),
             "block_error": jnp.where(valid_BN, jnp.mean(error_BNP, axis=-1), jnp.nan),
         }
@@ -318,7 +318,7 @@ class AutoencoderTask:
         return sums, decoded_BSD
 
     def summarise(self, sums: Sequence[Mapping[str, np.ndarray]]) -> dict[str, float]:
-        """Returns the MSE at each point, codebook use at the first, tokens at the targets."""
+        """Returns the MSE at each point, use of the codebook at the first, `tokens_at_targets`."""
         results: dict[str, float] = {}
         for point, total in zip(self.points, sums, strict=True):
             results[mse_name(point, self.points)] = float(total["error"] / total["tokens"])
@@ -327,7 +327,7 @@ class AutoencoderTask:
                 results |= {f"codebook_{name}": value for name, value in statistics.items()}
         tokens_K = np.maximum(1, np.round(np.asarray(self.points) * self.codec.geometry.tokens))
         errors_KN = np.stack([total["block_error"] for total in sums])
-        return results | rate_tokens_at_targets(errors_KN, tokens_K, self.config.evaluation.targets)
+        return results | tokens_at_targets(errors_KN, tokens_K, self.config.evaluation.targets)
 
     def picture(self, values: Array) -> Array:
         """Returns the first frame of the first rows, one below the other, uint8 [rows R, R, 3]."""

@@ -16,7 +16,7 @@ def evaluated_fractions(config: ml_collections.ConfigDict) -> tuple[float, ...]:
     return (config.masking.fraction,) if config.masking.kind == "fixed" else FRACTIONS
 
 
-def rate_point_directions(fractions: Sequence[float], targets: Sequence[float]) -> dict[str, str]:
+def metric_directions(fractions: Sequence[float], targets: Sequence[float]) -> dict[str, str]:
     """Returns "lower" or "higher" for each metric: which value is better."""
     better = {mse_name(fraction, fractions): "lower" for fraction in fractions}
     for target in targets:
@@ -30,7 +30,7 @@ def mse_name(fraction: float, fractions: Sequence[float]) -> str:
     return "mse" if fraction == fractions[0] else f"mse_at_{fraction:g}"
 
 
-def rate_tokens_at_targets(
+def tokens_at_targets(
     errors_KN: np.ndarray, tokens_K: np.ndarray, targets: Sequence[float]
 ) -> dict[str, float]:
     """Returns how few tokens meet each target.

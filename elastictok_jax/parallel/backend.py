@@ -4,7 +4,9 @@ import contextlib
 import os
 from collections.abc import Iterator
 
-from elastictok_jax.errors import RunError, UsageError
+from elastictok_jax.errors import RunError, UsageError, first_line
+
+ADVICE = (" (set JAX_PLATFORMS=",)  # jax's own, where ours says more
 
 
 @contextlib.contextmanager
@@ -20,7 +22,8 @@ def jax_started() -> Iterator[None]:
         import jax  # noqa: F401
     except Exception as error:  # ValueError for a JAX_ variable, or whatever a plugin raises
         raise UsageError(
-            f"jax does not start ({_first_line(error)}): check the environment's JAX_ variables"
+            f"jax does not start ({first_line(error, until=ADVICE)}): check the environment's "
+            "JAX_ variables"
         ) from error
     try:
         yield
@@ -38,17 +41,13 @@ def require_devices() -> None:
     try:
         jax.devices()
     except Exception as error:  # RuntimeError, or an AssertionError for cuda without its plugin
+        reason = first_line(error, until=ADVICE)
         asked = os.environ.get("JAX_PLATFORMS")
         if asked:
             raise UsageError(
-                f"JAX_PLATFORMS={asked}: jax finds no such device ({_first_line(error)}): unset "
-                "it, or install jax for that device"
+                f"JAX_PLATFORMS={asked}: jax finds no such device ({reason}): unset it, or "
+                "install jax for that device"
             ) from error
         raise UsageError(
-            f"jax finds no device ({_first_line(error)}): see its driver, or set JAX_PLATFORMS=cpu"
+            f"jax finds no device ({reason}): see its driver, or set JAX_PLATFORMS=cpu"
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).partition(" (set JAX_PLATFORMS=")[0].strip()
-    return text.splitlines()[0] if text else type(error).__name__

@@ -341,7 +341,7 @@ class _Runs:
     begun = 0
 
 
-def begin_distributed_run() -> None:
+def begin_run() -> None:
     """Starts a new set of keys and barriers, each usable once; all processes call it once a run."""
     _Runs.begun += 1
 

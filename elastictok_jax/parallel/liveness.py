@@ -18,7 +18,7 @@ from typing import NoReturn
 
 from elastictok_jax.errors import RunError, UsageError
 from elastictok_jax.parallel import distributed
-from elastictok_jax.parallel.sigabrt import on_abort, say_before_abort
+from elastictok_jax.parallel.sigabrt import on_abort, say_last_word
 
 BEAT = 1.0  # seconds between heartbeats
 LOST = 30.0  # seconds without a heartbeat until a process counts as lost
@@ -37,7 +37,7 @@ class Peers:
     """
 
     def __init__(self, *, kept: Callable[[], str]):
-        distributed.begin_distributed_run()
+        distributed.begin_run()
         self._kept = kept
         self._signs, self._verdict = (
             distributed.run_scoped_key("signs/"),
@@ -72,7 +72,7 @@ class Peers:
             try:
                 yield
             except (RunError, UsageError, OSError) as error:
-                result_while_alive(LOST, self.before_end)  # a checkpoint may be being written
+                result_within(LOST, self.before_end)  # a checkpoint may be being written
                 usage = isinstance(error, UsageError)
                 self.end(str(error), status=UsageError.status if usage else RunError.status)
             except Exception as error:  # a collective that failed because a peer did, or a bug
@@ -91,12 +91,12 @@ class Peers:
 
     def kept(self) -> str:
         """Returns a sentence on what is saved and how to go on, even if the disk hangs."""
-        return result_while_alive(ANSWER, self._kept) or "See in the workdir what is saved"
+        return result_within(ANSWER, self._kept) or "See in the workdir what is saved"
 
     def end(self, message: str, *, status: int = RunError.status) -> NoReturn:
         """Ends this process and all others, even if their main threads are stuck."""
         if self._client is not None:
-            result_while_alive(
+            result_within(
                 ANSWER, lambda: self._give_verdict(f"{self.name} failed: {message}", status)
             )
         self._exit(message, status)
@@ -110,7 +110,7 @@ class Peers:
         self._last_word.acquire()  # only one thread prints and exits
         if self._client is not None and self.process == 0:
             time.sleep(5 * BEAT)  # the others read the verdict from this process, and exit first
-        say_before_abort(message)
+        say_last_word(message)
         os._exit(status)
 
     def _sign(self) -> tuple[str, str]:
@@ -212,7 +212,7 @@ def _lost_process_message(who: str) -> str:
     )
 
 
-def result_while_alive(seconds: float, function: Callable):
+def result_within(seconds: float, function: Callable):
     """Returns the result of `function`; None if it fails, or takes longer and is left running."""
     result = []
 

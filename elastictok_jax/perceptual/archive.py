@@ -158,7 +158,7 @@ def load_weights(path: Path, *, shapes: Shapes, fix: str) -> Params:
     return params
 
 
-def archive_cache_dir() -> Path:
+def weights_cache_dir() -> Path:
     """Returns the folder of fetched weights.
 
     It is $ELASTICTOK_CACHE, or else elastictok_jax in the user's cache folder.

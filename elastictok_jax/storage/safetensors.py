@@ -52,7 +52,7 @@ def save_params(path: str | os.PathLike, params: dict, *, metadata: dict[str, st
         raise UsageError(f"cannot write {path}: {error}") from error
 
 
-def load_safetensors(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, str]]:
+def load_params(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, str]]:
     """Reads what `save_params` wrote.
 
     Returns:

@@ -40,8 +40,8 @@ from elastictok_jax.tokenizer.length_policies import (
 )
 from elastictok_jax.tokenizer.router import FILE, Router
 from elastictok_jax.tokenizer.search import SEARCHES
-from elastictok_jax.tokenizer.tiling import TileGrid, checked_video, tiled_frame_blocks
-from elastictok_jax.tokenizer.tokens import Tokens, require_tokens_of_clip
+from elastictok_jax.tokenizer.tiling import TileGrid, checked_video, frames_in_blocks
+from elastictok_jax.tokenizer.tokens import Tokens, require_same_clip
 
 ProgressCallback = Callable[[int, int], None]
 SPENDING_ROUNDS = 4  # times that all clips are measured to spend a budget
@@ -215,7 +215,7 @@ class ElasticTokenizer:
         if np.ndim(tokens if tokens is not None else 0):
             raise UsageError("a stream takes one number of tokens for all its blocks")
         lanes: Lanes[tuple[ClipEncoder, LengthPolicy]] | None = None
-        blocks = tiled_frame_blocks(frames, self.geometry.frames)
+        blocks = frames_in_blocks(frames, self.geometry.frames)
         for first in blocks:
             tiles = TileGrid(first.shape[:3], self.geometry).tiles
             if lanes is None:
@@ -292,7 +292,7 @@ class ElasticTokenizer:
                     "(--window-blocks)"
                 )
             first = first or tokens
-            require_tokens_of_clip(tokens, first, number=number)
+            require_same_clip(tokens, first, number=number)
             if ended:
                 raise UsageError(f"piece {number} follows one that ends within a block")
             for index in range(grid.blocks):

@@ -30,7 +30,7 @@ _STRIDE_SAMPLE = 2**18  # tokens examined to choose the stride
 _HEAD_WORDS = 2  # stride, checksum
 
 
-def entropy_coder_installed() -> bool:
+def is_installed() -> bool:
     """Returns whether the extra [compress] is installed."""
     return importlib.util.find_spec("constriction") is not None
 

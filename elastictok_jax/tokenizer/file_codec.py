@@ -163,7 +163,7 @@ def _etok_summary(
     }
 
 
-def file_codec_summary(results: dict) -> str:
+def encode_summary_line(results: dict) -> str:
     """Returns the results of `encode_file` as one or two lines of text."""
     lines = [
         f"{results['output']}: {results['frames']} frames, {results['blocks']} blocks, "

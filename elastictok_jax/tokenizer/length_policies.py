@@ -7,7 +7,7 @@ import numpy as np
 
 from elastictok_jax.tokenizer.allocation import BudgetPlanner, interpolate_curves
 from elastictok_jax.tokenizer.block_codec import BlockEncoder, CodedBlock
-from elastictok_jax.tokenizer.search import SEARCHES, SearchProblem, corrected_guess, search_grid
+from elastictok_jax.tokenizer.search import SEARCHES, SearchProblem, corrected_guess, log_spaced
 
 # Slope of log error over log length, if nothing better is known.
 TYPICAL_SLOPE = -0.35
@@ -97,7 +97,7 @@ class TargetError:
 
 def _measured_curve(block: BlockEncoder, *, low: int, high: int) -> np.ndarray:
     """Returns float64 [high - low + 1], squared error by length, interpolated from POINTS."""
-    lengths = search_grid(low, high, count=POINTS)
+    lengths = log_spaced(low, high, count=POINTS)
     points = [(lengths, np.asarray(block.errors(lengths)))]
     return interpolate_curves(points, low=low, high=high)[0] * block.fraction_inside
 

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from elastictok_jax.errors import UsageError
-from elastictok_jax.storage.safetensors import load_safetensors, save_params
+from elastictok_jax.storage.safetensors import load_params, save_params
 from elastictok_jax.tokenizer.block_codec import BlockEncoder
 
 Array = jax.Array
@@ -133,7 +133,7 @@ class Router:
         Raises:
           UsageError: if it is damaged, or belongs to another model or other lengths.
         """
-        params, text = load_safetensors(folder / FILE)
+        params, text = load_params(folder / FILE)
         fix = f"train it again (elastictok train-router {folder}), or delete it"
         if text.get("fingerprint") != fingerprint:
             raise UsageError(

@@ -33,7 +33,7 @@ from elastictok_jax.tokenizer.router import (
     predict_errors,
     router_features_of,
 )
-from elastictok_jax.tokenizer.search import search_grid
+from elastictok_jax.tokenizer.search import log_spaced
 from elastictok_jax.tokenizer.tiling import TileGrid
 
 KNOTS = 32
@@ -56,7 +56,7 @@ def train_router(model: str | Path, *, blocks: int, steps: int) -> dict[str, flo
     tokenizer = ElasticTokenizer.without_router(model)
     folder, _ = split_reference(model)
     require_file(folder / FILE, change="make the model's folder writable, or copy it")
-    lengths = search_grid(tokenizer.min_tokens, tokenizer.tokens_per_block, count=KNOTS)
+    lengths = log_spaced(tokenizer.min_tokens, tokenizer.tokens_per_block, count=KNOTS)
     items, features, curves = [], [], []
     for item, block_features, curve_K in _measured_blocks(tokenizer, lengths, blocks=blocks):
         items.append(item)

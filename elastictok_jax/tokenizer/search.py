@@ -57,7 +57,7 @@ def _full_search(problem: SearchProblem) -> Search:
 
 def _binned_search(problem: SearchProblem) -> Search:
     """Finds the shortest of about BINS log-spaced lengths that meets the target."""
-    lengths = search_grid(problem.low, problem.high, count=BINS)
+    lengths = log_spaced(problem.low, problem.high, count=BINS)
     tried = dict(zip(lengths, (yield lengths), strict=True))
     return _best_length(tried, problem.target)
 
@@ -185,7 +185,7 @@ def _first_below(problem: SearchProblem, expected: np.ndarray, first: int, last:
     return first + int(below[0]) if below.size else last
 
 
-def search_grid(low: int, high: int, *, count: int) -> list[int]:
+def log_spaced(low: int, high: int, *, count: int) -> list[int]:
     """Returns at most `count` log-spaced lengths from `low` to `high`."""
     steps = np.linspace(np.log(low), np.log(high), count)
     return np.unique(np.round(np.exp(steps)).astype(int)).tolist()

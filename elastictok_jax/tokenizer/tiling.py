@@ -91,7 +91,7 @@ class TileGrid:
         return video[:frames, : self.height, : self.width]
 
 
-def tiled_frame_blocks(frames: Iterable[np.ndarray], frames_per_block: int) -> Iterator[np.ndarray]:
+def frames_in_blocks(frames: Iterable[np.ndarray], frames_per_block: int) -> Iterator[np.ndarray]:
     """Groups frames uint8 [H, W, 3] or [t, H, W, 3] into blocks [F, H, W, 3], the last one shorter.
 
     Raises:

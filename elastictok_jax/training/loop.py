@@ -15,7 +15,7 @@ from elastictok_jax.training.stop_signal import StopRequest
 from elastictok_jax.training.workdir import newest_saved_in_workdir
 
 
-def training_loop(config: ml_collections.ConfigDict, *, workdir: Path) -> bool:
+def train_experiment(config: ml_collections.ConfigDict, *, workdir: Path) -> bool:
     """Trains in `workdir` until `config.train.steps`, resuming from the newest checkpoint there.
 
     What a run starts from, in order of precedence:
@@ -47,7 +47,7 @@ def training_loop(config: ml_collections.ConfigDict, *, workdir: Path) -> bool:
 
 
 def _run_steps(run: Run, stop: StopRequest) -> bool:
-    """Runs the remaining steps; returns as `training_loop` does."""
+    """Runs the remaining steps; returns as `train_experiment` does."""
     train_config, state, log = run.config.train, run.state, run.log
     run.state = None  # type: ignore[assignment]  # donated to the first step
     stop.take_interrupts()  # before this there is nothing to save

@@ -14,7 +14,7 @@ import ml_collections
 import numpy as np
 from tqdm import tqdm
 
-from elastictok_jax.errors import UsageError
+from elastictok_jax.errors import UsageError, first_line
 from elastictok_jax.storage.atomic import replacing
 
 
@@ -82,7 +82,7 @@ class MetricWriter:
         except Exception as error:  # other packages raise all kinds
             self._others.pop(name, None)
             print(
-                f"note: {name} failed ({_first_line(error)}): metrics go on to {self.path} alone",
+                f"note: {name} failed ({first_line(error)}): metrics go on to {self.path} alone",
                 file=sys.stderr,
                 flush=True,
             )
@@ -197,12 +197,7 @@ def _cut_back(path: Path, step: int) -> None:
         temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
 
 
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0]
-
-
-def writer_shows_pictures(config: ml_collections.ConfigDict) -> bool:
+def shows_pictures(config: ml_collections.ConfigDict) -> bool:
     """Returns whether a sink takes pictures; all processes have to take part in drawing them."""
     return bool(config.train.tensorboard or config.train.wandb_project)
 
@@ -258,5 +253,5 @@ def open_wandb(workdir: Path, config: ml_collections.ConfigDict) -> Any:
     except Exception as error:  # wandb's own, for network and login, and whatever a version breaks
         raise UsageError(
             f"train.wandb_project = {config.train.wandb_project}: wandb does not start "
-            f"({_first_line(error)}): run `wandb login`, set WANDB_MODE=offline, or leave it out"
+            f"({first_line(error)}): run `wandb login`, set WANDB_MODE=offline, or leave it out"
         ) from error

@@ -41,11 +41,7 @@ from elastictok_jax.parallel.sharding import (
 )
 from elastictok_jax.storage.checkpoint import Checkpointer, DamagedCheckpoint
 from elastictok_jax.training.async_metrics import StepLog
-from elastictok_jax.training.evaluator import (
-    evaluate_batches,
-    open_evaluator_data,
-    require_best_metric,
-)
+from elastictok_jax.training.evaluator import evaluate_batches, open_held_out, require_best_metric
 from elastictok_jax.training.host_consensus import Votes
 from elastictok_jax.training.initialise import initialise
 from elastictok_jax.training.lock import WorkdirLock
@@ -55,7 +51,7 @@ from elastictok_jax.training.metric_writers import (
     SilentWriter,
     open_wandb,
     require_sinks,
-    writer_shows_pictures,
+    shows_pictures,
 )
 from elastictok_jax.training.state import TrainState, abstract_state, sharded_init
 from elastictok_jax.training.step import jit_train_step
@@ -156,7 +152,7 @@ def open_run(
     raise_if_lost, wandb_run = _hold_workdir(workdir, config, first=peers.process == 0, stack=stack)
     splits = open_splits(config)
     reader = task.reader(splits, split="train", part=part)
-    held_out = open_evaluator_data(task, config, splits, part=part)
+    held_out = open_held_out(task, config, splits, part=part)
     frozen = replicate(task.frozen(), mesh)
     files = splits.fingerprint()
     enter_workdir(workdir, config, files=files)
@@ -225,7 +221,7 @@ def open_run(
             held_out,
             place=partial(batch_to_device, reader=reader, sharding=sharding),
             draw=draw,
-            show=partial(writer.picture, step) if writer_shows_pictures(config) else None,
+            show=partial(writer.picture, step) if shows_pictures(config) else None,
         )
 
     batches = DeviceBatches(

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-from elastictok_jax.parallel.liveness import ANSWER, BEAT, Clock, result_while_alive
+from elastictok_jax.parallel.liveness import ANSWER, BEAT, Clock, result_within
 from elastictok_jax.training.async_metrics import IN_FLIGHT
 
 
@@ -62,7 +62,7 @@ class Watchdog:
             clock, limit, what, key = self._since
             if clock.tick() > limit > 0:
                 faulthandler.dump_traceback(2)  # the descriptor of stderr
-                saved = result_while_alive(ANSWER, self._write_stacks)
+                saved = result_within(ANSWER, self._write_stacks)
                 where = f"above and in {self._stacks}" if saved else "above"
                 self._end(f"{what} for {limit:g} s ({key}). The stacks of all threads are {where}")
 

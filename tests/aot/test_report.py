@@ -13,9 +13,9 @@ from elastictok_jax.aot.hlo import parse_module
 from elastictok_jax.aot.programs import programs
 from elastictok_jax.aot.report import (
     compile_notes,
+    compile_refusal,
+    memory_sizes,
     program_report,
-    report_memory,
-    report_refusal,
     report_text,
 )
 from elastictok_jax.aot.roofline import roofline
@@ -102,10 +102,10 @@ def test_memory_of_the_step_is_its_state_and_its_batch(figures):
 
 def test_memory_of_a_known_program():
     x = jax.ShapeDtypeStruct((1000, 250), jnp.float32)
-    kept = report_memory(jax.jit(lambda x: x + 1).lower(x).compile())
+    kept = memory_sizes(jax.jit(lambda x: x + 1).lower(x).compile())
     assert (kept["arguments"], kept["outputs"], kept["aliased"]) == (10**6, 10**6, 0)
     assert kept["total"] == 2 * 10**6 + kept["temporaries"] + kept["generated_code"]
-    donated = report_memory(jax.jit(lambda x: x + 1, donate_argnums=0).lower(x).compile())
+    donated = memory_sizes(jax.jit(lambda x: x + 1, donate_argnums=0).lower(x).compile())
     assert donated["aliased"] == 10**6
     assert donated["total"] == kept["total"] - 10**6
 
@@ -152,7 +152,7 @@ def test_predictions_are_those_of_the_roofline():
     ],
 )
 def test_a_program_that_the_compiler_refuses(message, total):
-    found = report_refusal(message + "\n\nallocations", CHIPS["v4"])
+    found = compile_refusal(message + "\n\nallocations", CHIPS["v4"])
     assert found["fits"] is False
     assert found["bytes_per_device"] == {"total": total, "usable": 30.75 * GIB}
     assert message in found["notes"][0]
@@ -186,7 +186,7 @@ def test_table_for_people(figures):
         **figures["train_step"],
         "predicted_tokens_per_second": 1234567.0,
         "encode": figures["encode"] | {"predicted_tokens_per_second": 1.0},
-        "decode": report_refusal("RESOURCE_EXHAUSTED: (33.54G) exceeds", CHIPS["v5e"]),
+        "decode": compile_refusal("RESOURCE_EXHAUSTED: (33.54G) exceeds", CHIPS["v5e"]),
     }
     json.dumps(results)
     text = report_text(results)

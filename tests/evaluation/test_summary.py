@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 from elastictok_jax.evaluation.measure import MeasurementPlan, measure_block_energy, scene_cuts
 from elastictok_jax.evaluation.summary import (
     Measured,
+    compare_token_use,
     correlation,
     fraction_met_by_tokens,
     ranks,
     share_for_tokens,
-    summarise_token_use,
     tokens_for_share,
 )
 
@@ -66,18 +66,18 @@ def test_ratio_at_an_equal_share():
     elastic = Measured("elastic", {"min_tokens": 4, "fixed_tokens": None}, records)
     half = {"clip": {"target/0.1/met": np.array([True, False, True, False])}}
     fixed = Measured("fixed", {"fixed_tokens": 32}, half)
-    [row] = summarise_token_use(elastic, [fixed], {"clip": "videos"}, PLAN)
+    [row] = compare_token_use(elastic, [fixed], {"clip": "videos"}, PLAN)
     assert row["met_share"] == 0.5
     assert row["elastic_tokens"] == pytest.approx((8 + 12 + 4 + 4) / 4)
     assert row["ratio"] == pytest.approx(32 / 7)
     assert row["ratio_missed_alike"] == pytest.approx(32 / ((8 + 12 + 32 + 32) / 4))
     every = {"clip": {"target/0.1/met": np.ones(4, bool)}}
-    [row] = summarise_token_use(
+    [row] = compare_token_use(
         elastic, [Measured("fixed", {"fixed_tokens": 32}, every)], {"clip": "videos"}, PLAN
     )
     assert row["ratio"] is row["ratio_missed_alike"] is None  # it cannot
     none = {"clip": {"target/0.1/met": np.zeros(4, bool)}}
-    [row] = summarise_token_use(
+    [row] = compare_token_use(
         elastic, [Measured("fixed", {"fixed_tokens": 32}, none)], {"clip": "videos"}, PLAN
     )
     assert (row["met_share"], row["ratio"]) == (0, None)  # to bring none there takes no skill

@@ -19,9 +19,9 @@ from elastictok_jax.layers.transformer import (
     LayerSpec,
     rotary_pairs_to_halves,
     rotate,
-    stack_transformer_layers,
+    stacked_layers,
 )
-from elastictok_jax.models.elastictok.model import build_model, init_model_params
+from elastictok_jax.models.elastictok.model import build_model, init_params
 from elastictok_jax.parallel.sharding import LOGICAL_AXIS_RULES
 from tests.tiny import abstract_params
 
@@ -131,7 +131,7 @@ def test_rotation_keeps_dtype_and_computes_in_float32():
 
 
 def layers_and_input(**changes):
-    layers = stack_transformer_layers(2, dataclasses.replace(SPEC, **changes))
+    layers = stacked_layers(2, dataclasses.replace(SPEC, **changes))
     x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 8, 16)), jnp.float32)
     return layers, x
 
@@ -206,7 +206,7 @@ def test_a_scan_is_its_layers_in_turn(plain):
     """Two scanned layers equal the same two layers applied one by one."""
     params, want, _ = plain
     _, x = layers_and_input()
-    one = stack_transformer_layers(1, SPEC)
+    one = stacked_layers(1, SPEC)
     for index in range(2):
         layer = jax.tree.map(lambda leaf, i=index: leaf[i : i + 1], params)
         x, _ = one.apply(layer, x, PLACES)
@@ -241,7 +241,7 @@ def tiny(**overrides):
 @pytest.mark.parametrize("bottleneck", ["fsq", "vae"])
 def test_every_parameter_has_logical_axes_that_the_rules_know(bottleneck):
     model = build_model(tiny(**{"model.bottleneck": bottleneck}))
-    boxed = jax.eval_shape(lambda: init_model_params(model, jax.random.key(0)))
+    boxed = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
     leaves = jax.tree.leaves(boxed, is_leaf=lambda leaf: isinstance(leaf, nn.Partitioned))
     known = {name for name, _ in LOGICAL_AXIS_RULES}
     assert len(leaves) > 20
@@ -341,7 +341,7 @@ def test_layers_stacked_or_apart_are_the_same_model():
 def test_initial_weights_do_not_depend_on_the_layout():
     stacked, apart = (
         jax.jit(
-            lambda c=config: nn.meta.unbox(init_model_params(build_model(c), jax.random.key(3))),
+            lambda c=config: nn.meta.unbox(init_params(build_model(c), jax.random.key(3))),
             compiler_options=QUICK,
         )()
         for config in both_layouts()

@@ -20,7 +20,7 @@ from elastictok_jax.models.registry import registered_family
 from elastictok_jax.parallel.sharding import batch_sharding, in_mesh, replicate
 from elastictok_jax.tokenizer.search import SEARCHES
 from elastictok_jax.training.host_consensus import Votes
-from elastictok_jax.training.loop import training_loop
+from elastictok_jax.training.loop import train_experiment
 from elastictok_jax.training.metric_writers import read_metrics
 from tests.tiny import abstract_state, jit_train_step, mesh_of, sharded_init
 
@@ -151,7 +151,7 @@ def check_resume_is_bitwise(config, tmp_path) -> None:
     config = changed(config, **every, optimizer__schedule="constant")
     for folder, stops in (("straight", [4]), ("resumed", [2, 4])):
         for steps in stops:
-            assert training_loop(changed(config, train__steps=steps), workdir=tmp_path / folder)
+            assert train_experiment(changed(config, train__steps=steps), workdir=tmp_path / folder)
     straight, resumed = (
         [
             {k: v for k, v in line.items() if k not in TIMES and k != "eval/seconds"}

@@ -154,9 +154,8 @@ def test_where_settings_come_from():
     }
     expected = {"coordinator_address": "host:1", "num_processes": 4, "process_id": 3}
     assert distributed_settings(none, variables) == expected
-    assert (
-        distributed_settings(none | {"process": 0}, variables)["process_id"] == 0
-    )  # options first
+    given = none | {"process": 0}  # options first
+    assert distributed_settings(given, variables)["process_id"] == 0
     with pytest.raises(UsageError, match="must be numbers"):
         distributed_settings(none, variables | {"JAX_NUM_PROCESSES": "four"})
     slurm = {"SLURM_NTASKS": "2", "SLURM_STEP_NODELIST": "node[1-2]"}

@@ -7,7 +7,7 @@ from pathlib import Path
 from elastictok_jax.config import apply_overrides
 from elastictok_jax.experiment_registry import get_experiment
 from elastictok_jax.parallel import distributed
-from elastictok_jax.training.loop import training_loop
+from elastictok_jax.training.loop import train_experiment
 from tests.multiprocess.launched import OPTIONS
 
 
@@ -28,7 +28,7 @@ def main() -> None:
         config = get_experiment("quickstart")
         keys = {"train.steps": 3, "train.checkpoint_every": 1, "evaluation.report": False}
         apply_overrides(config, OPTIONS | keys | changes)
-        assert training_loop(config, workdir=args.folder / name)
+        assert train_experiment(config, workdir=args.folder / name)
     distributed.shutdown()
 
 

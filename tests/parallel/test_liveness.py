@@ -3,7 +3,7 @@
 import json
 
 from elastictok_jax.parallel import liveness
-from elastictok_jax.parallel.liveness import Heartbeats, result_while_alive
+from elastictok_jax.parallel.liveness import Heartbeats, result_within
 
 
 def sign(process, state, at=0):
@@ -46,6 +46,6 @@ def test_when_all_have_failed_none_is_waited_for():
 
 
 def test_what_hangs_or_fails_is_not_waited_for():
-    assert result_while_alive(10, lambda: 3) == 3
-    assert result_while_alive(10, lambda: 1 / 0) is None
-    assert result_while_alive(0.05, lambda: liveness.time.sleep(5)) is None
+    assert result_within(10, lambda: 3) == 3
+    assert result_within(10, lambda: 1 / 0) is None
+    assert result_within(0.05, lambda: liveness.time.sleep(5)) is None

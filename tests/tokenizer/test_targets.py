@@ -14,7 +14,7 @@ from elastictok_jax.experiment_registry import get_experiment
 from elastictok_jax.layers.attention.api import SequenceLayout
 from elastictok_jax.layers.patching import patchify
 from elastictok_jax.tokenizer.search import SEARCHES
-from elastictok_jax.training.loop import training_loop
+from elastictok_jax.training.loop import train_experiment
 
 pytestmark = pytest.mark.slow
 STEPS, SIDE, LENGTH, LOW = 400, 64, 128, 8
@@ -28,7 +28,7 @@ def tokenizer(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("trained") / "run"
     config = get_experiment("quickstart")
     config.train.steps = config.train.eval_every = config.train.checkpoint_every = STEPS
-    training_loop(config, workdir=workdir)
+    train_experiment(config, workdir=workdir)
     return ElasticTokenizer.from_pretrained(workdir)
 
 

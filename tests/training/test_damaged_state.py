@@ -18,7 +18,7 @@ from elastictok_jax.storage.checkpoint import Checkpointer, DamagedCheckpoint
 from elastictok_jax.storage.references import split_reference
 from elastictok_jax.tokenizer.api import ElasticTokenizer
 from elastictok_jax.training.inspection import inspect_run, inspection_lines
-from elastictok_jax.training.loop import training_loop
+from elastictok_jax.training.loop import train_experiment
 from elastictok_jax.training.metric_writers import MetricWriter, read_metrics
 from tests.training.test_loop import OPTIONS
 
@@ -37,7 +37,7 @@ def tiny(**changes):
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("run") / "trained"
-    assert training_loop(tiny(), workdir=workdir)
+    assert train_experiment(tiny(), workdir=workdir)
     return workdir
 
 
@@ -85,7 +85,7 @@ def test_the_checkpoint_before_a_damaged_one_is_used(tear, workdir, fingerprint_
     assert re.fullmatch(r"note: checkpoint .*/4 is damaged \(.*\): step 2 is read instead\n", note)
     with pytest.raises(DamagedCheckpoint, match="is damaged"):
         ElasticTokenizer.from_pretrained(f"{workdir}@4")
-    assert training_loop(tiny(**{"train.steps": 6}), workdir=workdir)
+    assert train_experiment(tiny(**{"train.steps": 6}), workdir=workdir)
     told = capfd.readouterr().err
     assert "resuming at step 2" in told
     assert re.search(r"/4 is damaged .* moved to .*damaged/4-0: going on from step 2", told)
@@ -100,7 +100,7 @@ def test_a_lost_data_position_is_damage_for_training_alone(workdir, capfd):
     shutil.rmtree(workdir / "checkpoints" / "4" / "data")
     newest = ElasticTokenizer.from_pretrained(workdir)
     assert newest.fingerprint == ElasticTokenizer.from_pretrained(f"{workdir}@4").fingerprint
-    assert training_loop(tiny(**{"train.steps": 4}), workdir=workdir)
+    assert train_experiment(tiny(**{"train.steps": 4}), workdir=workdir)
     assert "resuming at step 2" in capfd.readouterr().err
 
 
@@ -108,7 +108,7 @@ def test_with_no_readable_checkpoint_nothing_is_begun_anew(workdir):
     for step in ("2", "4"):
         zero(workdir / "checkpoints" / step)
     with pytest.raises(RunError, match=r"4 is damaged .*2 is damaged .*no checkpoint is left"):
-        training_loop(tiny(), workdir=workdir)
+        train_experiment(tiny(), workdir=workdir)
     with pytest.raises(DamagedCheckpoint):
         ElasticTokenizer.from_pretrained(workdir)
     assert sorted(path.name for path in (workdir / "checkpoints").iterdir()) == ["2", "4"]
@@ -126,7 +126,7 @@ def test_a_checkpoint_is_named_by_step_or_as_the_best(workdir, tmp_path):
     with pytest.raises(UsageError, match="has no step 3: choose one of 4, 2, or best"):
         ElasticTokenizer.from_pretrained(f"{workdir}@3")
     config = tiny(**{"train.init_from": f"{workdir}@2", "train.steps": 2})
-    assert training_loop(config, workdir=tmp_path / "next")
+    assert train_experiment(config, workdir=tmp_path / "next")
     record = json.loads((tmp_path / "next" / "init_from.json").read_text())
     assert record["from"] == f"{workdir} at step 2"
 
@@ -217,8 +217,8 @@ def test_a_sink_that_fails_does_not_end_the_run(tmp_path, capsys):
 
 def test_two_runs_in_one_program_and_one_folder(workdir):
     """The second comes when the first has given the folder back."""
-    assert training_loop(tiny(**{"train.steps": 5}), workdir=workdir)
-    assert training_loop(tiny(**{"train.steps": 6}), workdir=workdir)
+    assert train_experiment(tiny(**{"train.steps": 5}), workdir=workdir)
+    assert train_experiment(tiny(**{"train.steps": 6}), workdir=workdir)
     assert not (workdir / "lock.json").exists()
 
 
@@ -231,7 +231,7 @@ def test_wandb_runs_offline_and_goes_on_in_the_same_run(workdir, monkeypatch, ca
     name = ""
     for steps in (5, 6):
         config = tiny(**{"train.steps": steps, "train.wandb_project": "x"})
-        assert training_loop(config, workdir=workdir)
+        assert train_experiment(config, workdir=workdir)
         assert name in ("", (workdir / "wandb_run_id").read_text())
         name = (workdir / "wandb_run_id").read_text()
     assert len(list((workdir / "wandb").glob(f"offline-run-*-{name}"))) == 2

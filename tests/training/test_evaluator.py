@@ -5,7 +5,7 @@ import pytest
 
 from elastictok_jax.errors import UsageError
 from elastictok_jax.experiment_registry import get_experiment
-from elastictok_jax.models.rate_points import rate_tokens_at_targets
+from elastictok_jax.models.rate_points import tokens_at_targets
 from elastictok_jax.storage.checkpoint import BestMetric, Checkpointer
 from elastictok_jax.training.evaluator import require_best_metric
 from tests.tiny import made_up_state, task_of
@@ -14,7 +14,7 @@ from tests.tiny import made_up_state, task_of
 def test_thresholds_by_hand():
     """Three blocks and one of padding, with 8, 4 and 2 tokens."""
     errors = np.array([[0.1, 0.2, 0.5, np.nan], [0.2, 0.15, 0.6, np.nan], [0.3, 0.4, 0.7, np.nan]])
-    results = rate_tokens_at_targets(errors, np.array([8, 4, 2]), targets=(0.1, 0.2, 0.45))
+    results = tokens_at_targets(errors, np.array([8, 4, 2]), targets=(0.1, 0.2, 0.45))
     assert results == {
         "met_at_mse_0.1": pytest.approx(1 / 3),
         "tokens_at_mse_0.1": pytest.approx((8 + 8 + 8) / 3),

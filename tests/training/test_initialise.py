@@ -13,7 +13,7 @@ from elastictok_jax.config import apply_overrides, config_to_json, read_config, 
 from elastictok_jax.errors import UsageError
 from elastictok_jax.experiment_registry import get_experiment
 from elastictok_jax.layers.scan_layout import stack_or_unstack
-from elastictok_jax.storage.safetensors import load_safetensors, save_params
+from elastictok_jax.storage.safetensors import load_params, save_params
 from elastictok_jax.tokenizer.api import ElasticTokenizer
 from elastictok_jax.training.initialise import initialise
 from elastictok_jax.training.metric_writers import read_metrics
@@ -262,7 +262,7 @@ def test_a_tokenizer_reads_either_layout(trained, kind, tmp_path):
     # And weights that were saved apart.
     params = stack_or_unstack(jax.device_get(got.params), stacked=False)
     save_params(folder / "model.safetensors", params, metadata={})
-    assert "layers_1" in load_safetensors(folder / "model.safetensors")[0]["decoder"]
+    assert "layers_1" in load_params(folder / "model.safetensors")[0]["decoder"]
     config.compute.scan_layers = True
     (folder / "config.json").write_text(config_to_json(config))
     again = ElasticTokenizer.from_pretrained(folder)

@@ -20,7 +20,7 @@ from elastictok_jax.data.sources.splits import open_splits
 from elastictok_jax.errors import UsageError
 from elastictok_jax.experiment_registry import get_experiment
 from elastictok_jax.tokenizer.api import ElasticTokenizer
-from elastictok_jax.training.loop import training_loop
+from elastictok_jax.training.loop import train_experiment
 from elastictok_jax.training.metric_writers import MetricWriter, read_metrics
 
 pytestmark = pytest.mark.xdist_group("loop")  # one worker makes what they share
@@ -73,7 +73,7 @@ def finished(tmp_path_factory) -> Path:
     logger.addHandler(handler)
     try:
         with jax.log_compiles():
-            assert training_loop(tiny({"train.tensorboard": True}), workdir=workdir)
+            assert train_experiment(tiny({"train.tensorboard": True}), workdir=workdir)
     finally:
         logger.removeHandler(handler)
     (workdir.parent / "compilations.json").write_text(json.dumps(records))
@@ -96,7 +96,7 @@ def test_step_and_evaluation_compile_once(finished):
 def test_resumed_run_compiles_once_and_logs_each_step_once(workdir, caplog):
     config = tiny({"train.steps": 10})
     with jax.log_compiles(), caplog.at_level(logging.WARNING, logger="jax"):
-        assert training_loop(config, workdir=workdir)
+        assert train_experiment(config, workdir=workdir)
     assert compilations(caplog, "train_step") == 1
     assert compilations(caplog, "evaluate") == 1
     lines = read_metrics(workdir / "metrics.jsonl")
@@ -111,7 +111,7 @@ def test_resumed_run_compiles_once_and_logs_each_step_once(workdir, caplog):
 
 def test_finished_run_is_left_as_it_is(workdir):
     before = (workdir / "metrics.jsonl").read_text()
-    assert training_loop(tiny(), workdir=workdir)
+    assert train_experiment(tiny(), workdir=workdir)
     assert (workdir / "metrics.jsonl").read_text() == before
     assert checkpoint_steps(workdir)[-1] == 6
 
@@ -135,14 +135,14 @@ def test_non_finite_loss_stops_and_keeps_what_was_good(workdir, capsys):
     # The checkpoint from before is whole: it loads, and the advice works.
     ElasticTokenizer.from_pretrained(workdir)
     newest = checkpoint_steps(workdir)[-1]
-    assert training_loop(tiny({"train.steps": newest + 2}), workdir=workdir)
+    assert train_experiment(tiny({"train.steps": newest + 2}), workdir=workdir)
     assert f"resuming at step {newest}:" in capsys.readouterr().err
 
 
 def test_resume_with_another_model_is_refused(workdir):
     before = (workdir / "config.json").read_text()
     with pytest.raises(UsageError) as error:
-        training_loop(tiny({"model.width": 32}), workdir=workdir)
+        train_experiment(tiny({"model.width": 32}), workdir=workdir)
     message = str(error.value)
     assert "model.width 16 -> 32" in message
     assert "another --workdir" in message
@@ -154,7 +154,7 @@ def test_keeps_the_newest_and_the_best(workdir):
     # From step 6 on, a learning rate that wrecks the model: the best stays an early one.
     wrecking = {"train.steps": 14, "train.eval_every": 2, "optimizer.learning_rate": 10.0}
     assert checkpoint_steps(workdir) == [4, 6]
-    assert training_loop(tiny(wrecking), workdir=workdir)
+    assert train_experiment(tiny(wrecking), workdir=workdir)
     lines = read_metrics(workdir / "metrics.jsonl")
     errors = {line["step"]: line["eval/mse"] for line in lines if "eval/mse" in line}
     assert errors.keys() == {0, 3, 6, 8, 10, 12, 14}
@@ -164,7 +164,7 @@ def test_keeps_the_newest_and_the_best(workdir):
 
 def test_runs_with_nothing_held_out(tmp_path):
     options = {"data.sources.main.path": str(EMBEDDED / "train"), "data.eval_fraction": 0.0}
-    assert training_loop(tiny(options), workdir=tmp_path / "run")
+    assert train_experiment(tiny(options), workdir=tmp_path / "run")
     assert checkpoint_steps(tmp_path / "run") == [4, 6]
     lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert [line["step"] for line in lines] == [2, 4, 6]
@@ -238,7 +238,7 @@ def test_a_file_that_is_damaged_while_training_is_replaced_and_counted(tmp_path,
     (folder / "clip.mp4").write_bytes(data)
     options = {"data.sources.main.path": str(folder), "data.eval_fraction": 0.0}
     options |= {"data.cache_mib": 0, "data.max_bad_fraction": 0.5, "train.steps": 12}
-    assert training_loop(tiny(options), workdir=tmp_path / "run")
+    assert train_experiment(tiny(options), workdir=tmp_path / "run")
     shown = capsys.readouterr().err
     assert shown.count("replaced: ") >= 1 and "clip.mp4" in shown
     lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
@@ -259,7 +259,7 @@ def test_counts_of_damage_go_on_when_a_run_resumes(tmp_path, monkeypatch):
     for name, ends in (("straight", [4]), ("resumed", [2, 4])):
         for steps in ends:
             options = {"data.max_bad_fraction": 0.9, "train.log_every": 1, "train.steps": steps}
-            assert training_loop(tiny(options), workdir=tmp_path / name)
+            assert train_experiment(tiny(options), workdir=tmp_path / name)
         lines = read_metrics(tmp_path / name / "metrics.jsonl")
         counts.append([line.get("replaced_blocks", 0) for line in lines if "loss" in line])
     assert counts[0] == counts[1] and 0 < counts[0][1] < counts[0][3], counts

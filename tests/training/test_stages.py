@@ -11,7 +11,7 @@ from elastictok_jax.config import read_config
 from elastictok_jax.data.sources.splits import open_splits
 from elastictok_jax.errors import UsageError
 from elastictok_jax.storage.checkpoint import Checkpointer
-from elastictok_jax.training.loop import training_loop
+from elastictok_jax.training.loop import train_experiment
 from elastictok_jax.training.metric_writers import read_metrics
 from tests.tiny import abstract_state, block_tokens, mesh_of, reader_of, task_of
 
@@ -126,10 +126,10 @@ def test_weights_of_another_shape_or_run_are_refused(stages, tmp_path):
     config.model.width = 64
     config.train.init_from = str(stages / "images")
     with pytest.raises(UsageError, match=r"encoder.* saved, .* asked for"):
-        training_loop(config, workdir=tmp_path / "run")
+        train_experiment(config, workdir=tmp_path / "run")
     config.train.init_from = str(tmp_path / "nothing")
     with pytest.raises(UsageError, match=r"train\.init_from = .*nothing does not exist"):
-        training_loop(config, workdir=tmp_path / "run")
+        train_experiment(config, workdir=tmp_path / "run")
     assert not (tmp_path / "nothing").exists()
 
 

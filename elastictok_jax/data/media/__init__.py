@@ -26,7 +26,7 @@ from elastictok_jax.data.media.images import (
     read_image,
     write_image,
 )
-from elastictok_jax.data.media.probing import MediaInfo, probe, probe_lost_frames, read_frames
+from elastictok_jax.data.media.probing import MediaInfo, probe, probe_loss, read_frames
 from elastictok_jax.data.media.recompression import COMPARED_CODECS, Recompressed, recompress
 from elastictok_jax.data.media.stored_video import StoredVideo
 from elastictok_jax.data.media.video_reader import VideoReader
@@ -65,7 +65,7 @@ __all__ = [
     "media_kind",
     "opened_image",
     "probe",
-    "probe_lost_frames",
+    "probe_loss",
     "rate_fault",
     "read_frames",
     "read_image",

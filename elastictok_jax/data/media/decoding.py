@@ -106,7 +106,7 @@ def _without_damaged_head(container, stream) -> Iterator[av.VideoFrame]:
                 yield frame
 
 
-def decoding_size(path: str, *, threads: int) -> tuple[int, int]:
+def decoded_size(path: str, *, threads: int) -> tuple[int, int]:
     """Returns height and width of the first frame as shown; MediaError if it does not decode."""
     decoding = start_decoding(path, threads=threads)
     with decoding.container:
@@ -120,7 +120,7 @@ def decoding_size(path: str, *, threads: int) -> tuple[int, int]:
         return (frame.width, frame.height) if turned else (frame.height, frame.width)
 
 
-def decoding_times(path: str, *, threads: int) -> tuple[Any, ...]:
+def times_when_decoded(path: str, *, threads: int) -> tuple[Any, ...]:
     """Decodes a file and returns each frame's timestamp, or None, in order.
 
     Slow: for files whose packets do not tell.

@@ -43,13 +43,13 @@ def file_kind(path) -> str:
 
     A GIF is a video, even with a single frame.
     """
-    head = read_kind_bytes(path)
+    head = file_head(path)
     if head.startswith(b"GIF8") or is_video_head(head):
         return "video"
     return "image" if image_format(head) else media_kind(path)
 
 
-def read_kind_bytes(path) -> bytes:
+def file_head(path) -> bytes:
     """Returns the first bytes of a file, b"" if it cannot be read."""
     try:
         with open(path, "rb") as file:

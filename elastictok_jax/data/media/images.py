@@ -13,9 +13,9 @@ from simplejpeg import decode_jpeg, decode_jpeg_header
 
 from elastictok_jax.data.media.file_kinds import (
     IMAGE_BRANDS,
+    file_head,
     image_format,
     is_video_head,
-    read_kind_bytes,
 )
 from elastictok_jax.data.media.files import (
     LIMITS,
@@ -92,7 +92,7 @@ def opened_image(file, *, name) -> Iterator[Image.Image]:
         try:
             image = Image.open(file)
         except Image.UnidentifiedImageError as error:
-            head = file.getvalue()[:400] if isinstance(file, io.BytesIO) else read_kind_bytes(file)
+            head = file.getvalue()[:400] if isinstance(file, io.BytesIO) else file_head(file)
             form = image_format(head)
             if form in IMAGE_BRANDS.values():
                 raise MediaError(

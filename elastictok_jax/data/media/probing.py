@@ -65,7 +65,7 @@ def read_frames(
         return reader.read(start, count, side=side)
 
 
-def probe_lost_frames(path) -> str:
+def probe_loss(path) -> str:
     """Returns what reading a sound file loses, as text to follow its name; "" for nothing.
 
     That is color beyond a usual screen's, and all but the first frame of an animated image.

@@ -30,7 +30,7 @@ from elastictok_jax.data.media import (
     resize_shortest,
 )
 from elastictok_jax.data.media.open_videos import OpenVideos
-from elastictok_jax.errors import UsageError
+from elastictok_jax.errors import UsageError, first_line
 
 PART_FRAMES = 512  # bounds what one random read has to load
 DATASET, SPLIT = "media", "train"
@@ -183,7 +183,7 @@ class RecordSource:
         except Exception as error:  # tfds raises many types
             known = _split_names(self._directory)
             raise UsageError(
-                f"data set {directory}: split {split} cannot be read ({_one_line(error)}); "
+                f"data set {directory}: split {split} cannot be read ({first_line(error)}); "
                 f"its splits are {known}"
             ) from error
         self._feature, self._is_sequence = "", False
@@ -204,7 +204,7 @@ class RecordSource:
                 columns = {name: file.get_tensor(name) for name in INDEX_COLUMNS}
         except (OSError, ValueError, SafetensorError) as error:
             raise UsageError(
-                f"{path} is damaged ({_one_line(error)}): prepare the data set again"
+                f"{path} is damaged ({first_line(error)}): prepare the data set again"
             ) from error
         if layout.get("version") != INDEX_VERSION:
             raise UsageError(
@@ -348,7 +348,7 @@ class RecordSource:
             raise self._damaged(number, error) from error
 
     def _damaged(self, number: int, error: Exception) -> MediaError:
-        return MediaError(f"{self._where(number)}: damaged ({_one_line(error)}); prepare it again")
+        return MediaError(f"{self._where(number)}: damaged ({first_line(error)}); prepare it again")
 
     def _open(self):
         builder = tfds.builder_from_directory(self._directory)
@@ -401,8 +401,3 @@ def _spread(numbers: np.ndarray) -> np.ndarray:
 
 def _text(value) -> str:
     return value.decode() if isinstance(value, bytes) else str(value)
-
-
-def _one_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

@@ -15,7 +15,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from elastictok_jax.storage.atomic import write_atomically
 
-__all__ = ["draw_log_ticks", "drawing_label", "plt", "save_drawing", "shorten_label"]
+__all__ = ["log_ticks", "plot_label", "plt", "save_figure", "shorten_label"]
 
 LETTERS = 48  # maximum length of a name in a plot
 # Fallbacks with more glyphs than matplotlib's own font, used if installed.
@@ -29,7 +29,7 @@ matplotlib.rcParams.update(
 )
 
 
-def drawing_label(name: str) -> str:
+def plot_label(name: str) -> str:
     """Converts an external name (of a file, a folder, a config) to text for a plot.
 
     Characters that are not printable or in no font are escaped as in Python (`\\n`, `\\u4e2d`);
@@ -47,7 +47,7 @@ def drawing_label(name: str) -> str:
     return f" {text}" if text.startswith("_") else text
 
 
-def save_drawing(figure: Figure, path: Path, **options) -> None:
+def save_figure(figure: Figure, path: Path, **options) -> None:
     """Writes a figure atomically, in the format of the suffix, with `options` of savefig.
 
     Raises:
@@ -73,7 +73,7 @@ def _letters() -> frozenset[int]:
     return frozenset().union(*(font_manager.get_font(path).get_charmap() for path in paths))
 
 
-def draw_log_ticks(*axes: Axis) -> None:
+def log_ticks(*axes: Axis) -> None:
     """Sets tick labels of log axes that do not overlap. Call it after drawing."""
     for axis in axes:
         low, high = axis.get_view_interval()

@@ -11,10 +11,10 @@ from elastictok_jax.evaluation.eval_clips import EvalClip
 from elastictok_jax.evaluation.frechet import FVD_METRIC
 from elastictok_jax.evaluation.measure import SHARES, MeasurementPlan, Record
 from elastictok_jax.evaluation.report import plots
-from elastictok_jax.evaluation.report.drawing import plt, save_drawing
+from elastictok_jax.evaluation.report.drawing import plt, save_figure
 from elastictok_jax.evaluation.report.html import DPI, Picture, Section, Table, Video, write_html
-from elastictok_jax.evaluation.summary import CLIP_KINDS, Measured, kinds_in_summary
-from elastictok_jax.storage.atomic import make_folder, write_csv_file
+from elastictok_jax.evaluation.summary import CLIP_KINDS, Measured, clip_kinds
+from elastictok_jax.storage.atomic import make_folder, write_csv
 
 PICTURES = 3  # clips whose crops are shown at several lengths
 
@@ -43,7 +43,7 @@ def write_report(
     for folder in (tables, figures):
         make_folder(folder)
     sections = []
-    kind_of = kinds_in_summary(clips)
+    kind_of = clip_kinds(clips)
     for section in _sections(
         measured, results, kind_of=kind_of, shown=shown, plan=plan, video=video
     ):
@@ -54,12 +54,12 @@ def write_report(
             counts[type(part)] += 1
             name = "_".join([*_slug(section.title), *([str(number)] if number else [])])
             if isinstance(part, Table):
-                write_csv_file(tables / f"{name}.csv", part.rows)
+                write_csv(tables / f"{name}.csv", part.rows)
             elif isinstance(part, Picture):
-                save_drawing(
+                save_figure(
                     part.image, figures / f"{name}.png", dpi=DPI, metadata={"Software": None}
                 )
-                save_drawing(part.image, figures / f"{name}.svg", metadata={"Date": None})
+                save_figure(part.image, figures / f"{name}.svg", metadata={"Date": None})
         if parts:
             sections.append(Section(section.title, section.text, parts))
     first, limits = results["models"][0], results["plan"]

@@ -9,12 +9,12 @@ from matplotlib.figure import Figure
 from elastictok_jax.evaluation.eval_clips import EvalClip
 from elastictok_jax.evaluation.measure import MeasurementPlan, Record
 from elastictok_jax.evaluation.report import drawing
-from elastictok_jax.evaluation.report.drawing import draw_log_ticks, plt
+from elastictok_jax.evaluation.report.drawing import log_ticks, plt
 from elastictok_jax.evaluation.summary import (
     CLIP_KINDS,
     Measured,
     fraction_met_by_tokens,
-    summary_records,
+    join_records,
 )
 
 # Safe for colour-blind readers.
@@ -48,7 +48,7 @@ def plot_fraction_met(
             records = [r for name, r in model.records.items() if kind_of[name] == kind]
             for colour, target in zip(COLOURS * 9, plan.targets, strict=False):
                 lengths, met = (
-                    summary_records(records, f"target/{target:g}/{k}") for k in ("lengths", "met")
+                    join_records(records, f"target/{target:g}/{k}") for k in ("lengths", "met")
                 )
                 most = model.facts["tokens_per_block"]
                 if model.facts["fixed_tokens"] is not None:
@@ -58,9 +58,7 @@ def plot_fraction_met(
                 least = model.facts["min_tokens"]
                 tokens, shares = fraction_met_by_tokens(lengths, met.astype(bool), least=least)
                 label = (
-                    f"{drawing.drawing_label(model.name)}, MSE {target:g}"
-                    if one is axes[0]
-                    else None
+                    f"{drawing.plot_label(model.name)}, MSE {target:g}" if one is axes[0] else None
                 )
                 one.plot(tokens / most, shares, line, color=colour, label=label, linewidth=1.6)
         one.set(xlabel="fraction of tokens used", title=kind, xlim=(0, 1.02), ylim=(-0.02, 1.02))
@@ -90,13 +88,13 @@ def plot_rate(key: str, label: str) -> Callable[[Models], Figure | None]:
                     *zip(*points, strict=True),
                     "o-",
                     color=colour,
-                    label=drawing.drawing_label(model["name"]),
+                    label=drawing.plot_label(model["name"]),
                 )
                 coded = [(r["bpp16_coded"], r[key]) for r in rows if r.get("bpp16_coded")]
                 if coded:
                     one.plot(*zip(*coded, strict=True), ".:", color=colour, alpha=0.7)
             one.set(xscale="log", xlabel="bits per pixel x 16 (dotted: entropy-coded)", title=kind)
-            draw_log_ticks(one.xaxis)
+            log_ticks(one.xaxis)
         axes[0].set_ylabel(label)
         axes[0].legend(fontsize=7)
         return figure
@@ -115,10 +113,10 @@ def plot_loss_by_tokens(models: Models) -> Figure | None:
                 *zip(*points, strict=True),
                 "o-",
                 color=colour,
-                label=drawing.drawing_label(model["name"]),
+                label=drawing.plot_label(model["name"]),
             )
         one.set(xscale="log", yscale="log", xlabel="tokens a block", title=kind)
-        draw_log_ticks(one.xaxis, one.yaxis)
+        log_ticks(one.xaxis, one.yaxis)
     axes[0].set_ylabel("MSE")
     axes[0].legend(fontsize=7)
     return figure
@@ -133,10 +131,7 @@ def plot_context(models: Models) -> Figure | None:
     for colour, model in zip(COLOURS * 9, some, strict=False):
         points = [(row["frames"], row["psnr_of_mse"]) for row in model["videos"]["context"]]
         axes[0].plot(
-            *zip(*points, strict=True),
-            "o-",
-            color=colour,
-            label=drawing.drawing_label(model["name"]),
+            *zip(*points, strict=True), "o-", color=colour, label=drawing.plot_label(model["name"])
         )
     axes[0].set(xlabel="frames of context", ylabel="PSNR, dB, at half of the tokens")
     axes[0].legend(fontsize=7)
@@ -151,13 +146,13 @@ def plot_energy(
         return None
     figure, axes = _figure(2)
     keys = ("single/lengths", f"target/{plan.main_target:g}/lengths")
-    energies = summary_records(list(measured.records.values()), "energy")
+    energies = join_records(list(measured.records.values()), "energy")
     least = min(energies[energies > 0], default=1.0) / 10
     for one, key, title in zip(axes, keys, ("each block alone", "in context"), strict=True):
         for colour, kind in zip(COLOURS, CLIP_KINDS, strict=False):
             records = [r for name, r in measured.records.items() if kind_of[name] == kind]
             if records:
-                x, y = summary_records(records, "energy"), summary_records(records, key)
+                x, y = join_records(records, "energy"), join_records(records, key)
                 x = np.maximum(x, least)  # flat blocks have zero energy, and the axis is log
                 one.plot(x, y, ".", color=colour, label=kind, alpha=0.6)
         one.set(
@@ -165,7 +160,7 @@ def plot_energy(
             xlabel="high-frequency energy of the block",
             title=f"{title}, MSE {plan.main_target:g}",
         )
-        draw_log_ticks(one.xaxis)
+        log_ticks(one.xaxis)
     axes[0].set_ylabel("tokens used")
     axes[0].legend(fontsize=7)
     return figure
@@ -209,7 +204,7 @@ def plot_tokens_over_time(
         frames = clip.frames[np.linspace(0, len(clip.frames) - 1, FILM_FRAMES).round().astype(int)]
         film.imshow(np.concatenate(list(frames), axis=1), interpolation="bicubic", aspect="auto")
         film.axis("off")
-        film.set_title(drawing.drawing_label(clip.name), fontsize=8)
+        film.set_title(drawing.plot_label(clip.name), fontsize=8)
         record = records[clip.name]
         for colour, target in zip(COLOURS * 9, plan.targets, strict=False):
             lengths = record[f"target/{target:g}/lengths"]

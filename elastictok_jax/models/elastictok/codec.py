@@ -21,7 +21,7 @@ from elastictok_jax.layers.patching import patchify, patchify_into, unpatchify
 from elastictok_jax.layers.transformer import PAST, PRESENT
 from elastictok_jax.models.autoencoder import autoencoder_geometry
 from elastictok_jax.models.base import Geometry
-from elastictok_jax.models.elastictok.model import ElasticTok, build_model, init_model_params
+from elastictok_jax.models.elastictok.model import ElasticTok, build_model, init_params
 from elastictok_jax.pixels import pixels_to_float, pixels_to_uint8
 
 Array = jax.Array
@@ -74,7 +74,7 @@ class ElasticTokCodec:
         return self.model.conditioned
 
     def params_shapes(self) -> Any:
-        boxed = jax.eval_shape(lambda key: init_model_params(self.model, key), jax.random.key(0))
+        boxed = jax.eval_shape(lambda key: init_params(self.model, key), jax.random.key(0))
         return nn.meta.unbox(boxed)
 
     @functools.cached_property
@@ -184,13 +184,13 @@ class ElasticTokCodec:
         """Counts 2 for each weight of a matrix, and 4 x width a visible key a layer."""
         part = {"encode": "encoder", "decode": "decoder"}[half]
         geometry, model = self.geometry, self.config.model
-        weights = codec_matrix_weights(self.params_shapes()[part])
+        weights = count_matrix_weights(self.params_shapes()[part])
         visible_keys = geometry.tokens * (geometry.window + 1) / 2
         attention = 4.0 * model[f"{part}_layers"] * model.width * visible_keys
         return geometry.row_inputs * (2.0 * weights + attention)
 
 
-def codec_matrix_weights(shapes) -> int:
+def count_matrix_weights(shapes) -> int:
     """Returns how many weights the matrices of a tree of parameters have."""
     leaves = jax.tree_util.tree_flatten_with_path(shapes)[0]
     return sum(math.prod(leaf.shape) for path, leaf in leaves if path[-1].key == "kernel")

@@ -150,7 +150,7 @@ def build_model(config: ml_collections.FrozenConfigDict | ml_collections.ConfigD
     )
 
 
-def init_model_params(model: ElasticTok, key: Array):
+def init_params(model: ElasticTok, key: Array):
     """Returns initial parameters, boxed with their logical axis names.
 
     Values do not depend on whether layers are stacked, nor sizes on the length of a sequence.

@@ -11,8 +11,8 @@ from typing import Any
 import jax
 
 from elastictok_jax.models.autoencoder import Autoencoded
-from elastictok_jax.models.elastictok.codec import ElasticTokCodec, codec_matrix_weights
-from elastictok_jax.models.elastictok.model import init_model_params
+from elastictok_jax.models.elastictok.codec import ElasticTokCodec, count_matrix_weights
+from elastictok_jax.models.elastictok.model import init_params
 from elastictok_jax.parallel.mesh import Divided, require_divided
 
 Array = jax.Array
@@ -29,7 +29,7 @@ class ElasticTokNetwork:
         return self.codec.model.bottleneck.has_kl
 
     def init(self, key: Array) -> Any:
-        return init_model_params(self.codec.model, key)
+        return init_params(self.codec.model, key)
 
     def __call__(
         self, params, inputs: Array, keep: Array, segments: Array, noise_keys: Array | None
@@ -43,7 +43,7 @@ class ElasticTokNetwork:
         """Counts 6 for each weight of a matrix (2 forward, 4 backward), and 12 x width a visible
         key a layer for scores and mixing; a token sees (N + 1) / 2 of N blocks on average."""
         geometry, model = self.codec.geometry, self.codec.config.model
-        weights = codec_matrix_weights(self.codec.params_shapes())
+        weights = count_matrix_weights(self.codec.params_shapes())
         layers = model.encoder_layers + model.decoder_layers
         visible_keys = geometry.tokens * (geometry.window + 1) / 2
         per_token = 6.0 * weights + 12.0 * layers * model.width * visible_keys

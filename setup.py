@@ -17,7 +17,7 @@ EXTRAS = {
     "s3": ["s3fs"],
     "tensorboard": ["tensorboardX>=2.6"],
     "wandb": ["wandb>=0.17"],
-    # Other implementations of the metrics, for tests/evaluation/test_image_quality_reference.py.
+    # Other implementations of the metrics, for tests/evaluation/test_frame_metrics_reference.py.
     "reference": ["lpips>=0.1.4", "scikit-image>=0.24", "torch", "torchmetrics>=1.9"],
     "dev": [
         "constriction>=0.5",

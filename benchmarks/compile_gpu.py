@@ -19,12 +19,12 @@ from jax.sharding import AxisType, Mesh
 
 from benchmarks.table import table
 from elastictok_jax.aot.programs import programs
-from elastictok_jax.cli import split_overrides
+from elastictok_jax.cli import split_command_line
 from elastictok_jax.config import apply_overrides, resolve_config
 from elastictok_jax.errors import UsageError
 from elastictok_jax.experiment_registry import get_experiment
 from elastictok_jax.models.registry import registered_family
-from elastictok_jax.parallel.mesh import AXES, DCN, check_fits, mesh_sizes
+from elastictok_jax.parallel.mesh import AXES, DCN, check_mesh_fits, mesh_sizes
 
 # What the compiler asks of a chip, in XLA's own text format.
 H200 = """
@@ -79,7 +79,7 @@ def plan(config, *, devices: list[jax.Device]) -> dict[str, Any]:
     if any(config.mesh[DCN + axis] not in (1, -1) for axis in AXES):
         raise UsageError("these H200s are one machine: leave mesh.dcn_* at 1")
     sizes = mesh_sizes(config, devices=len(devices))
-    check_fits(config, sizes, registered_family(config).task.check_mesh)
+    check_mesh_fits(config, sizes, registered_family(config).task.check_mesh)
     mesh = Mesh(
         np.array(devices).reshape([sizes[axis] for axis in AXES]),
         AXES,
@@ -102,7 +102,7 @@ def plan(config, *, devices: list[jax.Device]) -> dict[str, Any]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    words, overrides = split_overrides(sys.argv[1:] if argv is None else argv)
+    words, overrides = split_command_line(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
     parser.add_argument("--experiment", required=True, help="a registered name or path/file.py")
     parser.add_argument("--devices", type=int, default=1)

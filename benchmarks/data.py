@@ -26,7 +26,7 @@ from PIL import Image
 
 from benchmarks.machine import describe_machine
 from benchmarks.table import table
-from elastictok_jax.config import apply_overrides, resolve_config, source_config
+from elastictok_jax.config import apply_overrides, default_source_config, resolve_config
 from elastictok_jax.data import media
 from elastictok_jax.data.media import color
 from elastictok_jax.data.mixture import Mixture
@@ -200,7 +200,7 @@ def packing_waste(*, blocks: int, rows: int) -> dict[str, Any]:
             name,
             name_hash(name),
             Durations(lengths),  # type: ignore[arg-type]
-            source_config(path=name, weight=weight),
+            default_source_config(path=name, weight=weight),
             np.arange(len(lengths)),
         )
         for (name, lengths), weight in zip(sources.items(), (0.2, 0.8), strict=True)

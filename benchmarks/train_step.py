@@ -24,16 +24,16 @@ import numpy as np
 from benchmarks.machine import describe_machine
 from benchmarks.profile import costs_by_part
 from benchmarks.table import table
-from elastictok_jax.cli import split_overrides
+from elastictok_jax.cli import split_command_line
 from elastictok_jax.config import apply_overrides, resolve_config
 from elastictok_jax.experiment_registry import get_experiment
 from elastictok_jax.hardware import measured_matmul_flops
 from elastictok_jax.models.base import Task
 from elastictok_jax.models.registry import registered_family
 from elastictok_jax.parallel.mesh import make_mesh
-from elastictok_jax.parallel.sharding import batch_sharding, in_mesh, replicate
+from elastictok_jax.parallel.sharding import batch_sharding, replicate, with_logical_axes
 from elastictok_jax.training.host_consensus import Votes
-from elastictok_jax.training.state import abstract_state, sharded_init
+from elastictok_jax.training.state import abstract_state, init_state_sharded
 from elastictok_jax.training.step import jit_train_step
 
 
@@ -62,13 +62,13 @@ def measure(config: ml_collections.ConfigDict, *, steps: int) -> dict[str, Any]:
     mesh = make_mesh(config, check_model=task.check_mesh)
     abstract = abstract_state(task, config, mesh)
     step = jit_train_step(task, config, abstract)
-    state = sharded_init(task, config, abstract)
+    state = init_state_sharded(task, config, abstract)
     batch = generated_batch(task, config, batch_sharding(mesh))
     frozen = replicate(task.frozen(), mesh)
     inputs = (batch, frozen, Votes(mesh).cast(stop=False, replaced_blocks=0))
 
     start = time.perf_counter()
-    compiled = in_mesh(step.lower, mesh)(state, *inputs).compile()
+    compiled = with_logical_axes(step.lower, mesh)(state, *inputs).compile()
     compile_seconds = time.perf_counter() - start
     memory = compiled.memory_analysis()
 
@@ -114,7 +114,7 @@ def measure(config: ml_collections.ConfigDict, *, steps: int) -> dict[str, Any]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    words, overrides = split_overrides(sys.argv[1:] if argv is None else argv)
+    words, overrides = split_command_line(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
     parser.add_argument("--experiment", required=True, help="a registered name or path/file.py")
     parser.add_argument("--steps", type=int, default=20, help="steps to time")

@@ -16,7 +16,7 @@ def main() -> None:
         if not ctrl_c.ctrl_c_pressed():
             raise
     finally:
-        ctrl_c.end_at_once()
+        ctrl_c.end_at_next_ctrl_c()
     if ctrl_c.ctrl_c_pressed():
         ctrl_c.end_interrupted()  # not by SystemExit: exit handlers of libraries are slow, or print
     raise SystemExit(status)

@@ -69,7 +69,7 @@ def take_over_ctrl_c() -> None:
         os.dup2(_State.stderr, 2)
 
 
-def end_at_once() -> None:
+def end_at_next_ctrl_c() -> None:
     """Makes a later Ctrl-C end the process at once, since the command has done its work."""
     _State.finished = True
     signal.signal(signal.SIGINT, lambda number, frame: end_interrupted())

@@ -12,7 +12,7 @@ Array = jax.Array
 MASKINGS = ("uniform", "fixed", "powers_of_two", "truncated_normal")
 
 
-def powers_of_two(min_tokens: int, max_tokens: int) -> np.ndarray:
+def powers_of_two_lengths(min_tokens: int, max_tokens: int) -> np.ndarray:
     """Returns the powers of two in [min_tokens, max_tokens], ascending, int32."""
     powers = 2 ** np.arange(max_tokens.bit_length(), dtype=np.int64)
     return powers[(powers >= min_tokens) & (powers <= max_tokens)].astype(np.int32)
@@ -50,7 +50,7 @@ def draw_lengths(
         if kind == "uniform":
             return jax.random.randint(block_key, (), min_tokens, max_tokens + 1)
         if kind == "powers_of_two":
-            return jax.random.choice(block_key, powers_of_two(min_tokens, max_tokens))
+            return jax.random.choice(block_key, powers_of_two_lengths(min_tokens, max_tokens))
         if kind == "truncated_normal":
             # Half a token beyond each end, so that both ends are as likely as their neighbours.
             center, scale = mean * max_tokens, deviation * max_tokens

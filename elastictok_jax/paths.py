@@ -14,7 +14,7 @@ def has_scheme(text: str) -> bool:
     return _SCHEME.match(text) is not None
 
 
-def input_path(text: str) -> str:
+def expand_input_path(text: str) -> str:
     """Returns a path or URL to read, with `~` expanded.
 
     Raises:
@@ -31,7 +31,7 @@ def local_path(text: str) -> Path:
     Raises:
       UsageError: if it is empty or a URL.
     """
-    text = input_path(text)
+    text = expand_input_path(text)
     if has_scheme(text):
         scheme = text.partition(":")[0]
         raise UsageError(
@@ -52,3 +52,8 @@ def path_text(path: str | os.PathLike) -> str:
     File names are bytes on disk. Bytes that are not UTF-8 are written as \xNN.
     """
     return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
+def file_url(path) -> str:
+    """Returns `path` as a URL, so that ffmpeg reads no protocol into a name like `12:30.mp4`."""
+    return f"file:{os.fspath(path)}"

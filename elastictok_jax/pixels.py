@@ -18,12 +18,12 @@ def pixels_to_uint8(pixels: Array) -> Array:
     return jnp.round((jnp.clip(pixels, -1.0, 1.0) + 1.0) * 127.5).astype(jnp.uint8)
 
 
-def mse(original: np.ndarray, decoded: np.ndarray) -> float:
+def pixel_mse(original: np.ndarray, decoded: np.ndarray) -> float:
     """Returns the mean squared error of uint8 frames on the [-1, 1] scale."""
     difference = (original.astype(np.float64) - decoded) / 127.5
     return float(np.mean(difference**2))
 
 
-def psnr(error: float) -> float:
+def pixel_psnr(error: float) -> float:
     """Returns the PSNR in dB of an MSE on the [-1, 1] scale; inf where it is 0."""
     return float("inf") if error <= 0 else 10.0 * float(np.log10(PEAK**2 / error))

@@ -21,7 +21,7 @@ Result: not measured here. The paper's are 3.5x and 1.3x fewer tokens than a fix
     images at a loose and a strict target, and 5x and 2.4x on video (figure 4).
 """
 
-from elastictok_jax.config import default_config, source_config
+from elastictok_jax.config import default_config, default_source_config
 from elastictok_jax.errors import UsageError
 
 # Stage: blocks a sequence, and steps. A device of a v4-512 holds one block of 4096 tokens.
@@ -49,10 +49,10 @@ def get_config(arg="stage=image"):
     config.data.sequence_blocks = blocks
     config.data.batch_size = BATCH_BLOCKS // blocks
     config.data.workers = 16
-    config.data.sources = dict(images=source_config(path="data/images", kind="image"))
+    config.data.sources = dict(images=default_source_config(path="data/images", kind="image"))
     if stage != "image":
         config.data.sources.images.weight = 0.1
-        config.data.sources.videos = source_config(
+        config.data.sources.videos = default_source_config(
             path="data/videos", kind="video", weight=0.9, fps=4.0
         )
     config.mesh.data, config.mesh.fsdp, config.mesh.sequence = 1, -1, blocks

@@ -11,7 +11,7 @@ Result: of one run (seed 0), held-out MSE with all tokens (eval/mse) 0.054 after
     0.039 after the video.
 """
 
-from elastictok_jax.config import source_config
+from elastictok_jax.config import default_source_config
 from elastictok_jax.errors import UsageError
 from elastictok_jax.experiment_registry import get_experiment
 
@@ -21,7 +21,7 @@ def get_config(arg="stage=images"):
     config = get_experiment("quickstart")
     config.evaluation.report = False
     config.train.steps = 400
-    images = source_config(path="embedded", kind="image", resolution=80)  # crops have room
+    images = default_source_config(path="embedded", kind="image", resolution=80)  # crops have room
     if arg == "stage=images":
         config.data.sources = dict(images=images)
     elif arg == "stage=video":
@@ -29,8 +29,8 @@ def get_config(arg="stage=images"):
         images.weight = 0.25
         config.data.sources = dict(
             images=images,
-            clips=source_config(path="embedded", kind="video", weight=0.5),
-            generated=source_config(path="synthetic", kind="video", weight=0.25, fps=12.0),
+            clips=default_source_config(path="embedded", kind="video", weight=0.5),
+            generated=default_source_config(path="synthetic", kind="video", weight=0.25, fps=12.0),
         )
     else:
         raise UsageError(f"mixture:{arg}: give mixture:stage=images or mixture:stage=video")

@@ -10,7 +10,7 @@ Time: 4 min of training on 2 cores of an AMD EPYC.
 Result: 0.538 of video blocks under MSE 0.03, as many as fixed50; all figures in docs/study.md.
 """
 
-from elastictok_jax.config import source_config
+from elastictok_jax.config import default_source_config
 from elastictok_jax.experiment_registry import get_experiment
 
 DATA = "data/study/train"
@@ -28,8 +28,8 @@ def get_config():
     config.evaluation.max_blocks = 12
     config.evaluation.targets = (0.02, 0.03, 0.045, 0.07)
     config.data.sources = dict(
-        images=source_config(path=DATA, kind="image", weight=0.125, resolution=96),
-        video=source_config(path=DATA, kind="video", weight=0.875, resolution=72),
+        images=default_source_config(path=DATA, kind="image", weight=0.125, resolution=96),
+        video=default_source_config(path=DATA, kind="video", weight=0.875, resolution=72),
     )
     config.data.eval_fraction = 0.05  # for the curves of training; the study has its own split
     return config

@@ -135,7 +135,7 @@ def test_config_option_on_a_verb_without_config(capsys):
 
 
 def test_options_are_told_from_words():
-    words, overrides = cli.split_overrides(
+    words, overrides = cli.split_command_line(
         ["train", "--config.seed=1", "x", "--config.data.sources.main.path=a=b", "--workdir", "w"]
     )
     assert words == ["train", "x", "--workdir", "w"]

@@ -11,7 +11,7 @@ from flax import traverse_util
 from elastictok_jax import config as config_lib
 from elastictok_jax import experiment_registry as registry
 from elastictok_jax.errors import UsageError
-from elastictok_jax.models.elastictok.model import build_model, init_params
+from elastictok_jax.models.elastictok.model import build_elastictok, init_elastictok_params
 from elastictok_jax.parallel.mesh import AXES, mesh_sizes
 from elastictok_jax.parallel.sharding import param_specs
 from tests.tiny import sequence_tokens
@@ -41,7 +41,9 @@ def describe(name):
     """Resolved config and parameter tree of an experiment, as JSON shows them: of each weight its
     shape, logical axes, and what mesh axes cut it where each has two devices."""
     config = config_lib.resolve_config(registry.get_experiment(name))
-    boxed = jax.eval_shape(lambda: init_params(build_model(config), jax.random.key(0)))
+    boxed = jax.eval_shape(
+        lambda: init_elastictok_params(build_elastictok(config), jax.random.key(0))
+    )
     specs = traverse_util.flatten_dict(param_specs(boxed, dict.fromkeys(AXES, 2)))
     parameters = {
         "/".join(key): {

@@ -11,8 +11,8 @@ PACKAGE = Path(__file__).parents[1] / "elastictok_jax"
 ROOMS = (
     ("errors", "hardware"),
     ("paths", "progress", "pixels", "masking", "streams", "ctrl_c", "experiment_registry"),
-    ("storage.atomic",),
-    ("storage.references", "storage.safetensors", "parallel"),
+    ("storage.atomic", "storage.outputs"),
+    ("storage.csv_files", "storage.references", "storage.safetensors", "parallel"),
     ("layers",),
     ("models.base",),
     ("models.registry",),

@@ -52,10 +52,10 @@ def test_uniform_reaches_both_ends_of_the_published_range():
 
 
 def test_powers_of_two_are_those_in_range_equally_often():
-    np.testing.assert_array_equal(masking.powers_of_two(5, 128), [8, 16, 32, 64, 128])
-    np.testing.assert_array_equal(masking.powers_of_two(1, 4), [1, 2, 4])
-    np.testing.assert_array_equal(masking.powers_of_two(4096, 4096), [4096])
-    assert masking.powers_of_two(5, 7).size == 0
+    np.testing.assert_array_equal(masking.powers_of_two_lengths(5, 128), [8, 16, 32, 64, 128])
+    np.testing.assert_array_equal(masking.powers_of_two_lengths(1, 4), [1, 2, 4])
+    np.testing.assert_array_equal(masking.powers_of_two_lengths(4096, 4096), [4096])
+    assert masking.powers_of_two_lengths(5, 7).size == 0
     values, counts = np.unique(draw("powers_of_two", low=5, high=128), return_counts=True)
     np.testing.assert_array_equal(values, [8, 16, 32, 64, 128])
     assert scipy.stats.chisquare(counts).pvalue > 1e-3
@@ -104,7 +104,7 @@ def test_a_block_is_drawn_from_its_index_alone(kind):
 @pytest.mark.parametrize("kind", RANDOM)
 def test_blocks_and_keys_differ(kind):
     lengths = draw(kind, low=8, high=4096, count=256)
-    assert len(np.unique(lengths)) >= min(10, len(masking.powers_of_two(8, 4096)))
+    assert len(np.unique(lengths)) >= min(10, len(masking.powers_of_two_lengths(8, 4096)))
     other = draw(kind, low=8, high=4096, count=256, key=jax.random.key(43))
     assert np.mean(lengths != other) > 0.5
     neighbours = np.corrcoef(lengths[:-1], lengths[1:])[0, 1]

@@ -6,12 +6,12 @@ import pytest
 
 from elastictok_jax.cli import main
 from elastictok_jax.errors import UsageError
-from elastictok_jax.paths import input_path, local_path, path_text
+from elastictok_jax.paths import expand_input_path, local_path, path_text
 
 
 @pytest.mark.parametrize("text", ["", " "])
 def test_an_empty_path_is_refused(text):
-    for read in (input_path, local_path):
+    for read in (expand_input_path, local_path):
         with pytest.raises(UsageError, match="empty"):
             read(text)
 
@@ -19,8 +19,8 @@ def test_an_empty_path_is_refused(text):
 def test_a_home_is_expanded(monkeypatch):
     monkeypatch.setenv("HOME", "/homes/ada")
     assert os.fspath(local_path("~/runs")) == "/homes/ada/runs"
-    assert input_path("~") == "/homes/ada"
-    assert input_path("gs://bucket/~") == "gs://bucket/~"
+    assert expand_input_path("~") == "/homes/ada"
+    assert expand_input_path("gs://bucket/~") == "gs://bucket/~"
 
 
 @pytest.mark.parametrize("text", ["gs://bucket/run", "s3://b", "https://host/x", "gs:/bucket"])

@@ -77,7 +77,7 @@ def abstract_state(config, mesh):
 
 def sharded_init(config, abstract):
     """Returns the state at step 0, placed as `abstract` says."""
-    return state.sharded_init(task_of(config), config, abstract)
+    return state.init_state_sharded(task_of(config), config, abstract)
 
 
 def make_train_step(config):

@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from elastictok_jax.models.base import Family, Task
 from elastictok_jax.models.registry import registered_family
-from elastictok_jax.parallel.sharding import batch_sharding, in_mesh, replicated
+from elastictok_jax.parallel.sharding import batch_sharding, replicated, with_logical_axes
 from elastictok_jax.training.host_consensus import abstract_votes
 from elastictok_jax.training.state import abstract_state
 from elastictok_jax.training.step import jit_train_step
@@ -60,7 +60,9 @@ def _train_step(task: Task, config: ml_collections.ConfigDict, mesh: Mesh) -> Pr
     step = jit_train_step(task, config, abstract)
     return Program(
         name="train_step",
-        lower=lambda: in_mesh(step.lower, mesh)(abstract, batch, frozen, abstract_votes(mesh)),
+        lower=lambda: with_logical_axes(step.lower, mesh)(
+            abstract, batch, frozen, abstract_votes(mesh)
+        ),
         tokens=math.prod(batch["segment_ids"].shape),
         model_flops=rows * task.flops_per_row(),
     )
@@ -87,7 +89,7 @@ def _tokenizer(
     jitted = jax.jit(function, out_shardings=sharding)
     return Program(
         name=half,
-        lower=lambda: in_mesh(jitted.lower, mesh)(params, values, keep, segments),
+        lower=lambda: with_logical_axes(jitted.lower, mesh)(params, values, keep, segments),
         tokens=math.prod(tokens),
         model_flops=rows * codec.flops_per_row(half),
     )

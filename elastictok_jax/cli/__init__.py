@@ -1,5 +1,5 @@
 """The command line: `elastictok VERB`."""
 
-from elastictok_jax.cli.dispatch import main, split_overrides
+from elastictok_jax.cli.dispatch import main, split_command_line
 
-__all__ = ["main", "split_overrides"]
+__all__ = ["main", "split_command_line"]

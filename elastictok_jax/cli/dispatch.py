@@ -64,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run_verb(argv: list[str]) -> int:
     """Parses a command line, runs its verb, and returns the exit status."""
-    words, overrides = split_overrides(argv)
+    words, overrides = split_command_line(argv)
     parser = build_parser()
     args = parser.parse_args(words)
     verb = args.module
@@ -78,7 +78,7 @@ def _run_verb(argv: list[str]) -> int:
         return verb.run(args, overrides) or 0
 
 
-def split_overrides(argv: list[str]) -> tuple[list[str], dict[str, str]]:
+def split_command_line(argv: list[str]) -> tuple[list[str], dict[str, str]]:
     """Splits a command line into its other words and {KEY: VALUE} of `--config.KEY=VALUE`.
 
     Raises:

@@ -11,10 +11,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, overrides: dict[str, str]) -> None:
-    from elastictok_jax.training.inspection import inspect_run, inspection_lines
+    from elastictok_jax.training.inspect_run import inspect_run, inspect_run_text
 
     found = inspect_run(args.folder)
     if args.json:
         print_results(found, args)
     else:
-        print(inspection_lines(found))
+        print(inspect_run_text(found))

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from elastictok_jax.errors import UsageError
-from elastictok_jax.paths import input_path, local_path, local_text
+from elastictok_jax.paths import expand_input_path, local_path, local_text
 
 
 def _option_type(read: Callable[[str], Any]) -> Callable[[str], Any]:
@@ -23,7 +23,7 @@ def _option_type(read: Callable[[str], Any]) -> Callable[[str], Any]:
 
 LOCAL = _option_type(local_path)
 LOCAL_TEXT = _option_type(local_text)
-INPUT = _option_type(input_path)
+INPUT = _option_type(expand_input_path)
 
 
 def add_goal_options(parser: argparse.ArgumentParser) -> None:

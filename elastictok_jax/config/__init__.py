@@ -1,6 +1,6 @@
 """Configs: declared keys with defaults and constraints, overrides, validation, config.json."""
 
-from elastictok_jax.config.defaults import default_config, source_config
+from elastictok_jax.config.defaults import default_config, default_source_config
 from elastictok_jax.config.load import (
     apply_overrides,
     config_to_json,
@@ -15,10 +15,10 @@ __all__ = [
     "apply_overrides",
     "config_to_json",
     "default_config",
+    "default_source_config",
     "flatten_config",
     "key_docs",
     "parse_config_value",
     "read_config",
     "resolve_config",
-    "source_config",
 ]

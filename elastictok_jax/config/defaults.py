@@ -140,11 +140,13 @@ def default_config(family: str = DEFAULT_FAMILY) -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict(schema_defaults(TOP))
     for name, section in default_sections(family).items():
         config[name] = ml_collections.ConfigDict(schema_defaults(section))
-    config.data.sources = ml_collections.ConfigDict({"main": source_config(path="embedded")})
+    config.data.sources = ml_collections.ConfigDict(
+        {"main": default_source_config(path="embedded")}
+    )
     return config
 
 
-def source_config(**settings: Any) -> ml_collections.ConfigDict:
+def default_source_config(**settings: Any) -> ml_collections.ConfigDict:
     """Returns a source of images and videos, an entry of `data.sources`, with these settings."""
     source = ml_collections.ConfigDict(schema_defaults(SOURCE))
     source.update(settings)

@@ -14,7 +14,7 @@ from elastictok_jax.config.defaults import (
     TOP,
     default_config,
     default_sections,
-    source_config,
+    default_source_config,
 )
 from elastictok_jax.config.schema import check_constraint
 from elastictok_jax.errors import UsageError
@@ -39,7 +39,7 @@ def apply_overrides(config: ml_collections.ConfigDict, overrides: dict[str, Any]
     for key in overrides:
         named = re.match(IN_SOURCE, key)
         if named and named[1] not in config.data.sources:
-            config.data.sources[named[1]] = source_config()
+            config.data.sources[named[1]] = default_source_config()
     known = flatten_config(config)
     for key, value in overrides.items():
         if key not in known:

@@ -1,6 +1,11 @@
-"""Selects the recorded frames to read at a lower frame rate, by one rule for all callers."""
+"""Frame rates: which recorded frames are read at a lower rate, and rates that can be written."""
+
+from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
+
+SLOWEST, FASTEST = 1e-5, 100_000  # frames a second that can be written
 
 
 def frame_rate_step(recorded, fps: float) -> np.ndarray:
@@ -27,3 +32,24 @@ def recorded_frames_at_rate(numbers: np.ndarray, *, step: float, frames: int) ->
     Returns int64, ascending like `numbers`; the last of `frames` for times after the end.
     """
     return np.minimum(np.floor(numbers * step + 0.5).astype(np.int64), frames - 1)
+
+
+def can_write_frame_rate(fps: float) -> bool:
+    """Returns whether a video of `fps` frames a second can be written."""
+    return SLOWEST <= fps <= FASTEST
+
+
+def frame_rate_fault(path, fps: float) -> str:
+    """Returns why a video of `fps` frames a second cannot be written to `path`; "" if it can."""
+    if not can_write_frame_rate(fps):
+        return f"{path}: fps is {fps:g}; a video has from {SLOWEST:g} to {FASTEST:,}"
+    if Path(path).suffix.lower() == ".mkv" and fps > 1000:
+        return f"{path}: fps is {fps:g}; .mkv stores times in milliseconds, so at most 1000"
+    return ""
+
+
+def exact_frame_rate(fps: float) -> Fraction:
+    """Returns the fraction that is meant: 23.976 is 24000 / 1001, 0.00027778 one an hour."""
+    if fps >= 1:
+        return Fraction(fps).limit_denominator(1001)
+    return 1 / Fraction(1 / fps).limit_denominator(1001)

@@ -5,9 +5,6 @@ of an input.
 """
 
 import copy
-import dataclasses
-import functools
-import math
 import multiprocessing
 import os
 import queue
@@ -23,42 +20,17 @@ from absl import flags
 from jax.sharding import NamedSharding
 
 from elastictok_jax.ctrl_c import kept_from_children
+from elastictok_jax.data.batch_sharding import BatchPart, batch_to_device
 from elastictok_jax.data.clip_reader import ClipReader
 from elastictok_jax.data.mixture import Mixture
 from elastictok_jax.data.sources.splits import SourceSplits
 from elastictok_jax.errors import RunError, UsageError
-from elastictok_jax.models.base import Codec, Geometry
+from elastictok_jax.models.base import Codec
 
 Batch = dict[str, np.ndarray]
 ON_DEVICE = 2  # batches ready on the device, besides the one in use
 JOIN_SECONDS = 5.0
 ENOUGH_BLOCKS = 100  # to judge from which fraction of the data is damaged
-
-
-@dataclasses.dataclass(frozen=True)
-class BatchPart:
-    """The blocks of each global batch that a process reads, those of its devices.
-
-    Attributes:
-      needed_BN: bool, of each block of each row.
-      counted_BN: bool, the ones among them whose damage this process counts; of all processes
-        that read a block, exactly one counts it.
-    """
-
-    needed_BN: np.ndarray
-    counted_BN: np.ndarray
-
-    @functools.cached_property
-    def places_BN(self) -> np.ndarray:
-        """int64 indices of the needed blocks among all blocks, in row-major order."""
-        return (np.cumsum(self.needed_BN) - 1).reshape(self.needed_BN.shape)
-
-    @functools.cached_property
-    def stretch(self) -> int:
-        """The greatest length in blocks that divides all runs of needed blocks."""
-        edges = np.diff(np.pad(self.needed_BN, [(0, 0), (1, 1)]).astype(np.int8), axis=1).ravel()
-        runs = np.flatnonzero(edges < 0) - np.flatnonzero(edges > 0)
-        return math.gcd(*runs.tolist())
 
 
 def _complete_batch(config: ml_collections.ConfigDict) -> BatchPart:
@@ -174,37 +146,6 @@ class BatchReader:
         }
 
 
-def local_batch_part(
-    sharding: NamedSharding,
-    config: ml_collections.ConfigDict,
-    geometry: Geometry,
-    *,
-    process: int | None = None,
-) -> BatchPart:
-    """Returns the blocks of a global batch of which the devices of a process hold any part.
-
-    They need not form a rectangle, since the chips of a process are rarely neighbours in a mesh. Of
-    the processes that hold a block, the first one counts its damage.
-
-    Args:
-      process: default this process.
-    """
-    process = jax.process_index() if process is None else process
-    per_block = geometry.inputs
-    shape = config.data.batch_size, geometry.row_inputs
-    needed_BN = np.zeros((config.data.batch_size, config.data.sequence_blocks), bool)
-    first_BN = np.full(needed_BN.shape, np.iinfo(np.int64).max)
-    device: Any
-    for device, index in sharding.devices_indices_map(shape).items():
-        (top, bottom, _), (left, right, _) = (
-            part.indices(size) for part, size in zip(index, shape, strict=True)
-        )
-        held = slice(top, bottom), slice(left // per_block, -(-right // per_block))
-        needed_BN[held] |= device.process_index == process
-        first_BN[held] = np.minimum(first_BN[held], device.process_index)
-    return BatchPart(needed_BN, first_BN == process)
-
-
 def read_ahead(reader: BatchReader, *, start: int, stop: int) -> Iterator[dict[str, Any]]:
     """Yields batches start, ..., stop - 1, read ahead in threads; the start costs O(1).
 
@@ -245,33 +186,6 @@ def _end_with_parent(worker: int, workers: int) -> None:
         os._exit(1)
 
     threading.Thread(target=wait, name="end with parent", daemon=True).start()
-
-
-def batch_to_device(
-    batch: Batch, reader: BatchReader, sharding: NamedSharding
-) -> dict[str, jax.Array]:
-    """Puts a reader's part of a batch on the devices, as shards of global [B, S, ...] arrays."""
-    shape = reader.config.data.batch_size, reader.geometry.row_inputs
-    per_block, places_BN = reader.geometry.inputs, reader.part.places_BN
-
-    def place(part: np.ndarray) -> jax.Array:
-        blocks_PL = part.reshape(-1, per_block, *part.shape[2:])
-
-        def shard(index) -> np.ndarray:
-            (top, bottom, _), (left, right, _) = (
-                axis.indices(size) for axis, size in zip(index[:2], shape, strict=True)
-            )
-            first = left // per_block
-            places = places_BN[top:bottom, first : -(-right // per_block)].ravel()
-            low, high = int(places[0]), int(places[-1]) + 1
-            # Adjacent blocks, the usual case, are not copied.
-            held = blocks_PL[low:high] if high - low == len(places) else blocks_PL[places]
-            tokens = held.reshape(bottom - top, -1, *part.shape[2:])
-            return tokens[:, left - first * per_block : right - first * per_block]
-
-        return jax.make_array_from_callback((*shape, *part.shape[2:]), sharding, shard)
-
-    return {key: place(batch[key]) for key in ("patches", "segment_ids")}
 
 
 class DeviceBatches:
@@ -349,8 +263,13 @@ class DeviceBatches:
     def _fill(self, start: int, stop: int) -> None:
         try:
             for batch in read_ahead(self._reader, start=start, stop=stop):
-                faults = batch["faults"].splitlines()
-                self._put((batch_to_device(batch, self._reader, self._sharding), faults))
+                placed = batch_to_device(
+                    batch,
+                    self._reader.part,
+                    self._sharding,
+                    block_inputs=self._reader.geometry.inputs,
+                )
+                self._put((placed, batch["faults"].splitlines()))
                 if self._closed.is_set():
                     return
         except BaseException as error:  # any error must reach the loop

@@ -22,7 +22,9 @@ from elastictok_jax.evaluation.report.html import (
     html_text,
     write_html,
 )
-from elastictok_jax.storage.atomic import csv_columns, make_folder, write_csv, write_json
+from elastictok_jax.storage.atomic import write_json
+from elastictok_jax.storage.csv_files import csv_columns, write_csv
+from elastictok_jax.storage.outputs import make_output_folder
 from elastictok_jax.training.metric_writers import read_metrics
 from elastictok_jax.training.workdir import read_workdir_held_out
 
@@ -140,7 +142,7 @@ def _write(
     lines: dict[str, list[dict[str, float]]],
     runs: Sequence[Path],
 ) -> None:
-    make_folder(output)
+    make_output_folder(output)
     write_json(output / "compare.json", rows)
     write_csv(output / "compare.csv", rows)
     keys = [key for key in CURVES if any(key in line for some in lines.values() for line in some)]

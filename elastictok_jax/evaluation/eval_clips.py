@@ -12,16 +12,18 @@ from functools import partial
 import ml_collections
 import numpy as np
 
-from elastictok_jax.config import apply_overrides, resolve_config, source_config
+from elastictok_jax.config import apply_overrides, default_source_config, resolve_config
 from elastictok_jax.data import media, packing
 from elastictok_jax.data.clip_reader import ClipReader
 from elastictok_jax.data.mixture import mixture_frame_step
 from elastictok_jax.data.sources.splits import SourceSplit, open_splits
 from elastictok_jax.errors import UsageError
-from elastictok_jax.pixels import mse, psnr
+from elastictok_jax.pixels import pixel_mse, pixel_psnr
 from elastictok_jax.tokenizer.api import ElasticTokenizer
 from elastictok_jax.tokenizer.goal import Goal
 from elastictok_jax.tokenizer.tokens import Tokens
+
+VIDEOS_SHOWN, IMAGES_SHOWN = 4, 10  # in report.html, report.png and report.mp4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +45,7 @@ class Coded:
 
     def summary(self, original: np.ndarray) -> dict[str, object]:
         """Returns the values shown in a report, as JSON values."""
-        error = mse(original, self.reconstruction)
+        error = pixel_mse(original, self.reconstruction)
         return {
             "goal": str(self.goal),
             "target_mse": self.goal.target if self.goal.metric == "mse" else None,
@@ -51,7 +53,7 @@ class Coded:
             "tokens_per_block": float(np.mean(self.tokens.lengths)),
             "bits": self.tokens.bits,
             "mse": error,
-            "psnr_db": psnr(error) if error else None,  # JSON has no infinity
+            "psnr_db": pixel_psnr(error) if error else None,  # JSON has no infinity
             "blocks": len(self.tokens.codes),
             "blocks_met": int(self.tokens.met.sum()),
             "lengths": self.tokens.lengths.tolist(),
@@ -110,7 +112,7 @@ def evaluation_clips(
     config.data.cache_mib = 0  # each clip is read once
     if data is not None:
         read_as = _source_to_read_as(config)
-        config.data.sources = ml_collections.ConfigDict({"main": source_config(path=data)})
+        config.data.sources = ml_collections.ConfigDict({"main": default_source_config(path=data)})
         config.data.sources.main.update(read_as)
         config.data.eval_fraction = 0.0
     for source in config.data.sources.values():
@@ -211,3 +213,13 @@ def code_eval_clip(
         assert isinstance(tokens, Tokens)
         coded.append(Coded(goal, tokens, tokenizer.decode(tokens)))
     return coded
+
+
+def clips_to_show(clips: Sequence[EvalClip]) -> list[EvalClip]:
+    """Selects a few evenly spaced videos and images to show in the report."""
+    chosen: list[EvalClip] = []
+    for is_video, most in ((True, VIDEOS_SHOWN), (False, IMAGES_SHOWN)):
+        some = [clip for clip in clips if (len(clip.frames) > 1) == is_video]
+        places = np.linspace(0, len(some) - 1, min(most, len(some))).round().astype(int)
+        chosen += [some[place] for place in places]
+    return chosen

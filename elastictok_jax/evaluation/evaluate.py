@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from elastictok_jax.errors import UsageError
 from elastictok_jax.evaluation.eval_clips import (
     Coded,
     EvalClip,
     EvaluationOverrides,
+    clips_to_show,
     evaluation_clips,
 )
 from elastictok_jax.evaluation.frame_metrics import make_frame_metrics
@@ -34,13 +34,13 @@ from elastictok_jax.evaluation.report.side_by_side import (
 )
 from elastictok_jax.evaluation.summary import Measured, summarise_evaluation
 from elastictok_jax.progress import Progress
-from elastictok_jax.storage.atomic import make_folder, remove_outputs, write_json
+from elastictok_jax.storage.atomic import write_json
+from elastictok_jax.storage.outputs import make_output_folder, remove_outputs
 from elastictok_jax.tokenizer.api import ElasticTokenizer
 from elastictok_jax.tokenizer.goal import Goal
 from elastictok_jax.training.metric_writers import read_metrics
 
 RECORDS = "records"  # the folder of measured clips
-VIDEOS_SHOWN, IMAGES_SHOWN = 4, 10  # in report.html, report.png and report.mp4
 REPORT = ("metrics.json", "report.html", "report.png", "report.mp4", "tables", "plots")
 NO_LIMITS = EvaluationOverrides()
 
@@ -72,7 +72,7 @@ def evaluate_models(
     tokenizers = [ElasticTokenizer.from_pretrained(model) for model in models]
     _require_alike(tokenizers, models)
     config = limits.of(tokenizers[0].config)
-    make_folder(output / RECORDS)
+    make_output_folder(output / RECORDS)
     clips = evaluation_clips(config, data=data, fps=fps)
     plan, frame_metrics = (
         measurement_plan(tokenizers[0], config.evaluation),
@@ -131,16 +131,6 @@ def evaluate_models(
     )
     print(f"report in {output}", file=sys.stderr)
     return results
-
-
-def clips_to_show(clips: Sequence[EvalClip]) -> list[EvalClip]:
-    """Selects a few evenly spaced videos and images to show in the report."""
-    chosen: list[EvalClip] = []
-    for is_video, most in ((True, VIDEOS_SHOWN), (False, IMAGES_SHOWN)):
-        some = [clip for clip in clips if (len(clip.frames) > 1) == is_video]
-        places = np.linspace(0, len(some) - 1, min(most, len(some))).round().astype(int)
-        chosen += [some[place] for place in places]
-    return chosen
 
 
 def _decode_record(

@@ -28,7 +28,7 @@ from elastictok_jax.evaluation.report.drawing import plot_label, plt, save_figur
 from elastictok_jax.evaluation.report.side_by_side import COLOURS
 from elastictok_jax.models.base import StepKeys, Task
 from elastictok_jax.models.registry import registered_family
-from elastictok_jax.storage.atomic import require_file
+from elastictok_jax.storage.outputs import require_output_file
 
 MOST_ROWS = 64
 MOST_THUMBS = 20  # of a row
@@ -52,7 +52,7 @@ def inspect_data(
         raise UsageError(f"--batch {batch}: batches count from 0")
     if output.suffix.lower() != ".png" or not output.parent.is_dir():
         raise UsageError(f"-o {output}: give a .png in a folder that exists")
-    require_file(output, change="choose another -o")
+    require_output_file(output, change="choose another -o")
     config = resolve_config(config)
     task = registered_family(config).task
     reader = task.reader(open_splits(config), split=split)
@@ -128,7 +128,7 @@ def _read_rows(
 
     def read(place: int) -> BatchRow:
         lengths_N = None if lengths_BN is None else lengths_BN[place]
-        row = read_row(reader, first + place, blocks=blocks, lengths_N=lengths_N)
+        row = read_row_to_inspect(reader, first + place, blocks=blocks, lengths_N=lengths_N)
         return dataclasses.replace(row, frames_nFHWC=shrink(row.frames_nFHWC))
 
     with concurrent.futures.ThreadPoolExecutor(config.data.decode_threads) as pool:
@@ -137,7 +137,7 @@ def _read_rows(
         return list(shown)
 
 
-def read_row(
+def read_row_to_inspect(
     reader: BatchReader, number: int, *, blocks: np.ndarray, lengths_N: np.ndarray | None
 ) -> BatchRow:
     """Returns global row `number`, with the frames of `blocks`."""

@@ -36,7 +36,7 @@ import jax
 import ml_collections
 import numpy as np
 
-from elastictok_jax.data.prepare.scenes import SceneCuts
+from elastictok_jax.data.prepare.scenes import scene_cuts
 from elastictok_jax.evaluation.eval_clips import EvalClip
 from elastictok_jax.tokenizer import entropy
 from elastictok_jax.tokenizer.api import ElasticTokenizer
@@ -209,12 +209,6 @@ def measure_block_energy(frames_THWC: np.ndarray, *, frames_per_block: int) -> n
     energy_T = (power * high).sum(axis=(1, 2))
     starts = range(0, len(energy_T), frames_per_block)
     return np.asarray([energy_T[start : start + frames_per_block].mean() for start in starts])
-
-
-def scene_cuts(frames_THWC: np.ndarray) -> np.ndarray:
-    """Returns int64 [C], the first frames of scenes after the first."""
-    cuts = SceneCuts()
-    return np.asarray([t for t, frame in enumerate(frames_THWC) if cuts.is_cut(frame)], np.int64)
 
 
 def _with_window(tokenizer: ElasticTokenizer, blocks: int) -> ElasticTokenizer:

@@ -13,7 +13,8 @@ from elastictok_jax.evaluation.report.side_by_side import (
     draw_side_by_side,
     write_side_by_side,
 )
-from elastictok_jax.storage.atomic import make_folder, remove_outputs, write_json
+from elastictok_jax.storage.atomic import write_json
+from elastictok_jax.storage.outputs import make_output_folder, remove_outputs
 from elastictok_jax.tokenizer.api import ElasticTokenizer
 from elastictok_jax.tokenizer.goal import Goal
 
@@ -42,7 +43,7 @@ def reconstruct_file(
         raise UsageError("reconstruct reads a file: `elastictok encode -` reads a pipe")
     stream = open_frame_stream(source, side=resolution, max_frames=max_frames, fps=fps)
     tokenizer = ElasticTokenizer.from_pretrained(model)
-    make_folder(output)
+    make_output_folder(output)
     frames = np.stack(list(stream.frames))
     for note in stream.notes:
         print(f"note: {note}", file=sys.stderr)

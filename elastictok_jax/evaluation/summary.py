@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 
 from elastictok_jax import __version__
-from elastictok_jax.evaluation.codebook_statistics import codebook_statistics
 from elastictok_jax.evaluation.eval_clips import EvalClip
 from elastictok_jax.evaluation.frechet import FVD_METRIC, Moments, frechet_distance
 from elastictok_jax.evaluation.measure import MeasurementPlan, Record
-from elastictok_jax.pixels import psnr
+from elastictok_jax.layers.codebook import codebook_statistics
+from elastictok_jax.pixels import pixel_psnr
 from elastictok_jax.tokenizer.search import SEARCHES
 
 SCHEMA = 1  # of metrics.json: incremented when a key changes its meaning
@@ -64,7 +64,7 @@ def fraction_met_by_tokens(
     return tokens, count / len(lengths_N)
 
 
-def tokens_for_share(
+def tokens_for_fraction_met(
     lengths_N: np.ndarray, met_N: np.ndarray, *, least: int, share: float
 ) -> float | None:
     """Returns the mean tokens per block at which the fraction `share` of blocks meets a target.
@@ -76,7 +76,7 @@ def tokens_for_share(
     return float(tokens[enough[0]]) if enough.size else None
 
 
-def share_for_tokens(
+def fraction_met_for_tokens(
     lengths_N: np.ndarray, met_N: np.ndarray, *, least: int, tokens: float
 ) -> float:
     """Returns the fraction of blocks that can meet a target with a mean of `tokens` per block."""
@@ -84,14 +84,19 @@ def share_for_tokens(
     return float(shares[spent <= max(tokens, least) + 1e-9].max())
 
 
-def correlation(x: np.ndarray, y: np.ndarray) -> float | None:
+def pearson_correlation(x: np.ndarray, y: np.ndarray) -> float | None:
     """Returns Pearson's r, or None if either array is constant."""
     if len(x) < 2 or np.ptp(x) == 0 or np.ptp(y) == 0:
         return None
     return float(np.corrcoef(x, y)[0, 1])
 
 
-def ranks(x: np.ndarray) -> np.ndarray:
+def spearman_correlation(x: np.ndarray, y: np.ndarray) -> float | None:
+    """Returns Spearman's rho, Pearson's r of the ranks; None if either array is constant."""
+    return pearson_correlation(_ranks(x), _ranks(y))
+
+
+def _ranks(x: np.ndarray) -> np.ndarray:
     """Returns the rank of each value; ties share their mean rank."""
     _, inverse, counts = np.unique(x, return_inverse=True, return_counts=True)
     return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
@@ -127,7 +132,7 @@ def _threshold(model: Measured, records: Sequence[Record], target: float) -> dic
     half, least = model.facts["tokens_per_block"] / 2, model.facts["min_tokens"]
     met_at_half = None
     if model.facts["fixed_tokens"] is None and least <= half:
-        met_at_half = share_for_tokens(lengths, met, least=least, tokens=half)
+        met_at_half = fraction_met_for_tokens(lengths, met, least=least, tokens=half)
     prefix = f"target/{target:g}"
     seconds = np.asarray([r[f"{prefix}/seconds"] / len(r[f"{prefix}/mse"]) for r in records])
     seconds = seconds[~np.isnan(seconds)]
@@ -157,7 +162,7 @@ def _rate(model: Measured, records: Sequence[Record], share: float) -> dict[str,
         "bpp16": 16 * float(bits.sum()) / pixels,
         "bpp16_coded": 16 * float(coded.sum()) / pixels if len(coded) == len(records) else None,
         "mse": mse,
-        "psnr_of_mse": min(psnr(mse), PSNR_SHOWN),
+        "psnr_of_mse": min(pixel_psnr(mse), PSNR_SHOWN),
     }
     for name in FRAME_METRICS:
         values = join_records(records, f"{prefix}/{name}")
@@ -193,7 +198,7 @@ def _context(
             frames = window * model.facts["frames_per_block"]
             error = float(values.mean())
             row = {"blocks": window, "frames": frames, "blocks_measured": len(values)}
-            rows.append(row | {"mse": error, "psnr_of_mse": min(psnr(error), PSNR_SHOWN)})
+            rows.append(row | {"mse": error, "psnr_of_mse": min(pixel_psnr(error), PSNR_SHOWN)})
     return rows
 
 
@@ -210,9 +215,9 @@ def _energy(
     return {
         name: {
             "target": plan.main_target,
-            "pearson_r": correlation(energy, lengths),
-            "pearson_r_of_log_energy": correlation(log, lengths),
-            "spearman_r": correlation(ranks(energy), ranks(lengths)),
+            "pearson_r": pearson_correlation(energy, lengths),
+            "pearson_r_of_log_energy": pearson_correlation(log, lengths),
+            "spearman_r": spearman_correlation(energy, lengths),
         }
         for name, lengths in (("single_block", single), ("multi_block", multi))
         if name == "single_block" or len(lengths) > len(records)  # images have only one block
@@ -270,7 +275,7 @@ def compare_token_use(
                 needed = alike = None  # the fixed tokenizer may meet the target on no block
                 if share > 0:
                     needed, alike = (
-                        tokens_for_share(lengths, met.astype(bool), least=least, share=share)
+                        tokens_for_fraction_met(lengths, met.astype(bool), least=least, share=share)
                         for least in (elastic.facts["min_tokens"], tokens)
                     )
                 rows.append(

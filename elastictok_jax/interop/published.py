@@ -188,7 +188,7 @@ def import_published(
         with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as staging:
             folder = Path(staging) / "model"
             folder.mkdir()
-            safetensors.save_params(
+            safetensors.save_safetensors(
                 folder / "model.safetensors", params, metadata={"source": f"published {file.name}"}
             )
             (folder / "config.json").write_text(config_lib.config_to_json(config))

@@ -9,7 +9,7 @@ from einops import rearrange
 PATCHES = "... (n t pt) (h ph) (w pw) c -> ... (n t h w) (pt ph pw c)"
 
 
-def tokens_per_block(frames: int, height: int, width: int, *, patch: tuple[int, int, int]) -> int:
+def patches_per_block(frames: int, height: int, width: int, *, patch: tuple[int, int, int]) -> int:
     """Returns L = (F / pt)(H / ph)(W / pw).
 
     Raises:

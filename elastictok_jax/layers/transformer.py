@@ -173,7 +173,7 @@ def rotary_pairs_to_halves(kernel: Array) -> Array:
     return kernel.reshape(*lead, dims // 2, 2).swapaxes(-1, -2).reshape(kernel.shape)
 
 
-def rotate(x_BSHK: Array, positions_S: Array, *, theta: float) -> Array:
+def apply_rotary_embedding(x_BSHK: Array, positions_S: Array, *, theta: float) -> Array:
     """Applies rotary embedding in float32 to dims in halves order (`rotary_pairs_to_halves`).
 
     Dims i and i + K/2 are the interleaved pair (2i, 2i + 1) of the published weights. The result
@@ -197,7 +197,7 @@ class SelfAttention(nn.Module):
         spec = self.spec
         features = (spec.heads, spec.width // spec.heads)
         axes = ("embed", "heads", "head_width")
-        view = rotary_pairs_to_halves  # the order that `rotate` expects
+        view = rotary_pairs_to_halves  # the order that `apply_rotary_embedding` expects
         query_BSHK = spec.linear(*features, axes=axes, name="query", kernel_view=view)(x_BSW)
         key_BSHK = spec.linear(*features, axes=axes, name="key", kernel_view=view)(x_BSW)
         value_BSHK = spec.linear(*features, axes=axes, name="value")(x_BSW)
@@ -205,8 +205,8 @@ class SelfAttention(nn.Module):
             nn.with_logical_constraint(x_BSHK, ("batch", "sequence", "heads", None))
             for x_BSHK in (query_BSHK, key_BSHK, value_BSHK)
         )
-        query_BSHK = rotate(query_BSHK, places.positions_S, theta=spec.rope_theta)
-        key_BSHK = rotate(key_BSHK, places.positions_S, theta=spec.rope_theta)
+        query_BSHK = apply_rotary_embedding(query_BSHK, places.positions_S, theta=spec.rope_theta)
+        key_BSHK = apply_rotary_embedding(key_BSHK, places.positions_S, theta=spec.rope_theta)
         if places.past_ids_T is None:
             mixed_BSHK = attention(
                 query_BSHK, key_BSHK, value_BSHK, places=places, backend=spec.attention
@@ -303,7 +303,7 @@ class Layer(nn.Module):
 def transformer_layers(count: int, spec: LayerSpec) -> Callable[[Array, SequenceLayout], Array]:
     """Returns `count` layers, stacked if `spec` says so; to be called in a compact method."""
     if spec.scan_layers:
-        scan = stacked_layers(count, spec)
+        scan = scanned_transformer_layers(count, spec)
         return lambda x_BSW, places: scan(x_BSW, places)[0]
     layer = _rematerialised(spec, prevent_cse=True)
     layers = [layer(spec, name=f"{UNSTACKED}{index}") for index in range(count)]
@@ -316,7 +316,9 @@ def transformer_layers(count: int, spec: LayerSpec) -> Callable[[Array, Sequence
     return in_turn
 
 
-def stacked_layers(count: int, spec: LayerSpec) -> Callable[[Array, SequenceLayout], tuple]:
+def scanned_transformer_layers(
+    count: int, spec: LayerSpec
+) -> Callable[[Array, SequenceLayout], tuple]:
     """Returns `count` layers as one scan named "layers"; compile time does not grow with depth."""
     return nn.scan(
         _rematerialised(spec, prevent_cse=False),  # a scan prevents it by itself

@@ -27,11 +27,12 @@ from elastictok_jax.config.schema import (
     Section,
     one_of,
 )
-from elastictok_jax.data.pipeline import BatchPart, BatchReader
+from elastictok_jax.data.batch_sharding import BatchPart
+from elastictok_jax.data.pipeline import BatchReader
 from elastictok_jax.data.sources.splits import SourceSplits
 from elastictok_jax.errors import UsageError
 from elastictok_jax.layers.codebook import codebook_counts, codebook_use
-from elastictok_jax.layers.patching import tokens_per_block
+from elastictok_jax.layers.patching import patches_per_block
 from elastictok_jax.losses.base import Reconstruction, Term, Weight, weighted_sum
 from elastictok_jax.losses.perceptual import PerceptualLoss
 from elastictok_jax.losses.reconstruction import KL, SquaredError, squared_error_sum
@@ -114,7 +115,7 @@ class Network(Protocol):
         ...
 
 
-def block_tokens(config: ml_collections.ConfigDict, patch: tuple[int, int, int]) -> int:
+def autoencoder_block_tokens(config: ml_collections.ConfigDict, patch: tuple[int, int, int]) -> int:
     """Returns the patches of a block, and checks that `config.masking` fits them as tokens.
 
     Raises:
@@ -122,7 +123,7 @@ def block_tokens(config: ml_collections.ConfigDict, patch: tuple[int, int, int])
     """
     video, fewest = config.video, config.masking.min_tokens
     try:
-        per_block = tokens_per_block(
+        per_block = patches_per_block(
             video.frames_per_block, video.resolution, video.resolution, patch=patch
         )
     except ValueError as error:
@@ -135,7 +136,9 @@ def block_tokens(config: ml_collections.ConfigDict, patch: tuple[int, int, int])
             f"masking.min_tokens = {fewest} is more than the {per_block} tokens of a block: "
             "lower it"
         )
-    if config.masking.kind == "powers_of_two" and not len(masking.powers_of_two(fewest, per_block)):
+    if config.masking.kind == "powers_of_two" and not len(
+        masking.powers_of_two_lengths(fewest, per_block)
+    ):
         raise UsageError(
             f"masking.kind = powers_of_two: no power of two in [{fewest}, {per_block}]: "
             "lower masking.min_tokens"
@@ -147,7 +150,7 @@ def autoencoder_geometry(
     config: ml_collections.ConfigDict, patch: tuple[int, int, int]
 ) -> Geometry:
     """Returns the geometry of blocks whose patches are both inputs and tokens."""
-    video, masks, tokens = config.video, config.masking, block_tokens(config, patch)
+    video, masks, tokens = config.video, config.masking, autoencoder_block_tokens(config, patch)
     return Geometry(
         frames=video.frames_per_block,
         side=video.resolution,

@@ -19,7 +19,7 @@ from elastictok_jax.models.base import Family
 from elastictok_jax.models.registry import registered_family
 from elastictok_jax.storage.checkpoint import BestMetric, Checkpointer, shape_mismatches
 from elastictok_jax.storage.references import split_reference
-from elastictok_jax.storage.safetensors import load_params
+from elastictok_jax.storage.safetensors import load_safetensors
 
 WEIGHTS = "model.safetensors"
 
@@ -119,7 +119,7 @@ class _Exported:
 
     @functools.cached_property
     def shapes(self) -> Any:
-        return load_params(self.folder / WEIGHTS)[0]
+        return load_safetensors(self.folder / WEIGHTS)[0]
 
     def read(self, wanted: Any) -> Any:
         return jax.tree.map(

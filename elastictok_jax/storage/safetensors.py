@@ -21,7 +21,7 @@ _DTYPES = {
 _MAX_DEPTH = 32  # a deeper tree is hostile, since tree functions recurse
 
 
-def save_params(path: str | os.PathLike, params: dict, *, metadata: dict[str, str]) -> None:
+def save_safetensors(path: str | os.PathLike, params: dict, *, metadata: dict[str, str]) -> None:
     """Writes `params` to `path` atomically.
 
     Args:
@@ -52,8 +52,8 @@ def save_params(path: str | os.PathLike, params: dict, *, metadata: dict[str, st
         raise UsageError(f"cannot write {path}: {error}") from error
 
 
-def load_params(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, str]]:
-    """Reads what `save_params` wrote.
+def load_safetensors(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, str]]:
+    """Reads what `save_safetensors` wrote.
 
     Returns:
       The nested dict of numpy arrays, in the stored dtype, and the metadata ({} if none).

@@ -38,7 +38,7 @@ _TEXT = ("bits_per_token", "fps", "frames", "height", "levels", "width", "window
 _UNSIGNED = ("U8", "U16", "U32")
 
 
-def write_fields(path: str | Path, fields: Mapping[str, Any], *, coding: str) -> None:
+def write_etok_fields(path: str | Path, fields: Mapping[str, Any], *, coding: str) -> None:
     """Writes the fields of `Tokens` atomically; see `Tokens.save`."""
     if coding not in CODINGS:
         raise UsageError(f"coding {coding!r}: choose one of {', '.join(CODINGS)}")
@@ -58,7 +58,7 @@ def write_fields(path: str | Path, fields: Mapping[str, Any], *, coding: str) ->
         raise UsageError(f"{path}: VAE codes have no entropy-coded form: use coding='plain'")
     text = {name: json.dumps(fields[name]) for name in _TEXT}
     text |= {"format": FORMAT, "coding": coding, "fingerprint": fields["fingerprint"]}
-    data = save(arrays, metadata=text | {"crc32": checksum(arrays, text)})
+    data = save(arrays, metadata=text | {"crc32": etok_checksum(arrays, text)})
     if len(data) > MAX_FILE_BYTES:
         raise UsageError(
             f"{path} would have {len(data)} bytes, more than the limit of {MAX_FILE_BYTES}: "
@@ -71,7 +71,7 @@ def write_fields(path: str | Path, fields: Mapping[str, Any], *, coding: str) ->
         raise UsageError(f"{path} cannot be written ({error}): choose another place") from None
 
 
-def read_fields(path: str | Path) -> dict[str, Any]:
+def read_etok_fields(path: str | Path) -> dict[str, Any]:
     """Reads the fields of `Tokens` from an .etok file; see `Tokens.load`."""
     if not Path(path).is_file():
         raise UsageError(f"{path} does not exist: give an .etok file")
@@ -80,7 +80,7 @@ def read_fields(path: str | Path) -> dict[str, Any]:
         with safe_open(str(path), framework="numpy") as file:
             text = _read_text(file.metadata() or {})
             arrays = _read_arrays(file, coding=text["coding"])
-        if text.pop("crc32") != checksum(arrays, text):
+        if text.pop("crc32") != etok_checksum(arrays, text):
             raise ValueError("its content does not match its checksum")
         clip = {name: json.loads(text[name]) for name in _TEXT}
         clip |= {"levels": tuple(clip["levels"]), "fingerprint": text["fingerprint"]}
@@ -122,7 +122,7 @@ def _check_fields(fields: Mapping[str, Any]) -> None:
         raise ValueError("codes have values that are not finite")
 
 
-def checksum(arrays: Mapping[str, np.ndarray], text: Mapping[str, str]) -> str:
+def etok_checksum(arrays: Mapping[str, np.ndarray], text: Mapping[str, str]) -> str:
     """Returns 8 hex digits over names, types, shapes and values."""
     crc = 0
     for name in sorted(text):

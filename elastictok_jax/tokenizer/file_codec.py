@@ -14,11 +14,12 @@ import numpy as np
 
 from elastictok_jax import ctrl_c
 from elastictok_jax.data import media
+from elastictok_jax.data.frame_rate import frame_rate_fault
 from elastictok_jax.data.frame_stream import PIPE, FrameStream, open_frame_stream
 from elastictok_jax.errors import RunError, UsageError
-from elastictok_jax.pixels import psnr
+from elastictok_jax.pixels import pixel_psnr
 from elastictok_jax.progress import Progress
-from elastictok_jax.storage.atomic import try_file
+from elastictok_jax.storage.outputs import try_output_file
 from elastictok_jax.tokenizer import entropy, etok
 from elastictok_jax.tokenizer.api import ElasticTokenizer
 from elastictok_jax.tokenizer.goal import Goal
@@ -159,7 +160,7 @@ def _etok_summary(
         "bits": tokens.bits,
         "file_bytes": path.stat().st_size,
         "mse": error,
-        "psnr_db": psnr(error) if error else None,  # JSON has no infinity
+        "psnr_db": pixel_psnr(error) if error else None,  # JSON has no infinity
     }
 
 
@@ -170,7 +171,7 @@ def encode_summary_line(results: dict) -> str:
         f"{results['tokens']} tokens ({results['tokens_per_block']:.1f} of "
         f"{results['most_tokens_per_block']} a block), {results['bits']:.0f} bits nominal, "
         f"{results['file_bytes']} bytes in the file, MSE {results['mse']:.4g} "
-        f"({psnr(results['mse']):.1f} dB)"
+        f"({pixel_psnr(results['mse']):.1f} dB)"
     ]
     missed = results["blocks"] - results["blocks_met"]
     if missed:
@@ -274,7 +275,7 @@ def _writable_rate(output: Path, tokens: Tokens, fps: float | None) -> float:
     if fps is None and not rate:
         print(f"note: the tokens have no frame rate: {FPS:g} a second is written", file=sys.stderr)
         rate = FPS
-    fault = media.rate_fault(output, rate)
+    fault = frame_rate_fault(output, rate)
     if fault:
         raise UsageError(f"{fault}; give another rate with --fps")
     return rate
@@ -310,7 +311,7 @@ def _require_writable(path: Path) -> None:
     if not path.parent.is_dir():
         raise UsageError(f"-o {path}: its folder does not exist; make it first")
     try:
-        try_file(path)
+        try_output_file(path)
     except OSError as error:
         raise UsageError(
             f"-o {path} cannot be written ({error.strerror}): choose another place"

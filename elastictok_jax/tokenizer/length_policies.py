@@ -7,7 +7,12 @@ import numpy as np
 
 from elastictok_jax.tokenizer.allocation import BudgetPlanner, interpolate_curves
 from elastictok_jax.tokenizer.block_codec import BlockEncoder, CodedBlock
-from elastictok_jax.tokenizer.search import SEARCHES, SearchProblem, corrected_guess, log_spaced
+from elastictok_jax.tokenizer.search import (
+    SEARCHES,
+    SearchProblem,
+    correct_search_guess,
+    log_spaced,
+)
 
 # Slope of log error over log length, if nothing better is known.
 TYPICAL_SLOPE = -0.35
@@ -65,7 +70,7 @@ class TargetError:
                 break
             measured[length] = block.measure(length, target=self._target).error
             exact.add(length)
-        self._guess = corrected_guess(guess, measured, low=self._low)
+        self._guess = correct_search_guess(guess, measured, low=self._low)
         return block.keep(length, target=self._target)
 
     def _run(

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from elastictok_jax.errors import UsageError
-from elastictok_jax.storage.safetensors import load_params, save_params
+from elastictok_jax.storage.safetensors import load_safetensors, save_safetensors
 from elastictok_jax.tokenizer.block_codec import BlockEncoder
 
 Array = jax.Array
@@ -68,13 +68,13 @@ def router_features(
         context[:] = 1, np.log(max(error, 1e-12)), np.log(length / len(latents))
     parts = [
         *(latents.mean(axis=0), latents.std(axis=0)),
-        *(np.log(FLOOR + octave_energies(part)) for part in (still, video - still)),
+        *(np.log(FLOOR + router_octave_energies(part)) for part in (still, video - still)),
         *(still.mean(axis=(0, 1, 2)), context),
     ]
     return np.concatenate(parts).astype(np.float32)
 
 
-def octave_energies(video_FHWC: np.ndarray) -> np.ndarray:
+def router_octave_energies(video_FHWC: np.ndarray) -> np.ndarray:
     """Returns the mean square of each octave band of a picture, from fine to coarse.
 
     A band is what one halving removes; the last two values are the variance of the coarsest picture
@@ -124,7 +124,7 @@ class Router:
     def save(self, folder: Path) -> None:
         """Writes FILE into a model's folder."""
         text = {"fingerprint": self.fingerprint, "lengths": ",".join(map(str, self.lengths))}
-        save_params(folder / FILE, self.params, metadata=text)
+        save_safetensors(folder / FILE, self.params, metadata=text)
 
     @classmethod
     def load(cls, folder: Path, *, fingerprint: str, low: int, high: int) -> "Router":
@@ -133,7 +133,7 @@ class Router:
         Raises:
           UsageError: if it is damaged, or belongs to another model or other lengths.
         """
-        params, text = load_params(folder / FILE)
+        params, text = load_safetensors(folder / FILE)
         fix = f"train it again (elastictok train-router {folder}), or delete it"
         if text.get("fingerprint") != fingerprint:
             raise UsageError(

@@ -23,7 +23,7 @@ from elastictok_jax.data.mixture import mixture_item_blocks
 from elastictok_jax.data.packing import PackedClip
 from elastictok_jax.data.sources.splits import open_splits
 from elastictok_jax.errors import UsageError
-from elastictok_jax.storage.atomic import require_file
+from elastictok_jax.storage.outputs import require_output_file
 from elastictok_jax.storage.references import split_reference
 from elastictok_jax.tokenizer.api import ElasticTokenizer
 from elastictok_jax.tokenizer.router import (
@@ -55,7 +55,7 @@ def train_router(model: str | Path, *, blocks: int, steps: int) -> dict[str, flo
     """
     tokenizer = ElasticTokenizer.without_router(model)
     folder, _ = split_reference(model)
-    require_file(folder / FILE, change="make the model's folder writable, or copy it")
+    require_output_file(folder / FILE, change="make the model's folder writable, or copy it")
     lengths = log_spaced(tokenizer.min_tokens, tokenizer.tokens_per_block, count=KNOTS)
     items, features, curves = [], [], []
     for item, block_features, curve_K in _measured_blocks(tokenizer, lengths, blocks=blocks):

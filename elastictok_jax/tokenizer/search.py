@@ -82,7 +82,7 @@ def _verified_regression_search(problem: SearchProblem) -> Search:
     """Starts as `_regression_search`, then corrects the guess until a length meets the target."""
 
     def propose(gap: range, tried: Mapping[int, float]) -> int:
-        expected = corrected_guess(problem.guess, tried, low=problem.low)
+        expected = correct_search_guess(problem.guess, tried, low=problem.low)
         return _first_below(problem, expected, gap[0], gap[-1])
 
     return (yield from _narrow(problem, propose, close=1.0))
@@ -104,7 +104,7 @@ def _hybrid_search(problem: SearchProblem) -> Search:
             if line >= met - 1 and len(gap) <= LIKELY * met:
                 return None
             return math.ceil(line)
-        expected = corrected_guess(problem.guess, tried, low=problem.low)
+        expected = correct_search_guess(problem.guess, tried, low=problem.low)
         length = _first_below(problem, expected, gap[0], met)
         if met in tried:
             hits = sum(error <= problem.target for error in tried.values())
@@ -197,7 +197,7 @@ def _best_length(tried: Mapping[int, float], target: float) -> int:
     return min(met) if met else min(tried, key=lambda length: (tried[length], length))
 
 
-def corrected_guess(guess: np.ndarray, tried: Mapping[int, float], *, low: int) -> np.ndarray:
+def correct_search_guess(guess: np.ndarray, tried: Mapping[int, float], *, low: int) -> np.ndarray:
     """Shifts `guess` to pass through the measurements, interpolating linearly in log length."""
     if not tried:
         return guess.copy()

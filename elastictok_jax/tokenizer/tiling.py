@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 from einops import rearrange
 
+from elastictok_jax.data.media.geometry import require_clip_or_image
 from elastictok_jax.errors import UsageError
 from elastictok_jax.models.base import Geometry
 
@@ -100,7 +101,7 @@ def frames_in_blocks(frames: Iterable[np.ndarray], frames_per_block: int) -> Ite
     held: list[np.ndarray] = []
     size = None
     for some in frames:
-        for frame in checked_video(np.asarray(some)):
+        for frame in require_clip_or_image(np.asarray(some)):
             size = size or frame.shape
             if frame.shape != size:
                 raise UsageError(f"a frame of {frame.shape} follows one of {size}: give one size")
@@ -110,19 +111,3 @@ def frames_in_blocks(frames: Iterable[np.ndarray], frames_per_block: int) -> Ite
                 held = []
     if held:
         yield np.stack(held)
-
-
-def checked_video(video: np.ndarray) -> np.ndarray:
-    """Returns uint8 [T, H, W, 3] of a clip or of an image [H, W, 3].
-
-    Raises:
-      UsageError: if it is neither.
-    """
-    if video.ndim == 3:
-        video = video[None]
-    if video.ndim != 4 or video.shape[-1] != 3 or 0 in video.shape or video.dtype != np.uint8:
-        raise UsageError(
-            f"a clip must be uint8 [T, H, W, 3] (or an image [H, W, 3]) with no empty axis; "
-            f"this is {video.dtype} {list(video.shape)}"
-        )
-    return video

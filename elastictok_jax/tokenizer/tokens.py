@@ -82,7 +82,7 @@ class Tokens:
             limits of `etok`, or the coding does not apply to them.
         """
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        etok.write_fields(path, fields, coding=coding)
+        etok.write_etok_fields(path, fields, coding=coding)
 
     @classmethod
     def load(cls, path: str | Path) -> "Tokens":
@@ -92,7 +92,7 @@ class Tokens:
           UsageError: if the file is missing, damaged, modified, of another format, or exceeds the
             limits of `etok`.
         """
-        return cls(**etok.read_fields(path))
+        return cls(**etok.read_etok_fields(path))
 
     @classmethod
     def join(cls, pieces: Sequence["Tokens"]) -> "Tokens":

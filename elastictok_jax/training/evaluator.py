@@ -7,8 +7,10 @@ import jax
 import ml_collections
 import numpy as np
 
-from elastictok_jax.data.pipeline import BatchPart, read_ahead
-from elastictok_jax.data.sources.splits import SourceSplits, has_held_out
+from elastictok_jax.data.batch_sharding import BatchPart
+from elastictok_jax.data.pipeline import read_ahead
+from elastictok_jax.data.sources.held_out import has_held_out
+from elastictok_jax.data.sources.splits import SourceSplits
 from elastictok_jax.errors import UsageError
 from elastictok_jax.models.base import Task
 

@@ -12,12 +12,8 @@ from typing import Any
 import jax
 import ml_collections
 
-from elastictok_jax.data.pipeline import (
-    BatchReader,
-    DeviceBatches,
-    batch_to_device,
-    local_batch_part,
-)
+from elastictok_jax.data.batch_sharding import batch_to_device, local_batch_part
+from elastictok_jax.data.pipeline import BatchReader, DeviceBatches
 from elastictok_jax.data.sources.splits import open_splits
 from elastictok_jax.errors import RunError
 from elastictok_jax.models.base import Task
@@ -34,10 +30,10 @@ from elastictok_jax.parallel.liveness import Peers
 from elastictok_jax.parallel.mesh import make_mesh
 from elastictok_jax.parallel.sharding import (
     batch_sharding,
-    in_mesh,
     replicate,
     replicated,
     sharding_notes,
+    with_logical_axes,
 )
 from elastictok_jax.storage.checkpoint import Checkpointer, DamagedCheckpoint
 from elastictok_jax.training.async_metrics import StepLog
@@ -53,7 +49,7 @@ from elastictok_jax.training.metric_writers import (
     require_sinks,
     shows_pictures,
 )
-from elastictok_jax.training.state import TrainState, abstract_state, sharded_init
+from elastictok_jax.training.state import TrainState, abstract_state, init_state_sharded
 from elastictok_jax.training.step import jit_train_step
 from elastictok_jax.training.watchdog import Watchdog
 from elastictok_jax.training.workdir import (
@@ -179,7 +175,7 @@ def open_run(
     candidates = json.loads(broadcast_from_first("checkpoints", steps_there, timeout=FIRST_SECONDS))
     start = 0
     if not candidates:
-        state = sharded_init(task, config, abstract)
+        state = init_state_sharded(task, config, abstract)
         if config.train.init_from:
             state, taken = initialise(state, abstract, config=config, workdir=workdir)
             notes += taken
@@ -209,8 +205,10 @@ def open_run(
         console.line(note)
 
     everywhere = replicated(mesh)  # so that every process reads the same metrics
-    eval_step = in_mesh(jax.jit(task.evaluate, out_shardings=(everywhere, sharding)), mesh)
-    draw = in_mesh(jax.jit(task.picture, out_shardings=everywhere), mesh)
+    eval_step = with_logical_axes(
+        jax.jit(task.evaluate, out_shardings=(everywhere, sharding)), mesh
+    )
+    draw = with_logical_axes(jax.jit(task.picture, out_shardings=everywhere), mesh)
 
     def evaluated(step: int, state: TrainState) -> dict[str, float]:
         return evaluate_batches(
@@ -219,7 +217,12 @@ def open_run(
             state.eval_params,
             frozen,
             held_out,
-            place=partial(batch_to_device, reader=reader, sharding=sharding),
+            place=partial(
+                batch_to_device,
+                part=reader.part,
+                sharding=sharding,
+                block_inputs=reader.geometry.inputs,
+            ),
             draw=draw,
             show=partial(writer.picture, step) if shows_pictures(config) else None,
         )
@@ -242,7 +245,7 @@ def open_run(
         batches=batches,
         replaced_before=replaced_before,
         votes=Votes(mesh),
-        train_step=in_mesh(jit_train_step(task, config, abstract), mesh),
+        train_step=with_logical_axes(jit_train_step(task, config, abstract), mesh),
         evaluate=evaluated,
         checkpoints=checkpoints,
         log=StepLog(config, task, writer, console, workdir, replaced_blocks=replaced_before),

@@ -87,7 +87,9 @@ def abstract_state(task: Task, config: ml_collections.ConfigDict, mesh: Mesh) ->
     )
 
 
-def sharded_init(task: Task, config: ml_collections.ConfigDict, abstract: TrainState) -> TrainState:
+def init_state_sharded(
+    task: Task, config: ml_collections.ConfigDict, abstract: TrainState
+) -> TrainState:
     """Returns `init_state`, of which each device computes only its own shards."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     return jax.jit(lambda: init_state(task, config), out_shardings=shardings)()

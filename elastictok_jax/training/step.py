@@ -110,7 +110,7 @@ def jit_train_step(task: Task, config: ml_collections.ConfigDict, abstract: Trai
     """Returns the jitted step that runs are trained with and that `aot` compiles.
 
     It also takes the votes of hosts, donates the state, shards it as `abstract` is, and replicates
-    the metrics. Call or lower it inside `in_mesh`.
+    the metrics. Call or lower it inside `with_logical_axes`.
     """
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     metrics = replicated(shardings.step.mesh)

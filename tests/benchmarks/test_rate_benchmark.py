@@ -7,7 +7,7 @@ import pytest
 from benchmarks import rate
 from elastictok_jax.config import apply_overrides, config_to_json, default_config, resolve_config
 from elastictok_jax.data.sources.file_source import EMBEDDED
-from elastictok_jax.storage.safetensors import save_params
+from elastictok_jax.storage.safetensors import save_safetensors
 from tests.tiny import made_up_state
 
 SMALL = {
@@ -36,7 +36,9 @@ def test_figures_of_a_tiny_model(tmp_path, capsys):
     apply_overrides(config, SMALL)
     config = resolve_config(config)
     (tmp_path / "config.json").write_text(config_to_json(config))
-    save_params(tmp_path / "model.safetensors", made_up_state(config).params["model"], metadata={})
+    save_safetensors(
+        tmp_path / "model.safetensors", made_up_state(config).params["model"], metadata={}
+    )
     clip, out = EMBEDDED / "heldout" / "bbb_kite.mp4", tmp_path / "out.json"
     words = ["--model", str(tmp_path), "--input", str(clip), "--frames", "8", "--json", str(out)]
     rate.main([*words, "--targets", "9"])

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from elastictok_jax.config import apply_overrides, resolve_config, source_config
+from elastictok_jax.config import apply_overrides, default_source_config, resolve_config
 from elastictok_jax.data import media
 from elastictok_jax.data.clip_reader import ClipReader
 from elastictok_jax.data.media import MediaError
@@ -120,7 +120,9 @@ class Counted:
 def counted(frames, *, damaged=(), cache_mib=0, fps=24.0, rows=64, **settings):
     source = Counted(frames, damaged, fps=fps)
     settings = {"flip": False} | settings
-    feed = SourceSplit("f", 5, source, source_config(path="f", **settings), np.arange(len(frames)))
+    feed = SourceSplit(
+        "f", 5, source, default_source_config(path="f", **settings), np.arange(len(frames))
+    )
     config = tiny(data__cache_mib=cache_mib, data__packing_rows=rows)
     return config, SourceSplits((feed,), (), ()), source
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from elastictok_jax.config import apply_overrides, resolve_config, source_config
+from elastictok_jax.config import apply_overrides, default_source_config, resolve_config
 from elastictok_jax.data.mixture import Mixture, Stream, mixture_item_blocks
 from elastictok_jax.data.sources.base import name_hash
 from elastictok_jax.data.sources.splits import SourceSplit
@@ -30,7 +30,9 @@ class Lengths:
 def feed(name, frames, **settings):
     source = Lengths(frames)
     items = np.arange(len(source.frames))
-    return SourceSplit(name, name_hash(name), source, source_config(path=name, **settings), items)
+    return SourceSplit(
+        name, name_hash(name), source, default_source_config(path=name, **settings), items
+    )
 
 
 def config_for(**overrides):

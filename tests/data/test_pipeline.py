@@ -15,13 +15,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from elastictok_jax.config import apply_overrides, resolve_config
 from elastictok_jax.data import clip_reader, media
-from elastictok_jax.data.pipeline import (
-    BatchPart,
-    DeviceBatches,
-    batch_to_device,
-    local_batch_part,
-    read_ahead,
-)
+from elastictok_jax.data.batch_sharding import BatchPart, batch_to_device, local_batch_part
+from elastictok_jax.data.pipeline import DeviceBatches, read_ahead
 from elastictok_jax.data.sources.splits import SourceSplits, open_splits
 from elastictok_jax.data.sources.synthetic import SyntheticSource
 from elastictok_jax.errors import RunError, UsageError
@@ -246,7 +241,12 @@ def test_to_device_places_the_part_of_this_process(from_the_start, axes):
     sharding, config = NamedSharding(mesh, PartitionSpec("data", "sequence")), tiny()
     part = local_batch_part(sharding, config, codec_of(config).geometry)
     assert part.needed_BN.all() and part.counted_BN.all() and part.stretch == 3
-    placed = batch_to_device(from_the_start[0], open_reader(tiny()), sharding)
+    placed = batch_to_device(
+        from_the_start[0],
+        open_reader(tiny()).part,
+        sharding,
+        block_inputs=open_reader(tiny()).geometry.inputs,
+    )
     for key in ("patches", "segment_ids"):
         assert placed[key].sharding == sharding
         np.testing.assert_array_equal(placed[key], from_the_start[0][key])

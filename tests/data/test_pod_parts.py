@@ -10,8 +10,8 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from elastictok_jax.config import apply_overrides, resolve_config
+from elastictok_jax.data.batch_sharding import local_batch_part
 from elastictok_jax.data.media import MediaError
-from elastictok_jax.data.pipeline import local_batch_part
 from elastictok_jax.data.sources.splits import open_splits
 from elastictok_jax.experiment_registry import get_experiment
 from elastictok_jax.parallel.sharding import batch_sharding

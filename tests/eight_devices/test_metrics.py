@@ -7,7 +7,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from elastictok_jax.aot.costs import program_costs
 from elastictok_jax.aot.hlo import parse_module
-from elastictok_jax.evaluation.image_quality import frame_mse, frame_psnr, ms_ssim, ssim
+from elastictok_jax.evaluation.frame_metrics import frame_mse, frame_psnr, ms_ssim, ssim
 
 
 @pytest.mark.parametrize("figure", [frame_mse, frame_psnr, ssim, ms_ssim])

@@ -13,7 +13,7 @@ from elastictok_jax.layers.attention.api import SequenceLayout, attention
 from elastictok_jax.layers.attention.dense import dense_attention
 from elastictok_jax.layers.attention.ring import ring_reach
 from elastictok_jax.parallel.mesh import AXES
-from elastictok_jax.parallel.sharding import in_mesh
+from elastictok_jax.parallel.sharding import with_logical_axes
 
 H, K = 2, 4
 
@@ -61,7 +61,7 @@ def on_mesh(mesh, arrays, segments, length, backend):
         out, pull = jax.vjp(lambda *qkv: attention(*qkv, places=places, backend=backend), *qkv)
         return out, *pull(cotangent)
 
-    return in_mesh(run, mesh)(arrays, segments)
+    return with_logical_axes(run, mesh)(arrays, segments)
 
 
 def check(mesh, *, batch, tokens, length, backend, dtype=jnp.float32, tolerance=1e-5):
@@ -157,7 +157,7 @@ def score_products(mesh, tokens, length):
         return attention(query, key, value, places=places, backend="dense")
 
     with jax.set_mesh(mesh):
-        traced = in_mesh(jax.make_jaxpr(run), mesh)(query, key, value, segments)
+        traced = with_logical_axes(jax.make_jaxpr(run), mesh)(query, key, value, segments)
     return count_scores(traced.jaxpr)
 
 
@@ -205,9 +205,9 @@ def test_ranks_on_a_mesh_equal_dense_and_a_ring_refuses_them():
         out, pull = jax.vjp(lambda *qkv: attention(*qkv, places=places, backend=backend), *qkv)
         return out, *pull(cotangent)
 
-    results = in_mesh(run, mesh_of(data=2, fsdp=2, tensor=2))(arrays, segments, ranks)
+    results = with_logical_axes(run, mesh_of(data=2, fsdp=2, tensor=2))(arrays, segments, ranks)
     wanted = run(arrays, segments, ranks, backend="dense")
     for got, want in zip(results, wanted, strict=True):
         np.testing.assert_allclose(got, want, atol=1e-5, rtol=0)
     with pytest.raises(UsageError, match=r"ranks of tokens cannot be sharded .* mesh.sequence=1"):
-        in_mesh(run, mesh_of(sequence=2))(arrays, segments, ranks)
+        with_logical_axes(run, mesh_of(sequence=2))(arrays, segments, ranks)

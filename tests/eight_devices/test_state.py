@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec
 
 from elastictok_jax import masking
 from elastictok_jax.config import apply_overrides, config_to_json, default_config, resolve_config
-from elastictok_jax.data.pipeline import batch_to_device, local_batch_part
+from elastictok_jax.data.batch_sharding import batch_to_device, local_batch_part
 from elastictok_jax.data.sources.splits import open_splits
 from elastictok_jax.errors import UsageError
 from elastictok_jax.experiment_registry import get_experiment
@@ -139,7 +139,7 @@ def test_the_pipeline_delivers_shards_that_are_no_whole_blocks():
     assert part.counted_BN.all() and part.needed_BN.shape == (2, 4)
     reader = reader_of(config, open_splits(config), split="train", part=part)
     batch = reader(0)
-    placed = batch_to_device(batch, reader, sharding)
+    placed = batch_to_device(batch, reader.part, sharding, block_inputs=reader.geometry.inputs)
     for key, value in placed.items():
         np.testing.assert_array_equal(value, batch[key])
         assert {shard.data.shape[1] for shard in value.addressable_shards} == {4}

@@ -28,12 +28,17 @@ from elastictok_jax.data.mixture import mixture_item_blocks
 from elastictok_jax.data.sources.file_source import EMBEDDED
 from elastictok_jax.data.sources.splits import open_splits
 from elastictok_jax.errors import UsageError
-from elastictok_jax.evaluation.eval_clips import EvalClip, EvaluationOverrides, evaluation_clips
-from elastictok_jax.evaluation.evaluate import REPORT, clips_to_show, evaluate_models
+from elastictok_jax.evaluation.eval_clips import (
+    EvalClip,
+    EvaluationOverrides,
+    clips_to_show,
+    evaluation_clips,
+)
+from elastictok_jax.evaluation.evaluate import REPORT, evaluate_models
 from elastictok_jax.evaluation.reconstruct import reconstruct_file
-from elastictok_jax.pixels import mse, psnr
-from elastictok_jax.storage.atomic import remove_outputs
-from elastictok_jax.storage.safetensors import save_params
+from elastictok_jax.pixels import pixel_mse, pixel_psnr
+from elastictok_jax.storage.outputs import remove_outputs
+from elastictok_jax.storage.safetensors import save_safetensors
 from elastictok_jax.tokenizer.goal import Goal
 from tests.evaluation.report.test_page import PHONE, require_sound
 from tests.tiny import made_up_state
@@ -56,16 +61,16 @@ def model(tmp_path_factory):
     config = resolve_config(config)
     (folder / "config.json").write_text(config_to_json(config))
     params = jax.device_get(made_up_state(config).params["model"])
-    save_params(folder / "model.safetensors", params, metadata={})
+    save_safetensors(folder / "model.safetensors", params, metadata={})
     return folder
 
 
 def test_mse_and_psnr():
     black, white = np.zeros((2, 2, 3), np.uint8), np.full((2, 2, 3), 255, np.uint8)
-    assert mse(black, white) == pytest.approx(4.0)
-    assert psnr(4.0) == pytest.approx(0.0)
-    assert psnr(0.04) == pytest.approx(20.0)
-    assert psnr(0.0) == float("inf")
+    assert pixel_mse(black, white) == pytest.approx(4.0)
+    assert pixel_psnr(4.0) == pytest.approx(0.0)
+    assert pixel_psnr(0.04) == pytest.approx(20.0)
+    assert pixel_psnr(0.0) == float("inf")
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +81,7 @@ def fixed_model(model, tmp_path_factory):
     apply_overrides(config, {"masking.kind": "fixed", "masking.fraction": 0.5, "seed": 1})
     (folder / "config.json").write_text(config_to_json(config))
     params = jax.device_get(made_up_state(config).params["model"])
-    save_params(folder / "model.safetensors", params, metadata={})
+    save_safetensors(folder / "model.safetensors", params, metadata={})
     return folder
 
 
@@ -117,7 +122,7 @@ def test_evaluate_measures_all_clips_by_all_models(finished):
         pixels = 256 * (4 if kind == "videos" else 1)  # of a block
         for row in rates:
             assert row["bpp16"] == pytest.approx(16 * row["tokens"] * np.log2(64000) / pixels)
-            assert row["psnr_of_mse"] == pytest.approx(psnr(row["mse"]))
+            assert row["psnr_of_mse"] == pytest.approx(pixel_psnr(row["mse"]))
             assert row["ssim"] <= 1 and row["lpips_alex"] > 0 and row["ms_ssim"] is None
             assert row["bpp16_coded"] > 0 and row["fvd_i3d_k400_logits"] is None
     assert [row["blocks"] for row in elastic["videos"]["context"]] == [1, 2]
@@ -303,7 +308,7 @@ def test_a_model_of_continuous_latents(model, tmp_path):
     folder.mkdir()
     (folder / "config.json").write_text(config_to_json(config))
     params = jax.device_get(made_up_state(resolve_config(config)).params["model"])
-    save_params(folder / "model.safetensors", params, metadata={})
+    save_safetensors(folder / "model.safetensors", params, metadata={})
     limits = EvaluationOverrides(targets="0.7", max_clips=1, max_blocks=1, search_blocks=0)
     results = evaluate_models([folder], output=tmp_path / "out", limits=limits)
     assert json.loads((tmp_path / "out" / "metrics.json").read_text()) == results

@@ -6,15 +6,16 @@ import scipy.stats
 from hypothesis import given
 from hypothesis import strategies as st
 
-from elastictok_jax.evaluation.measure import MeasurementPlan, measure_block_energy, scene_cuts
+from elastictok_jax.data.prepare.scenes import scene_cuts
+from elastictok_jax.evaluation.measure import MeasurementPlan, measure_block_energy
 from elastictok_jax.evaluation.summary import (
     Measured,
     compare_token_use,
-    correlation,
     fraction_met_by_tokens,
-    ranks,
-    share_for_tokens,
-    tokens_for_share,
+    fraction_met_for_tokens,
+    pearson_correlation,
+    spearman_correlation,
+    tokens_for_fraction_met,
 )
 
 blocks = st.lists(st.tuples(st.integers(4, 64), st.booleans()), min_size=1, max_size=30)
@@ -32,12 +33,12 @@ def test_share_and_tokens_are_inverses(some, share):
     tokens, shares = fraction_met_by_tokens(lengths, met, least=4)
     assert (np.diff(tokens) >= 0).all() and (np.diff(shares) > 0).all()
     assert shares[-1] == pytest.approx(met.mean()) and tokens[0] == 4
-    needed = tokens_for_share(lengths, met, least=4, share=share)
+    needed = tokens_for_fraction_met(lengths, met, least=4, share=share)
     if share > met.mean() + 1e-9:
         assert needed is None
     else:
         assert needed is not None
-        assert share_for_tokens(lengths, met, least=4, tokens=needed) >= share - 1e-9
+        assert fraction_met_for_tokens(lengths, met, least=4, tokens=needed) >= share - 1e-9
 
 
 @given(some=blocks)
@@ -51,11 +52,11 @@ def test_all_blocks_met_take_what_they_need(some):
 def test_correlations_are_scipys(points):
     x, y = (np.asarray(axis, float) for axis in zip(*points, strict=True))
     if np.ptp(x) == 0 or np.ptp(y) == 0:
-        assert correlation(x, y) is None
+        assert pearson_correlation(x, y) is None
         return
-    assert correlation(x, y) == pytest.approx(scipy.stats.pearsonr(x, y)[0], abs=1e-9)
+    assert pearson_correlation(x, y) == pytest.approx(scipy.stats.pearsonr(x, y)[0], abs=1e-9)
     expected = scipy.stats.spearmanr(x, y)[0]
-    assert correlation(ranks(x), ranks(y)) == pytest.approx(expected, abs=1e-9)
+    assert spearman_correlation(x, y) == pytest.approx(expected, abs=1e-9)
 
 
 def test_ratio_at_an_equal_share():

@@ -22,7 +22,7 @@ from elastictok_jax.interop.published import (
     import_published,
 )
 from elastictok_jax.interop.published_stream import read_published_stream
-from elastictok_jax.storage.safetensors import load_params
+from elastictok_jax.storage.safetensors import load_safetensors
 from tests.tiny import abstract_params
 
 REFERENCE = Path(__file__).parents[1] / "reference_parity"
@@ -443,7 +443,7 @@ def test_import_writes_an_exported_folder(tmp_path, case):
     assert [path.name for path in output.parent.iterdir()] == ["mine"]
     config = config_lib.read_config(output / "config.json")
     assert config.model.width == 64 and config.model.conditioned
-    params, metadata = load_params(output / "model.safetensors")
+    params, metadata = load_safetensors(output / "model.safetensors")
     assert metadata["source"] == f"published {FILES[case].name}"
     assert_trees_equal(params, import_params(FILES[case], abstract_params=abstract_params(config)))
 

@@ -7,7 +7,7 @@ from einops import EinopsError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from elastictok_jax.layers.patching import patchify, patchify_into, tokens_per_block, unpatchify
+from elastictok_jax.layers.patching import patches_per_block, patchify, patchify_into, unpatchify
 from elastictok_jax.pixels import pixels_to_float, pixels_to_uint8
 
 sizes = st.integers(1, 3)
@@ -29,7 +29,7 @@ def test_round_trip(layout, blocks, lead):
     video, frames = video_of(patch, grid, blocks=blocks, lead=lead)
     tokens = patchify(video, patch=patch, frames_per_block=frames)
     height, width = video.shape[-3:-1]
-    per_block = tokens_per_block(frames, height, width, patch=patch)
+    per_block = patches_per_block(frames, height, width, patch=patch)
     assert per_block == np.prod(grid)
     assert tokens.shape == (*lead, blocks * per_block, 3 * np.prod(patch))
     assert tokens.dtype == video.dtype
@@ -88,7 +88,7 @@ def test_to_uint8_clips_and_rounds_to_nearest(value):
 @pytest.mark.parametrize("sizes", [(3, 8, 8), (4, 9, 8), (4, 8, 7)])
 def test_patch_that_does_not_divide(sizes):
     with pytest.raises(ValueError, match=r"patch \(2, 4, 4\) does not divide a block of"):
-        tokens_per_block(*sizes, patch=(2, 4, 4))
+        patches_per_block(*sizes, patch=(2, 4, 4))
 
 
 @pytest.mark.parametrize(("frames", "side"), [(2, 8), (5, 8), (6, 8), (4, 10)])

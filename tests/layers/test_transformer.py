@@ -17,11 +17,11 @@ from elastictok_jax.layers.attention.api import SequenceLayout
 from elastictok_jax.layers.scan_layout import stack_or_unstack
 from elastictok_jax.layers.transformer import (
     LayerSpec,
+    apply_rotary_embedding,
     rotary_pairs_to_halves,
-    rotate,
-    stacked_layers,
+    scanned_transformer_layers,
 )
-from elastictok_jax.models.elastictok.model import build_model, init_params
+from elastictok_jax.models.elastictok.model import build_elastictok, init_elastictok_params
 from elastictok_jax.parallel.sharding import LOGICAL_AXIS_RULES
 from tests.tiny import abstract_params
 
@@ -51,7 +51,7 @@ def unit_vectors(seed, count=2):
 
 @jax.jit
 def rotated(vectors_SK, positions_S):
-    return rotate(vectors_SK[None, :, None], positions_S, theta=THETA)[0, :, 0]
+    return apply_rotary_embedding(vectors_SK[None, :, None], positions_S, theta=THETA)[0, :, 0]
 
 
 def score(query, key, query_position, key_position):
@@ -131,7 +131,7 @@ def test_rotation_keeps_dtype_and_computes_in_float32():
 
 
 def layers_and_input(**changes):
-    layers = stacked_layers(2, dataclasses.replace(SPEC, **changes))
+    layers = scanned_transformer_layers(2, dataclasses.replace(SPEC, **changes))
     x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 8, 16)), jnp.float32)
     return layers, x
 
@@ -206,7 +206,7 @@ def test_a_scan_is_its_layers_in_turn(plain):
     """Two scanned layers equal the same two layers applied one by one."""
     params, want, _ = plain
     _, x = layers_and_input()
-    one = stacked_layers(1, SPEC)
+    one = scanned_transformer_layers(1, SPEC)
     for index in range(2):
         layer = jax.tree.map(lambda leaf, i=index: leaf[i : i + 1], params)
         x, _ = one.apply(layer, x, PLACES)
@@ -240,8 +240,8 @@ def tiny(**overrides):
 
 @pytest.mark.parametrize("bottleneck", ["fsq", "vae"])
 def test_every_parameter_has_logical_axes_that_the_rules_know(bottleneck):
-    model = build_model(tiny(**{"model.bottleneck": bottleneck}))
-    boxed = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+    model = build_elastictok(tiny(**{"model.bottleneck": bottleneck}))
+    boxed = jax.eval_shape(lambda: init_elastictok_params(model, jax.random.key(0)))
     leaves = jax.tree.leaves(boxed, is_leaf=lambda leaf: isinstance(leaf, nn.Partitioned))
     known = {name for name, _ in LOGICAL_AXIS_RULES}
     assert len(leaves) > 20
@@ -281,7 +281,7 @@ def test_conditioned_encoder_reads_the_mask_and_the_other_does_not():
     everything, half = jnp.ones((2, 8), bool), jnp.arange(8)[None].repeat(2, 0) % 4 < 2
     for conditioned in (True, False):
         config = tiny(**{"model.conditioned": conditioned, "model.bottleneck": "vae"})
-        model, params = build_model(config), random_params(abstract_params(config))
+        model, params = build_elastictok(config), random_params(abstract_params(config))
         encode = jax.jit(
             lambda keep, m=model, p=params: m.apply(
                 {"params": p}, patches, keep, places, method="encode"
@@ -291,7 +291,7 @@ def test_conditioned_encoder_reads_the_mask_and_the_other_does_not():
 
 
 def test_what_is_dropped_never_reaches_the_decoder():
-    model, params = build_model(tiny()), random_params(abstract_params(tiny()))
+    model, params = build_elastictok(tiny()), random_params(abstract_params(tiny()))
     keep = jnp.arange(8)[None].repeat(2, 0) % 4 < 2
     codes = jnp.asarray(np.random.default_rng(2).integers(0, 64000, (2, 8)), jnp.int32)
     decode = jax.jit(
@@ -320,7 +320,7 @@ def test_layers_stacked_or_apart_are_the_same_model():
     keep = jnp.arange(8)[None].repeat(2, 0) % 4 < 3
 
     def loss(params, config):
-        output = build_model(config).apply({"params": params}, patches, keep, PLACES)
+        output = build_elastictok(config).apply({"params": params}, patches, keep, PLACES)
         return jnp.mean(output.reconstruction**2), output
 
     run = jax.jit(jax.grad(loss, has_aux=True), static_argnums=1, compiler_options=QUICK)
@@ -341,7 +341,9 @@ def test_layers_stacked_or_apart_are_the_same_model():
 def test_initial_weights_do_not_depend_on_the_layout():
     stacked, apart = (
         jax.jit(
-            lambda c=config: nn.meta.unbox(init_params(build_model(c), jax.random.key(3))),
+            lambda c=config: nn.meta.unbox(
+                init_elastictok_params(build_elastictok(c), jax.random.key(3))
+            ),
             compiler_options=QUICK,
         )()
         for config in both_layouts()
@@ -354,7 +356,7 @@ def test_initial_weights_do_not_depend_on_the_layout():
 def test_layers_apart_are_rematerialised_too(remat):
     def saved(remat):
         config = tiny(**{"compute.scan_layers": False, "compute.remat": remat})
-        model, patches = build_model(config), jnp.zeros((2, 8, 192))
+        model, patches = build_elastictok(config), jnp.zeros((2, 8, 192))
         _, backward = jax.eval_shape(
             lambda params: jax.vjp(
                 lambda p: (

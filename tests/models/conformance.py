@@ -17,7 +17,7 @@ from elastictok_jax.evaluation.eval_clips import EvaluationOverrides
 from elastictok_jax.evaluation.evaluate import evaluate_models
 from elastictok_jax.models.base import StepKeys
 from elastictok_jax.models.registry import registered_family
-from elastictok_jax.parallel.sharding import batch_sharding, in_mesh, replicate
+from elastictok_jax.parallel.sharding import batch_sharding, replicate, with_logical_axes
 from elastictok_jax.tokenizer.search import SEARCHES
 from elastictok_jax.training.host_consensus import Votes
 from elastictok_jax.training.loop import train_experiment
@@ -183,7 +183,7 @@ def check_any_mesh(config, meshes) -> None:
             replicate(task.frozen(), mesh),
             Votes(mesh).cast(stop=False, replaced_blocks=0),
         )
-        step = in_mesh(jit_train_step(given, abstract), mesh)
+        step = with_logical_axes(jit_train_step(given, abstract), mesh)
         _, metrics = step(sharded_init(given, abstract), *inputs)
         results.append([float(metrics["loss"]), float(metrics["grad_norm"])])
     np.testing.assert_allclose(results[1:], results[:1] * (len(results) - 1), rtol=1e-5)

@@ -21,7 +21,7 @@ SECTIONS = {"model": MODEL, "masking": autoencoder.MASKING, "loss": autoencoder.
 
 
 def check(config):
-    autoencoder.block_tokens(config, PATCH)
+    autoencoder.autoencoder_block_tokens(config, PATCH)
 
 
 def family(config):

@@ -13,7 +13,8 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from elastictok_jax.config import apply_overrides, resolve_config
-from elastictok_jax.data.pipeline import DeviceBatches, local_batch_part
+from elastictok_jax.data.batch_sharding import local_batch_part
+from elastictok_jax.data.pipeline import DeviceBatches
 from elastictok_jax.data.sources.splits import open_splits
 from elastictok_jax.experiment_registry import get_experiment
 from elastictok_jax.parallel.sharding import batch_sharding

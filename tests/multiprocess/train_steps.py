@@ -17,7 +17,7 @@ from flax.traverse_util import flatten_dict
 from elastictok_jax.config import apply_overrides, default_config, resolve_config
 from elastictok_jax.parallel.distributed import wait_for_all_processes
 from elastictok_jax.parallel.mesh import AXES
-from elastictok_jax.parallel.sharding import batch_sharding, in_mesh, replicated
+from elastictok_jax.parallel.sharding import batch_sharding, replicated, with_logical_axes
 from elastictok_jax.storage.checkpoint import Checkpointer
 from elastictok_jax.training.host_consensus import Votes
 from tests.tiny import abstract_state, jit_train_step, mesh_of, sequence_tokens, sharded_init
@@ -91,7 +91,7 @@ def start(config, mesh):
 
 def jitted_step(config, mesh):
     """The step that the loop runs."""
-    return in_mesh(jit_train_step(config, abstract_state(config, mesh)), mesh)
+    return with_logical_axes(jit_train_step(config, abstract_state(config, mesh)), mesh)
 
 
 def train(step, state, *, config, mesh, steps):

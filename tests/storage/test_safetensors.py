@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from elastictok_jax.errors import UsageError
-from elastictok_jax.storage.safetensors import load_params, save_params
+from elastictok_jax.storage.safetensors import load_safetensors, save_safetensors
 
 PARAMS = {
     "encoder": {
@@ -25,12 +25,12 @@ PARAMS = {
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     path = tmp_path_factory.mktemp("saved") / "model.safetensors"
-    save_params(path, PARAMS, metadata={"source": "test"})
+    save_safetensors(path, PARAMS, metadata={"source": "test"})
     return path
 
 
 def test_round_trip_keeps_tree_values_dtypes_and_metadata(saved):
-    params, metadata = load_params(saved)
+    params, metadata = load_safetensors(saved)
     assert metadata == {"source": "test"}
     assert set(params) == {"encoder", "decoder"}
     for half in params:
@@ -44,13 +44,13 @@ def test_round_trip_keeps_tree_values_dtypes_and_metadata(saved):
 
 def test_transposed_views_are_written_in_their_own_order(tmp_path):
     view = np.arange(12, dtype=np.float32).reshape(3, 4).T[::2]
-    save_params(tmp_path / "m", {"a": view}, metadata={})
-    np.testing.assert_array_equal(load_params(tmp_path / "m")[0]["a"], view)
+    save_safetensors(tmp_path / "m", {"a": view}, metadata={})
+    np.testing.assert_array_equal(load_safetensors(tmp_path / "m")[0]["a"], view)
 
 
 def test_failed_save_keeps_the_old_file_and_leaves_nothing_behind(tmp_path, monkeypatch):
     path = tmp_path / "m"
-    save_params(path, {"a": np.ones(3, np.float32)}, metadata={})
+    save_safetensors(path, {"a": np.ones(3, np.float32)}, metadata={})
     before = path.read_bytes()
 
     def full_disk(flat, temporary, metadata):
@@ -59,7 +59,7 @@ def test_failed_save_keeps_the_old_file_and_leaves_nothing_behind(tmp_path, monk
 
     monkeypatch.setattr(safetensors.numpy, "save_file", full_disk)
     with pytest.raises(UsageError, match="no space left"):
-        save_params(path, {"a": np.zeros(3, np.float32)}, metadata={})
+        save_safetensors(path, {"a": np.zeros(3, np.float32)}, metadata={})
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
 
@@ -74,18 +74,18 @@ def test_failed_save_keeps_the_old_file_and_leaves_nothing_behind(tmp_path, monk
 )
 def test_save_refuses_what_load_would_refuse(tmp_path, params, named):
     with pytest.raises(UsageError, match=named):
-        save_params(tmp_path / "m", params, metadata={})
+        save_safetensors(tmp_path / "m", params, metadata={})
 
 
 def test_save_into_a_missing_folder_is_a_usage_error(tmp_path):
     with pytest.raises(UsageError, match="cannot write"):
-        save_params(tmp_path / "no" / "m", PARAMS, metadata={})
+        save_safetensors(tmp_path / "no" / "m", PARAMS, metadata={})
 
 
 def test_missing_file_and_folder_are_usage_errors(tmp_path):
     for path in (tmp_path / "none", tmp_path):
         with pytest.raises(UsageError, match="no such file"):
-            load_params(path)
+            load_safetensors(path)
 
 
 @settings(max_examples=60)
@@ -95,7 +95,7 @@ def test_truncation_anywhere_is_a_usage_error(saved, tmp_path_factory, fraction)
     path = tmp_path_factory.mktemp("cut") / "m"
     path.write_bytes(data[: int(fraction * len(data))])
     with pytest.raises(UsageError, match="not a complete safetensors file"):
-        load_params(path)
+        load_safetensors(path)
 
 
 def _with_header(path, header):
@@ -115,7 +115,7 @@ def _with_header(path, header):
 def test_hostile_names_are_refused(tmp_path, name, message):
     entry = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
     with pytest.raises(UsageError, match=message):
-        load_params(_with_header(tmp_path / "m", {name: entry}))
+        load_safetensors(_with_header(tmp_path / "m", {name: entry}))
 
 
 def test_hostile_headers_are_refused(tmp_path):
@@ -130,11 +130,11 @@ def test_hostile_headers_are_refused(tmp_path):
     )
     for path in (huge, integer, oversized):
         with pytest.raises(UsageError, match=path.name):
-            load_params(path)
+            load_safetensors(path)
 
 
 def test_a_weight_under_another_weight_is_refused(tmp_path):
     one = np.ones(1, np.float32)
     safetensors.numpy.save_file({"a": one, "a/b": one}, tmp_path / "m")
     with pytest.raises(UsageError, match="a/b is nested under another"):
-        load_params(tmp_path / "m")
+        load_safetensors(tmp_path / "m")

@@ -20,8 +20,8 @@ from elastictok_jax.config import (
     apply_overrides,
     config_to_json,
     default_config,
+    default_source_config,
     resolve_config,
-    source_config,
 )
 from elastictok_jax.data import media
 from elastictok_jax.data.clip_reader import ClipReader
@@ -30,8 +30,8 @@ from elastictok_jax.data.media import raw_video
 from elastictok_jax.data.packing import PackedClip
 from elastictok_jax.data.sources.file_source import EMBEDDED, FileSource
 from elastictok_jax.data.sources.splits import SourceSplit
-from elastictok_jax.pixels import mse
-from elastictok_jax.storage.safetensors import save_params
+from elastictok_jax.pixels import pixel_mse
+from elastictok_jax.storage.safetensors import save_safetensors
 from elastictok_jax.tokenizer import etok
 from elastictok_jax.tokenizer.file_codec import _encode_in_order
 from elastictok_jax.tokenizer.goal import Goal
@@ -53,7 +53,7 @@ def model(tmp_path_factory):
     config = resolve_config(config)
     (folder / "config.json").write_text(config_to_json(config))
     params = jax.device_get(made_up_state(config).params["model"])
-    save_params(folder / "model.safetensors", params, metadata={})
+    save_safetensors(folder / "model.safetensors", params, metadata={})
     return folder
 
 
@@ -191,7 +191,7 @@ def test_odd_size_longer_than_the_window(tokenizer, encode, decode, tmp_path):
     assert (tokens.window_blocks, tokens.fps) == (2, 10.0)
     assert results["blocks"] == 5 * 4
     decoded = tokenizer.decode(tokens)
-    assert results["mse"] == pytest.approx(mse(frames, decoded), rel=1e-5)
+    assert results["mse"] == pytest.approx(pixel_mse(frames, decoded), rel=1e-5)
     np.testing.assert_array_equal(media.read_frames(decode("out.mkv")), decoded)
     info = media.probe(decode("out.mp4"))
     assert (info.frames, info.height, info.width, info.fps) == (18, 17, 31, 10.0)
@@ -478,7 +478,7 @@ def test_frames_of_a_file_are_taken_by_time_as_training_takes_them(encode, fps):
     path = EMBEDDED / "heldout" / "bbb_kite.mp4"
     results, tokens, _ = encode(path, "--fps", str(fps))
     source = FileSource(path)
-    settings = source_config(path=str(path), fps=fps)
+    settings = default_source_config(path=str(path), fps=fps)
     config = default_config()
     apply_overrides(config, SMALL)
     feeds = (SourceSplit("main", 0, source, settings, np.arange(1)),)

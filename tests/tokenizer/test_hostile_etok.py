@@ -45,7 +45,7 @@ def split(data):
 def seal(arrays, text):
     """A file whose checksum is right, whatever it holds: what an attacker would write."""
     text = {name: value for name, value in text.items() if name != "crc32"}
-    return save(arrays, metadata=text | {"crc32": etok.checksum(arrays, text)})
+    return save(arrays, metadata=text | {"crc32": etok.etok_checksum(arrays, text)})
 
 
 def with_header(data, change):

@@ -12,14 +12,14 @@ from elastictok_jax import ElasticTokenizer, cli
 from elastictok_jax.config import config_to_json
 from elastictok_jax.data import media
 from elastictok_jax.errors import UsageError
-from elastictok_jax.storage.safetensors import save_params
+from elastictok_jax.storage.safetensors import save_safetensors
 from elastictok_jax.tokenizer.goal import Goal
 from elastictok_jax.tokenizer.router import (
     FILE,
     Router,
-    octave_energies,
     predict_errors,
     router_features,
+    router_octave_energies,
 )
 from elastictok_jax.tokenizer.router_training import (
     fit_router,
@@ -67,7 +67,7 @@ def folder(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
     tokenizer = make_tokenizer(**{"model.conditioned": request.param})
     (folder / "config.json").write_text(config_to_json(tokenizer.config))
-    save_params(folder / "model.safetensors", jax.device_get(tokenizer.params), metadata={})
+    save_safetensors(folder / "model.safetensors", jax.device_get(tokenizer.params), metadata={})
     return folder
 
 
@@ -168,13 +168,13 @@ def test_all_blocks_of_an_item_are_held_back_or_none():
 def test_energies_of_all_scales_make_up_the_variance():
     rng = np.random.default_rng(0)
     video = rng.random((2, 16, 24, 3)).astype(np.float32)
-    *bands, total = octave_energies(video)
+    *bands, total = router_octave_energies(video)
     about_mean = video - video.mean(axis=(1, 2), keepdims=True)
     np.testing.assert_allclose(total, np.mean(about_mean**2), rtol=1e-4)
     np.testing.assert_allclose(sum(bands), total, rtol=1e-4)
     coarse = np.repeat(np.repeat(rng.random((2, 4, 6, 3)), 4, axis=1), 4, axis=2)
     np.testing.assert_allclose(
-        octave_energies(coarse)[:2], 0, atol=1e-6
+        router_octave_energies(coarse)[:2], 0, atol=1e-6
     )  # nothing as fine as 2 or 4
 
 

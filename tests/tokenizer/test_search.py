@@ -13,7 +13,7 @@ from elastictok_jax.tokenizer.search import (
     LIKELY,
     SEARCHES,
     SearchProblem,
-    corrected_guess,
+    correct_search_guess,
     log_spaced,
 )
 
@@ -186,7 +186,7 @@ def test_log_spaced_lengths_ascend_from_end_to_end(low, more, count):
 )
 def test_a_corrected_guess_goes_through_what_was_measured(tried, seed):
     guess = np.random.default_rng(seed).standard_normal(18)
-    curve = corrected_guess(guess, tried, low=3)
+    curve = correct_search_guess(guess, tried, low=3)
     for length, error in tried.items():
         assert np.isclose(curve[length - 3], np.log(error))
     if not tried:

@@ -14,7 +14,7 @@ from elastictok_jax.errors import UsageError
 from elastictok_jax.perceptual.lpips import lpips
 from elastictok_jax.perceptual.lpips_weights import load_lpips
 from elastictok_jax.pixels import pixels_to_float
-from elastictok_jax.storage.safetensors import save_params
+from elastictok_jax.storage.safetensors import save_safetensors
 from tests.tokenizer.small import make_tokenizer, moving_clip
 
 
@@ -327,7 +327,7 @@ def test_tokens_of_another_model_and_bad_codes_are_refused(tokenizer, clip):
 
 def test_from_pretrained_reads_an_exported_folder(tokenizer, clip, tmp_path):
     (tmp_path / "config.json").write_text(config_to_json(tokenizer.config))
-    save_params(tmp_path / "model.safetensors", jax.device_get(tokenizer.params), metadata={})
+    save_safetensors(tmp_path / "model.safetensors", jax.device_get(tokenizer.params), metadata={})
     loaded = ElasticTokenizer.from_pretrained(tmp_path)
     assert loaded.fingerprint == tokenizer.fingerprint
     np.testing.assert_array_equal(

@@ -17,7 +17,7 @@ from elastictok_jax.experiment_registry import get_experiment
 from elastictok_jax.storage.checkpoint import Checkpointer, DamagedCheckpoint
 from elastictok_jax.storage.references import split_reference
 from elastictok_jax.tokenizer.api import ElasticTokenizer
-from elastictok_jax.training.inspection import inspect_run, inspection_lines
+from elastictok_jax.training.inspect_run import inspect_run, inspect_run_text
 from elastictok_jax.training.loop import train_experiment
 from elastictok_jax.training.metric_writers import MetricWriter, read_metrics
 from tests.training.test_loop import OPTIONS
@@ -148,7 +148,7 @@ def test_inspect_lists_steps_values_and_damage(workdir, capsys):
     assert "is damaged" in rows[0]["damage"] and rows[1]["damage"] == ""
     assert sum(row["best"] for row in rows) == 1
     assert all(row["bytes"] > 1000 and row["value"] > 0 for row in rows)
-    assert inspection_lines(inspect_run(workdir)).count("\n") == 2
+    assert inspect_run_text(inspect_run(workdir)).count("\n") == 2
     assert cli.main(["inspect", str(workdir)]) == 0
     assert cli.main(["inspect", str(workdir), "--json"]) == 0
     assert cli.main(["inspect", str(workdir / "checkpoints")]) == 2

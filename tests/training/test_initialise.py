@@ -13,7 +13,7 @@ from elastictok_jax.config import apply_overrides, config_to_json, read_config, 
 from elastictok_jax.errors import UsageError
 from elastictok_jax.experiment_registry import get_experiment
 from elastictok_jax.layers.scan_layout import stack_or_unstack
-from elastictok_jax.storage.safetensors import load_params, save_params
+from elastictok_jax.storage.safetensors import load_safetensors, save_safetensors
 from elastictok_jax.tokenizer.api import ElasticTokenizer
 from elastictok_jax.training.initialise import initialise
 from elastictok_jax.training.metric_writers import read_metrics
@@ -64,7 +64,7 @@ def trained(tmp_path_factory):
     params = jax.device_get(ElasticTokenizer.from_pretrained(workdir).params)
     exported = workdir.parent / "exported"
     exported.mkdir()
-    save_params(exported / "model.safetensors", params, metadata={})
+    save_safetensors(exported / "model.safetensors", params, metadata={})
     shutil.copy(workdir / "config.json", exported)
     return workdir, exported, flatten_dict(params, sep="/")
 
@@ -205,7 +205,7 @@ def test_an_exported_folder_that_does_not_fit_its_config_is_refused(trained, tmp
     damaged = {name: value for name, value in params.items() if name != "decoder/norm/scale"}
     damaged["encoder/layers_7/strange"] = np.zeros(3, np.float32)
     nested = unflatten_dict(damaged, sep="/")
-    save_params(tmp_path / "model.safetensors", nested, metadata={})
+    save_safetensors(tmp_path / "model.safetensors", nested, metadata={})
     with pytest.raises(UsageError) as caught:
         begin(tmp_path, tmp_path)
     assert "decoder/norm/scale: none saved, (16,) asked for" in str(caught.value)
@@ -261,8 +261,8 @@ def test_a_tokenizer_reads_either_layout(trained, kind, tmp_path):
     np.testing.assert_array_equal(tokens.codes[0], want.encode(clip, tokens=5).codes[0])
     # And weights that were saved apart.
     params = stack_or_unstack(jax.device_get(got.params), stacked=False)
-    save_params(folder / "model.safetensors", params, metadata={})
-    assert "layers_1" in load_params(folder / "model.safetensors")[0]["decoder"]
+    save_safetensors(folder / "model.safetensors", params, metadata={})
+    assert "layers_1" in load_safetensors(folder / "model.safetensors")[0]["decoder"]
     config.compute.scan_layers = True
     (folder / "config.json").write_text(config_to_json(config))
     again = ElasticTokenizer.from_pretrained(folder)

@@ -4,6 +4,7 @@ Dimensions: T frames, H height, W width, C = 3 (red, green, blue). Only the modu
 import av. Pixels are read as stored: a pixel aspect ratio other than 1 is not resampled.
 """
 
+from elastictok_jax.data.media.color import yuv_to_rgb
 from elastictok_jax.data.media.file_kinds import (
     IMAGE_SUFFIXES,
     VIDEO_SUFFIXES,
@@ -11,7 +12,6 @@ from elastictok_jax.data.media.file_kinds import (
     media_kind,
 )
 from elastictok_jax.data.media.files import LIMITS, MediaError, MediaLimits
-from elastictok_jax.data.media.frame_pixels import yuv_to_rgb
 from elastictok_jax.data.media.geometry import (
     LONGEST,
     center_crop,
@@ -26,27 +26,18 @@ from elastictok_jax.data.media.images import (
     read_image,
     write_image,
 )
-from elastictok_jax.data.media.probing import MediaInfo, probe, probe_loss, read_frames
+from elastictok_jax.data.media.probing import MediaInfo, probe, probe_loss
 from elastictok_jax.data.media.recompression import COMPARED_CODECS, Recompressed, recompress
 from elastictok_jax.data.media.stored_video import StoredVideo
-from elastictok_jax.data.media.video_reader import VideoReader
-from elastictok_jax.data.media.video_writer import (
-    FASTEST,
-    SLOWEST,
-    can_write_rate,
-    encode_video,
-    rate_fault,
-    write_video,
-)
+from elastictok_jax.data.media.video_reader import VideoReader, read_frames
+from elastictok_jax.data.media.video_writer import write_video, write_video_bytes
 from elastictok_jax.errors import UsageError
 
 __all__ = [
     "COMPARED_CODECS",
-    "FASTEST",
     "IMAGE_SUFFIXES",
     "LIMITS",
     "LONGEST",
-    "SLOWEST",
     "VIDEO_SUFFIXES",
     "WRITABLE_IMAGES",
     "MediaError",
@@ -56,17 +47,14 @@ __all__ = [
     "StoredVideo",
     "UsageError",
     "VideoReader",
-    "can_write_rate",
     "center_crop",
     "crop_long_strip",
     "decode_image",
-    "encode_video",
     "file_kind",
     "media_kind",
     "opened_image",
     "probe",
     "probe_loss",
-    "rate_fault",
     "read_frames",
     "read_image",
     "recompress",
@@ -74,5 +62,6 @@ __all__ = [
     "scaled_size",
     "write_image",
     "write_video",
+    "write_video_bytes",
     "yuv_to_rgb",
 ]

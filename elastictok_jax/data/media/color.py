@@ -1,4 +1,4 @@
-"""Converts video frames from YUV to RGB and back, with exact chroma siting.
+"""Converts video frames from YUV to upright RGB and back, with exact chroma siting.
 
 A chroma sample of 4:2:0 or 4:2:2 is sited at the left column of its luma samples ("left": H.264,
 MPEG-2 and what is written here), at their center ("center": JPEG, MPEG-1) or at their top left
@@ -19,6 +19,9 @@ from av.video.reformatter import (
     Interpolation,
     VideoReformatter,
 )
+
+from elastictok_jax.data.media.files import MediaError
+from elastictok_jax.data.media.geometry import display_matrix, upright
 
 # Rounds instead of truncating: swscale's default darkens frames by more than one level of 255.
 EXACT_COLORS = (
@@ -199,3 +202,47 @@ def hdr_color_note(stream: av.VideoStream) -> str:
             "it to BT.709 first for true colors"
         )
     return ""
+
+
+class ToRgb:
+    """Converts frames to RGB and applies their rotation. Not thread-safe."""
+
+    def __init__(self, siting: str = "") -> None:
+        self._planes = ToRgbPlanes(siting)
+
+    def __call__(self, frame: av.VideoFrame, out_HWC: np.ndarray, *, path) -> None:
+        """Writes uint8 [H, W, 3] into `out_HWC`; MediaError if the frame has another size."""
+        matrix = display_matrix(frame)
+        for channel, plane in enumerate(self._planes(frame)):
+            shown = upright(plane, matrix)
+            if shown.shape != out_HWC.shape[:2]:
+                height, width = out_HWC.shape[:2]
+                raise MediaError(
+                    f"{path}: the frame size changes from {width}x{height} to "
+                    f"{shown.shape[1]}x{shown.shape[0]}; re-encode it at one size"
+                )
+            out_HWC[..., channel] = shown
+
+
+def yuv_to_rgb(
+    data: bytes, *, pixel_format: str, height: int, width: int, full_range: bool, siting: str
+) -> np.ndarray:
+    """Converts a planar frame's bytes to uint8 [H, W, 3].
+
+    `pixel_format` is yuv420p, yuv422p, yuv444p or gray, 8 bits a sample; `siting` is as in
+    `color`. The matrix is BT.709 from 720 lines on, else BT.601, as for files that name none.
+    """
+    frame = av.VideoFrame(width, height, pixel_format)
+    if full_range:
+        frame.color_range = ColorRange.JPEG
+    at = 0
+    for plane in frame.planes:
+        lines = np.zeros((plane.buffer_size // plane.line_size, plane.line_size), np.uint8)
+        size = plane.height * plane.width
+        samples = np.frombuffer(data, np.uint8, count=size, offset=at)
+        lines[: plane.height, : plane.width] = samples.reshape(plane.height, plane.width)
+        plane.update(lines.tobytes())
+        at += size
+    out = np.empty((height, width, 3), np.uint8)
+    ToRgb(siting)(frame, out, path="a frame")
+    return out

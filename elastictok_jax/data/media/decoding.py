@@ -8,15 +8,10 @@ import av
 from av.stream import Disposition
 
 from elastictok_jax.data.media import color
-from elastictok_jax.data.media.files import (
-    LIMITS,
-    MediaError,
-    MediaLimits,
-    file_url,
-    require_file,
-    require_sane_size,
-)
-from elastictok_jax.data.media.frame_pixels import ToRgb, display_matrix, is_transposed
+from elastictok_jax.data.media.color import ToRgb
+from elastictok_jax.data.media.files import LIMITS, MediaError, MediaLimits, require_file
+from elastictok_jax.data.media.geometry import display_matrix, is_transposed, require_sane_size
+from elastictok_jax.paths import file_url
 
 _NO_FILM = Disposition.attached_pic | Disposition.timed_thumbnails
 

@@ -1,9 +1,13 @@
-"""Resizes and crops frames uint8 [T, H, W, 3]."""
+"""Checks, resizes, crops and rotates frames uint8 [T, H, W, 3]."""
 
+from typing import Any
+
+import av
 import numpy as np
+from av.sidedata.sidedata import Type as SideDataType
 from PIL import Image
 
-from elastictok_jax.data.media.files import LIMITS, MediaError, require_rgb
+from elastictok_jax.data.media.files import LIMITS, MediaError, MediaLimits
 from elastictok_jax.errors import UsageError
 
 LONGEST = 16  # times the short side: of a longer strip, only the middle is scaled up
@@ -16,7 +20,7 @@ def resize_shortest(frames_THWC, *, side: int, name="frames") -> np.ndarray:
     size are returned as they are. Raises UsageError for another shape or type, for side < 1 and,
     naming them `name`, if they would exceed LIMITS.
     """
-    frames_THWC = require_rgb(frames_THWC, dims=4)
+    frames_THWC = require_rgb_shape(frames_THWC, dims=4)
     if side < 1:
         raise UsageError(f"side is {side}; it must be at least 1 pixel")
     count, height, width, _ = frames_THWC.shape
@@ -74,7 +78,7 @@ def center_crop(frames_THWC, *, height: int, width: int) -> np.ndarray:
 
     Raises UsageError if the frames are smaller than that.
     """
-    frames_THWC = require_rgb(frames_THWC, dims=4)
+    frames_THWC = require_rgb_shape(frames_THWC, dims=4)
     _, old_height, old_width, _ = frames_THWC.shape
     if not (0 < height <= old_height and 0 < width <= old_width):
         raise UsageError(
@@ -82,3 +86,64 @@ def center_crop(frames_THWC, *, height: int, width: int) -> np.ndarray:
         )
     top, left = (old_height - height) // 2, (old_width - width) // 2
     return frames_THWC[:, top : top + height, left : left + width]
+
+
+def require_sane_size(path, height: int, width: int, *, limits: MediaLimits) -> None:
+    """Raises MediaError, naming `path`, for a frame of more than `limits.pixels` pixels."""
+    if height * width > limits.pixels:
+        raise MediaError(
+            f"{path}: {width}x{height} is more than {limits.pixels} pixels; scale it down or "
+            "delete it"
+        )
+
+
+def require_rgb_shape(pixels, *, dims: int) -> np.ndarray:
+    """Returns `pixels` as uint8 [..., 3] of `dims` axes; UsageError for another shape or type."""
+    pixels = np.asarray(pixels)
+    if pixels.dtype != np.uint8 or pixels.ndim != dims or pixels.shape[-1] != 3 or not pixels.size:
+        shape = "[H, W, 3]" if dims == 3 else "[T, H, W, 3]"
+        raise UsageError(f"expected uint8 {shape}, all above 0, got {pixels.dtype} {pixels.shape}")
+    return pixels
+
+
+def display_matrix(frame: av.VideoFrame) -> tuple[int, int, int, int]:
+    """Returns (a, b, c, d): the stored pixel (x, y) is shown at (a x + c y, b x + d y).
+
+    x points right and y down (ISO/IEC 14496-12, 8.3.2). Only ratios and signs matter here.
+    """
+    entries: Any = frame.side_data  # a mapping by type, whatever the stubs say
+    if SideDataType.DISPLAYMATRIX not in entries:
+        return 1, 0, 0, 1
+    matrix = bytes(entries[SideDataType.DISPLAYMATRIX])[:36]
+    a, b, _, c, d, *_ = np.frombuffer(matrix, np.int32).tolist()
+    return a, b, c, d
+
+
+def is_transposed(matrix: tuple[int, int, int, int]) -> bool:
+    """Returns whether a display matrix swaps height and width."""
+    a, b, _, _ = matrix
+    return abs(b) > abs(a)
+
+
+def upright(plane_HW: np.ndarray, matrix: tuple[int, int, int, int]) -> np.ndarray:
+    """Rotates and mirrors a plane by its display matrix, to the nearest quarter turn."""
+    a, b, c, d = matrix
+    if is_transposed(matrix):
+        plane_HW, a, d = plane_HW.T, c, b
+    return plane_HW[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]
+
+
+def require_clip_or_image(video: np.ndarray) -> np.ndarray:
+    """Returns uint8 [T, H, W, 3] of a clip or of an image [H, W, 3].
+
+    Raises:
+      UsageError: if it is neither.
+    """
+    if video.ndim == 3:
+        video = video[None]
+    if video.ndim != 4 or video.shape[-1] != 3 or 0 in video.shape or video.dtype != np.uint8:
+        raise UsageError(
+            f"a clip must be uint8 [T, H, W, 3] (or an image [H, W, 3]) with no empty axis; "
+            f"this is {video.dtype} {list(video.shape)}"
+        )
+    return video

@@ -22,11 +22,10 @@ from elastictok_jax.data.media.files import (
     MediaError,
     MediaLimits,
     require_file,
-    require_rgb,
-    require_sane_size,
-    written_atomically,
 )
+from elastictok_jax.data.media.geometry import require_rgb_shape, require_sane_size
 from elastictok_jax.errors import UsageError
+from elastictok_jax.storage.atomic import replacing
 
 WRITABLE_IMAGES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp"})
 _XMP = b"http://ns.adobe.com/xap/"
@@ -151,10 +150,10 @@ def write_image(path, image_HWC, *, quality: int = 95) -> None:
 
     `quality` is for jpg and webp. Raises UsageError for another shape, type or suffix.
     """
-    image_HWC = require_rgb(image_HWC, dims=3)
+    image_HWC = require_rgb_shape(image_HWC, dims=3)
     if Path(path).suffix.lower() not in WRITABLE_IMAGES:
         raise UsageError(f"{path}: use one of {' '.join(sorted(WRITABLE_IMAGES))}")
-    with written_atomically(path) as temporary:
+    with replacing(Path(path)) as temporary:
         Image.fromarray(image_HWC).save(temporary, quality=quality)
 
 

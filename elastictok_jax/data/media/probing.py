@@ -1,14 +1,11 @@
-"""Describes, checks and reads media files, images and videos alike."""
+"""Describes and checks media files, images and videos alike."""
 
 from dataclasses import dataclass
-
-import numpy as np
 
 from elastictok_jax.data.media import color
 from elastictok_jax.data.media.decoding import open_for_decoding
 from elastictok_jax.data.media.file_kinds import file_kind
-from elastictok_jax.data.media.files import LIMITS, MediaError, MediaLimits
-from elastictok_jax.data.media.geometry import resize_shortest
+from elastictok_jax.data.media.files import LIMITS, MediaLimits
 from elastictok_jax.data.media.images import opened_image, read_image
 from elastictok_jax.data.media.video_reader import VideoReader
 
@@ -45,24 +42,6 @@ def probe(path, *, limits: MediaLimits = LIMITS) -> MediaInfo:
         return MediaInfo(
             str(path), "video", reader.frame_count, reader.fps, reader.height, reader.width
         )
-
-
-def read_frames(
-    path, *, start: int = 0, count: int | None = None, side: int | None = None
-) -> np.ndarray:
-    """Reads frames start .. start + count - 1 of a video, or an image: uint8 [T, H, W, 3].
-
-    `count` None reads to the end; `side` resizes as `resize_shortest` does. Raises MediaError as
-    `probe` does, and for frames out of range.
-    """
-    if file_kind(path) == "image":
-        if start != 0 or count not in (None, 1):
-            raise MediaError(f"{path}: an image has one frame; ask for start 0 and count 1")
-        image = read_image(path)[None]
-        return image if side is None else resize_shortest(image, side=side, name=path)
-    with VideoReader(path) as reader:
-        count = reader.frame_count - start if count is None else count
-        return reader.read(start, count, side=side)
 
 
 def probe_loss(path) -> str:

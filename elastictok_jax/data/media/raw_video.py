@@ -10,8 +10,8 @@ from typing import BinaryIO
 import numpy as np
 
 from elastictok_jax.data.media import color
+from elastictok_jax.data.media.color import yuv_to_rgb
 from elastictok_jax.data.media.files import LIMITS
-from elastictok_jax.data.media.frame_pixels import yuv_to_rgb
 from elastictok_jax.errors import UsageError
 
 Y4M = b"YUV4MPEG2"

@@ -12,10 +12,10 @@ import numpy as np
 from av.bitstream import BitStreamFilterContext
 from av.video.reformatter import Colorspace
 
+from elastictok_jax.data.frame_rate import exact_frame_rate
 from elastictok_jax.data.media import color
-from elastictok_jax.data.media.files import require_rgb
-from elastictok_jax.data.media.frame_pixels import ToRgb
-from elastictok_jax.data.media.video_writer import exact_rate
+from elastictok_jax.data.media.color import ToRgb
+from elastictok_jax.data.media.geometry import require_rgb_shape
 from elastictok_jax.errors import RunError, UsageError
 
 # Slow presets: the best that these codecs can do.
@@ -43,7 +43,7 @@ def recompress(frames_THWC, *, fps: float, codec: str, crf: int) -> Recompressed
     The stream is 4:2:0 and BT.709, one long group of pictures with B-frames: the codec at its
     best. Raises UsageError for bad arguments and RunError if the codec fails.
     """
-    frames_THWC = require_rgb(frames_THWC, dims=4)
+    frames_THWC = require_rgb_shape(frames_THWC, dims=4)
     count, height, width, _ = frames_THWC.shape
     if not 0 <= crf <= COMPARED_CODECS.get(codec, -1):
         raise UsageError(
@@ -77,7 +77,7 @@ def recompress(frames_THWC, *, fps: float, codec: str, crf: int) -> Recompressed
 
 
 def _encode_for_size(frames_THWC: np.ndarray, file: BinaryIO, *, fps, codec, crf) -> None:
-    rate = exact_rate(fps)
+    rate = exact_frame_rate(fps)
     options = {"crf": str(crf)} | _CODEC_OPTIONS[codec] | color.WRITTEN_OPTIONS
     with av.open(file, "w", format="matroska") as container:
         stream = container.add_stream(codec, rate=rate, options=options)

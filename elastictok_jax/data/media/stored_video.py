@@ -1,4 +1,4 @@
-"""Reads frames in any order from an MP4 in memory that `encode_video` made."""
+"""Reads frames in any order from an MP4 in memory that `write_video_bytes` made."""
 
 import io
 from bisect import bisect_right
@@ -8,12 +8,12 @@ from typing import Any
 import av
 import numpy as np
 
+from elastictok_jax.data.media.color import ToRgb
 from elastictok_jax.data.media.files import MediaError
-from elastictok_jax.data.media.frame_pixels import ToRgb
 
 
 class StoredVideo:
-    """Gives random access to an MP4 in memory that `encode_video` made.
+    """Gives random access to an MP4 in memory that `write_video_bytes` made.
 
     Its decoding order is presentation order, so its own table of frames is the index.
 

@@ -17,8 +17,16 @@ from elastictok_jax.data.frame_rate import (
     recorded_frames_at_rate,
 )
 from elastictok_jax.data.media.decoding import Decoding, start_decoding, times_when_decoded
+from elastictok_jax.data.media.file_kinds import file_kind
 from elastictok_jax.data.media.files import LIMITS, MediaError, MediaLimits
-from elastictok_jax.data.media.geometry import center_crop, cropped_strip_size, resize, scaled_size
+from elastictok_jax.data.media.geometry import (
+    center_crop,
+    cropped_strip_size,
+    resize,
+    resize_shortest,
+    scaled_size,
+)
+from elastictok_jax.data.media.images import read_image
 from elastictok_jax.data.media.video_index import index_video
 
 _KEYFRAMES_TO_TRY = 4
@@ -207,3 +215,21 @@ def _take(
 def _contains(ascending: tuple[int, ...], value: int) -> bool:
     place = bisect_right(ascending, value)
     return place > 0 and ascending[place - 1] == value
+
+
+def read_frames(
+    path, *, start: int = 0, count: int | None = None, side: int | None = None
+) -> np.ndarray:
+    """Reads frames start .. start + count - 1 of a video, or an image: uint8 [T, H, W, 3].
+
+    `count` None reads to the end; `side` resizes as `resize_shortest` does. Raises MediaError as
+    `probe` does, and for frames out of range.
+    """
+    if file_kind(path) == "image":
+        if start != 0 or count not in (None, 1):
+            raise MediaError(f"{path}: an image has one frame; ask for start 0 and count 1")
+        image = read_image(path)[None]
+        return image if side is None else resize_shortest(image, side=side, name=path)
+    with VideoReader(path) as reader:
+        count = reader.frame_count - start if count is None else count
+        return reader.read(start, count, side=side)

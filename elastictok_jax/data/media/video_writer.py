@@ -2,21 +2,22 @@
 
 import io
 from collections.abc import Iterable, Iterator
-from fractions import Fraction
 from pathlib import Path
 
 import av
 import numpy as np
 from av.video.reformatter import Colorspace
 
+from elastictok_jax.data.frame_rate import exact_frame_rate, frame_rate_fault
 from elastictok_jax.data.media import color
-from elastictok_jax.data.media.files import file_url, require_rgb, written_atomically
+from elastictok_jax.data.media.geometry import require_rgb_shape
 from elastictok_jax.errors import RunError, UsageError
+from elastictok_jax.paths import file_url
+from elastictok_jax.storage.atomic import replacing
 
 _WRITE_FORMATS = {"libx264": "yuv420p", "libx264rgb": "rgb24", "ffv1": "bgr0"}
 _CHROMA = {"4:2:0": "yuv420p", "4:4:4": "yuv444p"}
 _WRITE_SUFFIXES = frozenset({".mp4", ".mkv", ".mov", ".m4v"})
-SLOWEST, FASTEST = 1e-5, 100_000  # frames a second that can be written
 
 
 def write_video(
@@ -40,7 +41,7 @@ def write_video(
     Raises UsageError for bad arguments and RunError if the encoder fails.
     """
     if isinstance(frames, np.ndarray):
-        frames = require_rgb(frames, dims=4)
+        frames = require_rgb_shape(frames, dims=4)
     suffix = Path(path).suffix.lower()
     if codec not in _WRITE_FORMATS:
         raise UsageError(f"codec {codec!r} is not one of {' '.join(sorted(_WRITE_FORMATS))}")
@@ -48,9 +49,9 @@ def write_video(
         raise UsageError(f"{path}: {codec} goes into {'.mkv' if codec == 'ffv1' else '.mp4'}")
     if chroma not in _CHROMA:
         raise UsageError(f"chroma {chroma!r} is not one of {', '.join(_CHROMA)}")
-    if fault := rate_fault(path, fps):
+    if fault := frame_rate_fault(path, fps):
         raise UsageError(fault)
-    with written_atomically(path) as temporary:
+    with replacing(Path(path)) as temporary:
         container_options = {} if suffix == ".mkv" else {"movflags": "+faststart"}
         try:
             with av.open(file_url(temporary), "w", options=container_options) as container:
@@ -69,31 +70,10 @@ def write_video(
             raise RunError(f"{path}: {codec} failed: {error}") from error
 
 
-def can_write_rate(fps: float) -> bool:
-    """Returns whether a video of `fps` frames a second can be written."""
-    return SLOWEST <= fps <= FASTEST
-
-
-def rate_fault(path, fps: float) -> str:
-    """Returns why a video of `fps` frames a second cannot be written to `path`; "" if it can."""
-    if not can_write_rate(fps):
-        return f"{path}: fps is {fps:g}; a video has from {SLOWEST:g} to {FASTEST:,}"
-    if Path(path).suffix.lower() == ".mkv" and fps > 1000:
-        return f"{path}: fps is {fps:g}; .mkv stores times in milliseconds, so at most 1000"
-    return ""
-
-
-def exact_rate(fps: float) -> Fraction:
-    """Returns the fraction that is meant: 23.976 is 24000 / 1001, 0.00027778 one an hour."""
-    if fps >= 1:
-        return Fraction(fps).limit_denominator(1001)
-    return 1 / Fraction(1 / fps).limit_denominator(1001)
-
-
 def _of_one_size(frames: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
     size = None
     for frame in frames:
-        pixels = require_rgb(frame, dims=3)
+        pixels = require_rgb_shape(frame, dims=3)
         size = size or pixels.shape
         if pixels.shape != size:
             raise UsageError(f"a frame of {pixels.shape} follows one of {size}: give one size")
@@ -102,7 +82,7 @@ def _of_one_size(frames: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
         raise UsageError("there are no frames to write: give at least one")
 
 
-def encode_video(frames: Iterable[np.ndarray], *, fps: float, crf: int, gop: int = 8) -> bytes:
+def write_video_bytes(frames: Iterable[np.ndarray], *, fps: float, crf: int, gop: int = 8) -> bytes:
     """Encodes frames uint8 [H, W, 3] as an MP4 in memory, which `StoredVideo` reads.
 
     The codec is H.264 without B-frames; odd sizes are padded by repeating the edge. One encoder
@@ -130,7 +110,7 @@ def encode_video(frames: Iterable[np.ndarray], *, fps: float, crf: int, gop: int
 def _encode(
     container, frames: Iterable[np.ndarray], *, fps, crf, codec, chroma, gop, b_frames, threads
 ):
-    rate = exact_rate(fps)
+    rate = exact_frame_rate(fps)
     # With mbtree, x264's bytes depend on its memory addresses.
     options = {} if codec == "ffv1" else {"crf": str(crf), "mbtree": "0"}
     is_yuv = codec == "libx264"

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from elastictok_jax.data import media
-from elastictok_jax.data.prepare.transcode import TranscodeSettings, open_file_system
+from elastictok_jax.data.prepare.remote_files import open_remote_file_system
+from elastictok_jax.data.prepare.transcode import TranscodeSettings
 from elastictok_jax.data.sources.listing import list_media
 from elastictok_jax.data.sources.tfds_records import PART_FRAMES, RecordSource, is_record_dataset
 from elastictok_jax.errors import UsageError
-from elastictok_jax.paths import has_scheme, input_path, path_text
+from elastictok_jax.paths import expand_input_path, has_scheme, path_text
 
 ITEMS_AT_ONCE = 256  # of a TFDS data set, in one entry
 PLAN_VERSION = 2  # 1: color of stored video half a pixel too far right
@@ -109,7 +110,7 @@ def _reasons(plan: PreparePlan) -> list[str]:
 
 def _entries(text: str, plan: PreparePlan, *, several: bool) -> list[Entry]:
     """Lists the entries of one input; records ignored and unreadable files in `plan`."""
-    text = input_path(text)
+    text = expand_input_path(text)
     if has_scheme(text):
         return _remote_entries(text, plan)
     if is_record_dataset(text):
@@ -127,7 +128,7 @@ def _entries(text: str, plan: PreparePlan, *, several: bool) -> list[Entry]:
 
 
 def _remote_entries(url: str, plan: PreparePlan) -> list[Entry]:
-    system, path = open_file_system(url)
+    system, path = open_remote_file_system(url)
     try:
         if glob.has_magic(path):
             found = system.glob(path, detail=True)

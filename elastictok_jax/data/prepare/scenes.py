@@ -32,3 +32,9 @@ class SceneCuts:
         self._changes = [] if cut else [*self._changes[-MEMORY + 1 :], change]
         self._length = 1 if cut else self._length
         return cut
+
+
+def scene_cuts(frames_THWC: np.ndarray) -> np.ndarray:
+    """Returns int64 [C], the first frames of scenes after the first."""
+    cuts = SceneCuts()
+    return np.asarray([t for t, frame in enumerate(frames_THWC) if cuts.is_cut(frame)], np.int64)

@@ -11,12 +11,8 @@ from typing import Any
 
 from elastictok_jax.data.media import MediaError
 from elastictok_jax.data.prepare.plan import Entry
-from elastictok_jax.data.prepare.transcode import (
-    TranscodeSettings,
-    fetch_original,
-    transcode_file,
-    transcode_item,
-)
+from elastictok_jax.data.prepare.remote_files import fetch_remote_file
+from elastictok_jax.data.prepare.transcode import TranscodeSettings, transcode_file, transcode_item
 from elastictok_jax.data.sources.base import name_hash
 from elastictok_jax.data.sources.tfds_records import (
     WORK,
@@ -156,7 +152,7 @@ def _remote_records(
     local = temporary / (digest + Path(entry.name).suffix)
     try:
         try:
-            fetch_original(entry.path, local)
+            fetch_remote_file(entry.path, local)
         except OSError as error:
             if error.errno in NO_ROOM:
                 raise

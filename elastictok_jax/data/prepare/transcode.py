@@ -4,7 +4,6 @@ import dataclasses
 import hashlib
 import io
 import itertools
-import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,12 +14,10 @@ from PIL import Image
 from elastictok_jax.data import media
 from elastictok_jax.data.prepare.scenes import SceneCuts
 from elastictok_jax.data.sources.tfds_records import FRAME_RATE, PART_FRAMES, RecordSource
-from elastictok_jax.errors import UsageError
 
 JPEG_QUALITY = 95
 FRAMES_AT_ONCE = 32
 LOSSLESS = frozenset({"PNG", "BMP", "GIF"})
-EXTRAS = {"gs": "gcs", "gcs": "gcs", "s3": "s3", "s3a": "s3"}
 ORIENTATION = 0x0112  # EXIF tag
 
 
@@ -156,7 +153,7 @@ def _video_record(
             seen.append((number, *frame.shape[:2]))
             yield frame
 
-    data = media.encode_video(pixels(), fps=fps, crf=settings.crf)
+    data = media.write_video_bytes(pixels(), fps=fps, crf=settings.crf)
     start, height, width = seen[0]
     size = {"height": height, "width": width, "frames": len(seen), "fps": fps}
     span = {"start": start, "part": part, "duration": len(seen) / fps}
@@ -169,33 +166,3 @@ def _video_frames(reader: media.VideoReader, *, resolution: int) -> Iterator[np.
     for start in range(0, reader.frame_count, FRAMES_AT_ONCE):
         count = min(FRAMES_AT_ONCE, reader.frame_count - start)
         yield from reader.read(start, count, side=wanted)
-
-
-def fetch_original(url: str, target: Path) -> None:
-    """Copies a remote file to `target`.
-
-    Raises:
-      OSError: if it cannot be read.
-    """
-    system, path = open_file_system(url)
-    with system.open(path, "rb") as remote, target.open("wb") as local:
-        shutil.copyfileobj(remote, local)
-
-
-def open_file_system(url: str):
-    """Returns the fsspec file system of `url`, and the path in it.
-
-    Raises:
-      UsageError: if the package for its protocol is not installed.
-    """
-    import fsspec
-
-    protocol = url.partition("://")[0]
-    try:
-        return fsspec.core.url_to_fs(url)
-    except ImportError as error:
-        extra = EXTRAS.get(protocol)
-        fix = f"pip install 'elastictok_jax[{extra}]'" if extra else str(error)
-        raise UsageError(f"{url}: reading {protocol}:// needs another package: {fix}") from None
-    except ValueError as error:
-        raise UsageError(f"{url}: {error}; use a local path, gs:// or s3://") from None

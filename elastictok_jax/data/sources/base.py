@@ -1,4 +1,4 @@
-"""Defines what a data source offers, and which of its items are held out from training."""
+"""Defines what a data source offers."""
 
 import hashlib
 from typing import Protocol
@@ -41,18 +41,3 @@ class Source(Protocol):
 def name_hash(name: str) -> int:
     """Returns a hash of `name`, uniform over [0, 2^64)."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")
-
-
-def held_out(place: np.ndarray, *, fraction: float) -> np.ndarray:
-    """Returns which items are held out from training, a `fraction` by hash: bool [n].
-
-    The split depends on the original's name alone, so adding files moves none, and all clips of
-    one original are on one side. The exception is a small data set where chance picks no or all
-    originals: then the one with the lowest hash is held out, or the one with the highest is not.
-    """
-    chosen = place < np.uint64(min(fraction * 2.0**64, 2.0**64 - 2048))
-    if len(place) and chosen.all():
-        chosen &= place != place.max()
-    if not chosen.any() and fraction > 0 and (place != place[:1]).any():
-        chosen = place == place.min()
-    return chosen

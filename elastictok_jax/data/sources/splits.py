@@ -7,13 +7,14 @@ import ml_collections
 import numpy as np
 
 from elastictok_jax.data import media
-from elastictok_jax.data.sources.base import Source, held_out, name_hash
+from elastictok_jax.data.sources.base import Source, name_hash
 from elastictok_jax.data.sources.file_source import EMBEDDED, FileSource
+from elastictok_jax.data.sources.held_out import held_out_items
 from elastictok_jax.data.sources.listing import listing_ignored_text
 from elastictok_jax.data.sources.synthetic import SyntheticSource
 from elastictok_jax.data.sources.tfds_records import RecordSource, is_record_dataset
 from elastictok_jax.errors import UsageError
-from elastictok_jax.paths import has_scheme, input_path
+from elastictok_jax.paths import expand_input_path, has_scheme
 
 SPLITS = ("train", "heldout")
 
@@ -59,14 +60,6 @@ class SourceSplits:
         feeds = self.split(split)
         listed = [(feed.name, feed.source.fingerprint, len(feed.items)) for feed in feeds]
         return hashlib.sha256(repr(listed).encode()).hexdigest()[:16]
-
-
-def has_held_out(config: ml_collections.ConfigDict) -> bool:
-    """Returns whether the config holds out data from training."""
-    sources = [source for source in config.data.sources.values() if source.weight]
-    return config.data.eval_fraction > 0 or any(
-        source.path == "embedded" or source.heldout_split for source in sources
-    )
 
 
 def open_splits(config: ml_collections.ConfigDict) -> SourceSplits:
@@ -145,7 +138,7 @@ def _open(
     settings: ml_collections.ConfigDict, *, fraction: float
 ) -> tuple[Source, "np.ndarray | Source"]:
     """Opens a source; returns it with a mask of its held-out items or a source of them."""
-    path = input_path(settings.path)
+    path = expand_input_path(settings.path)
     if has_scheme(path):
         raise UsageError(f"{path}: make a data set of it first: elastictok prepare {path} -o DIR")
     if path == "embedded":
@@ -156,8 +149,8 @@ def _open(
         records = RecordSource(path, split=settings.split)
         if settings.heldout_split:
             return records, RecordSource(path, split=settings.heldout_split)
-        return records, held_out(records.place, fraction=fraction)
+        return records, held_out_items(records.place, fraction=fraction)
     if settings.heldout_split:
         raise UsageError(f"{path} has no splits: heldout_split is for TFDS data sets")
     source: Source = SyntheticSource() if path == "synthetic" else FileSource(path)
-    return source, held_out(source.place, fraction=fraction)
+    return source, held_out_items(source.place, fraction=fraction)

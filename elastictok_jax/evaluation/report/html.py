@@ -10,7 +10,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from elastictok_jax.storage.atomic import csv_columns, write_atomically
+from elastictok_jax.storage.atomic import write_atomically
+from elastictok_jax.storage.csv_files import csv_columns
 
 STYLE = """
 :root { color-scheme: light dark; }

@@ -14,7 +14,8 @@ from elastictok_jax.evaluation.report import plots
 from elastictok_jax.evaluation.report.drawing import plt, save_figure
 from elastictok_jax.evaluation.report.html import DPI, Picture, Section, Table, Video, write_html
 from elastictok_jax.evaluation.summary import CLIP_KINDS, Measured, clip_kinds
-from elastictok_jax.storage.atomic import make_folder, write_csv
+from elastictok_jax.storage.csv_files import write_csv
+from elastictok_jax.storage.outputs import make_output_folder
 
 PICTURES = 3  # clips whose crops are shown at several lengths
 
@@ -41,7 +42,7 @@ def write_report(
     """
     tables, figures = output / "tables", output / "plots"
     for folder in (tables, figures):
-        make_folder(folder)
+        make_output_folder(folder)
     sections = []
     kind_of = clip_kinds(clips)
     for section in _sections(

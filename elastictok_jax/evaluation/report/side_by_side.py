@@ -10,7 +10,7 @@ from elastictok_jax.data import media
 from elastictok_jax.evaluation.eval_clips import Coded, EvalClip
 from elastictok_jax.evaluation.report import drawing
 from elastictok_jax.evaluation.report.drawing import log_ticks, plt
-from elastictok_jax.pixels import mse, psnr
+from elastictok_jax.pixels import pixel_mse, pixel_psnr
 
 # Safe for colour-blind readers.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00")
@@ -52,8 +52,8 @@ def draw_side_by_side(
 
 
 def _label(coded: Coded, original: np.ndarray) -> str:
-    error = mse(original, coded.reconstruction)
-    return f"{coded.goal}\n{np.mean(coded.tokens.lengths):.0f} tokens/block\n{psnr(error):.1f} dB"
+    psnr = pixel_psnr(pixel_mse(original, coded.reconstruction))
+    return f"{coded.goal}\n{np.mean(coded.tokens.lengths):.0f} tokens/block\n{psnr:.1f} dB"
 
 
 def _show(axes, image_HWC: np.ndarray) -> None:

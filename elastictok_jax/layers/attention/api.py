@@ -10,13 +10,9 @@ from flax import struct
 from elastictok_jax.errors import UsageError
 from elastictok_jax.layers.attention.blockwise import BlockwiseKernel
 from elastictok_jax.layers.attention.dense import DenseKernel, dense_attention
-from elastictok_jax.layers.attention.kernel import (
-    Kernel,
-    Visibility,
-    flash_attention,
-    merge_softmax,
-)
-from elastictok_jax.layers.attention.sharded import on_mesh
+from elastictok_jax.layers.attention.kernel import Kernel, Visibility, flash_attention
+from elastictok_jax.layers.attention.sharded import shard_kernel
+from elastictok_jax.layers.attention.tile import merge_softmax
 
 Array = jax.Array
 BACKENDS = ("auto", "dense", "blockwise", "splash", "fused")
@@ -72,7 +68,7 @@ def attention(
     inputs = [x.swapaxes(1, 2) for x in (query_BSHK, key_BSHK, value_BSHK)]
     kernel = make_kernel(backend, _platform_of(mesh))
     if not mesh.empty and mesh.size > 1:
-        kernel = on_mesh(kernel, inputs[0].shape)
+        kernel = shard_kernel(kernel, inputs[0].shape)
     elif backend == "dense":
         rank_BS = ranks_BS
         if rank_BS is None:

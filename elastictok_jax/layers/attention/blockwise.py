@@ -12,9 +12,10 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from elastictok_jax.layers.attention.kernel import HIDDEN_SCORE, Visibility, merge_softmax
+from elastictok_jax.layers.attention.kernel import HIDDEN_SCORE, Visibility
 from elastictok_jax.layers.attention.tile import (
     Stretch,
+    merge_softmax,
     output_dot_gradient,
     tile_backward,
     tile_forward,

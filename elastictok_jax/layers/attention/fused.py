@@ -25,14 +25,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 from elastictok_jax.errors import UsageError
-from elastictok_jax.layers.attention.kernel import (
-    FILLING,
-    HIDDEN_SCORE,
-    Array,
-    Visibility,
-    pad_to_multiple,
-)
-from elastictok_jax.layers.attention.tile import output_dot_gradient
+from elastictok_jax.layers.attention.kernel import FILLING, HIDDEN_SCORE, Array, Visibility
+from elastictok_jax.layers.attention.tile import output_dot_gradient, pad_to_multiple
 
 DTYPES = ("bfloat16", "float16", "float32")
 # Tensor cores need at least MIN_WIDTH; beyond MAX_WIDTH, tiles do not fit on the chip.

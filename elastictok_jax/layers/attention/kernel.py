@@ -11,7 +11,6 @@ from functools import partial
 from typing import Protocol
 
 import jax
-import jax.numpy as jnp
 from flax import struct
 from jax.ad_checkpoint import checkpoint_name
 
@@ -100,15 +99,6 @@ class Kernel(Protocol):
         ...
 
 
-def merge_softmax(
-    out_BHSK: Array, lse_BHS: Array, more_out_BHSK: Array, more_lse_BHS: Array
-) -> tuple[Array, Array]:
-    """Merges outputs and log-sum-exps over two disjoint sets of keys."""
-    lse = jnp.logaddexp(lse_BHS, more_lse_BHS)
-    weight, more_weight = jnp.exp(lse_BHS - lse), jnp.exp(more_lse_BHS - lse)
-    return out_BHSK * weight[..., None] + more_out_BHSK * more_weight[..., None], lse
-
-
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def flash_attention(
     kernel: Kernel, query_BHSK: Array, key_BHTK: Array, value_BHTK: Array, visibility: Visibility
@@ -137,10 +127,3 @@ def _backward(kernel, saved, grad_BHSK):
 
 
 flash_attention.defvjp(_forward, _backward)
-
-
-def pad_to_multiple(x: Array, *, axis: int, multiple: int, value: int = 0) -> Array:
-    """Pads `x` at the end of `axis` with `value` to a multiple of `multiple`."""
-    widths = [(0, 0)] * x.ndim
-    widths[axis] = (0, -x.shape[axis] % multiple)
-    return jnp.pad(x, widths, constant_values=value)

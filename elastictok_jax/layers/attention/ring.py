@@ -23,15 +23,8 @@ from itertools import groupby
 import jax
 import jax.numpy as jnp
 
-from elastictok_jax.layers.attention.kernel import (
-    FILLING,
-    HIDDEN_SCORE,
-    Array,
-    Kernel,
-    Visibility,
-    merge_softmax,
-    pad_to_multiple,
-)
+from elastictok_jax.layers.attention.kernel import FILLING, HIDDEN_SCORE, Array, Kernel, Visibility
+from elastictok_jax.layers.attention.tile import merge_softmax, pad_to_multiple
 
 LOW, HIGH = 0, 1
 

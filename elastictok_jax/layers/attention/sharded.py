@@ -11,14 +11,9 @@ import jax
 from jax.sharding import PartitionSpec
 
 from elastictok_jax.errors import UsageError
-from elastictok_jax.layers.attention.kernel import (
-    FILLING,
-    Array,
-    Kernel,
-    Visibility,
-    pad_to_multiple,
-)
+from elastictok_jax.layers.attention.kernel import FILLING, Array, Kernel, Visibility
 from elastictok_jax.layers.attention.ring import RingKernel
+from elastictok_jax.layers.attention.tile import pad_to_multiple
 from elastictok_jax.parallel.sharding import logical_axis_shards
 
 
@@ -79,7 +74,7 @@ class ShardedKernel:
         return tuple(x[:, :, :tokens] for x in results)
 
 
-def on_mesh(kernel: Kernel, shape_BHSK: tuple[int, ...]) -> ShardedKernel:
+def shard_kernel(kernel: Kernel, shape_BHSK: tuple[int, ...]) -> ShardedKernel:
     """Wraps `kernel` for arrays of this shape on the current mesh, by the logical axis rules.
 
     Batch and heads are replicated if the mesh does not divide them.

@@ -13,7 +13,8 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask_info as mask_info
 
 from elastictok_jax.layers.attention.blockwise import BlockwiseKernel
-from elastictok_jax.layers.attention.kernel import FILLING, Array, Visibility, pad_to_multiple
+from elastictok_jax.layers.attention.kernel import FILLING, Array, Visibility
+from elastictok_jax.layers.attention.tile import pad_to_multiple
 
 LANES = 128
 # Maximum queries and keys per tile such that all buffers fit a core's VMEM.

@@ -1,4 +1,4 @@
-"""Forward and backward arithmetic of one tile of scores, shared by the kernels in plain XLA.
+"""Arithmetic of one tile of scores, forward and backward, and how results of tiles are merged.
 
 Dimension key: B batch, S queries, T keys, H heads, K head width.
 """
@@ -98,3 +98,19 @@ def tile_backward(
     query_grad = product("bhst,bhtk->bhsk", score_grad_BHST, key_BHTK)
     key_grad = product("bhst,bhsk->bhtk", score_grad_BHST, query_BHSK)
     return query_grad, key_grad, value_grad
+
+
+def merge_softmax(
+    out_BHSK: Array, lse_BHS: Array, more_out_BHSK: Array, more_lse_BHS: Array
+) -> tuple[Array, Array]:
+    """Merges outputs and log-sum-exps over two disjoint sets of keys."""
+    lse = jnp.logaddexp(lse_BHS, more_lse_BHS)
+    weight, more_weight = jnp.exp(lse_BHS - lse), jnp.exp(more_lse_BHS - lse)
+    return out_BHSK * weight[..., None] + more_out_BHSK * more_weight[..., None], lse
+
+
+def pad_to_multiple(x: Array, *, axis: int, multiple: int, value: int = 0) -> Array:
+    """Pads `x` at the end of `axis` with `value` to a multiple of `multiple`."""
+    widths = [(0, 0)] * x.ndim
+    widths[axis] = (0, -x.shape[axis] % multiple)
+    return jnp.pad(x, widths, constant_values=value)

@@ -21,7 +21,11 @@ from elastictok_jax.layers.patching import patchify, patchify_into, unpatchify
 from elastictok_jax.layers.transformer import PAST, PRESENT
 from elastictok_jax.models.autoencoder import autoencoder_geometry
 from elastictok_jax.models.base import Geometry
-from elastictok_jax.models.elastictok.model import ElasticTok, build_model, init_params
+from elastictok_jax.models.elastictok.model import (
+    ElasticTok,
+    build_elastictok,
+    init_elastictok_params,
+)
 from elastictok_jax.pixels import pixels_to_float, pixels_to_uint8
 
 Array = jax.Array
@@ -59,7 +63,7 @@ class ElasticTokCodec:
 
     @functools.cached_property
     def model(self) -> ElasticTok:
-        return build_model(self.config)
+        return build_elastictok(self.config)
 
     @functools.cached_property
     def geometry(self) -> Geometry:
@@ -74,7 +78,9 @@ class ElasticTokCodec:
         return self.model.conditioned
 
     def params_shapes(self) -> Any:
-        boxed = jax.eval_shape(lambda key: init_params(self.model, key), jax.random.key(0))
+        boxed = jax.eval_shape(
+            lambda key: init_elastictok_params(self.model, key), jax.random.key(0)
+        )
         return nn.meta.unbox(boxed)
 
     @functools.cached_property

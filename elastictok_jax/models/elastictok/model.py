@@ -122,7 +122,9 @@ class ElasticTok(nn.Module):
         return self.decoder(latents_BSZ, places)
 
 
-def build_model(config: ml_collections.FrozenConfigDict | ml_collections.ConfigDict) -> ElasticTok:
+def build_elastictok(
+    config: ml_collections.FrozenConfigDict | ml_collections.ConfigDict,
+) -> ElasticTok:
     """Returns the model that a resolved config describes."""
     model, compute = config.model, config.compute
     spec = LayerSpec(
@@ -150,7 +152,7 @@ def build_model(config: ml_collections.FrozenConfigDict | ml_collections.ConfigD
     )
 
 
-def init_params(model: ElasticTok, key: Array):
+def init_elastictok_params(model: ElasticTok, key: Array):
     """Returns initial parameters, boxed with their logical axis names.
 
     Values do not depend on whether layers are stacked, nor sizes on the length of a sequence.

@@ -9,7 +9,7 @@ from elastictok_jax.config.schema import (
     one_of,
 )
 from elastictok_jax.errors import UsageError
-from elastictok_jax.models.autoencoder import LOSS, MASKING, block_tokens
+from elastictok_jax.models.autoencoder import LOSS, MASKING, autoencoder_block_tokens
 
 MODEL: Section = {
     "width": Key(1024, "features of a token between layers", POSITIVE),
@@ -42,4 +42,4 @@ def check(config: ml_collections.ConfigDict) -> None:
         raise UsageError(
             f"model.patch = {model.patch}: must be three positive sizes, (frames, height, width)"
         )
-    block_tokens(config, tuple(model.patch))
+    autoencoder_block_tokens(config, tuple(model.patch))

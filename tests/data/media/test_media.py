@@ -17,7 +17,7 @@ from PIL import Image, ImageOps, PngImagePlugin
 import elastictok_jax
 from elastictok_jax.data import media
 from elastictok_jax.data.media import color, decoding
-from elastictok_jax.data.media.frame_pixels import ToRgb
+from elastictok_jax.data.media.color import ToRgb
 from elastictok_jax.errors import UsageError
 
 EMBEDDED = Path(elastictok_jax.__file__).parent / "data" / "embedded"

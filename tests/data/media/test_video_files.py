@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from elastictok_jax.data import media
+from elastictok_jax.data.frame_rate import frame_rate_fault
 from elastictok_jax.data.frame_stream import open_frame_stream
 from elastictok_jax.data.media.containers import container_fault
 from tests.mutations.inputs import (
@@ -153,8 +154,8 @@ def test_a_rate_that_is_read_can_be_written(fps, tmp_path):
     media.write_video(path, footage()[:2], fps=fps)
     with media.VideoReader(path) as reader:
         assert reader.fps == pytest.approx(fps)
-    assert "at most 1000" in media.rate_fault("a.mkv", 5000)
-    assert "from 1e-05" in media.rate_fault("a.mp4", float("nan"))
+    assert "at most 1000" in frame_rate_fault("a.mkv", 5000)
+    assert "from 1e-05" in frame_rate_fault("a.mp4", float("nan"))
 
 
 def test_a_name_with_a_colon_is_no_protocol(tmp_path):

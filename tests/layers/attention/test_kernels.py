@@ -10,13 +10,9 @@ from hypothesis import strategies as st
 from elastictok_jax.layers.attention.blockwise import BlockwiseKernel, visible_tiles
 from elastictok_jax.layers.attention.dense import DenseKernel, dense_attention
 from elastictok_jax.layers.attention.fused import FusedKernel
-from elastictok_jax.layers.attention.kernel import (
-    HIDDEN_SCORE,
-    Visibility,
-    flash_attention,
-    merge_softmax,
-)
+from elastictok_jax.layers.attention.kernel import HIDDEN_SCORE, Visibility, flash_attention
 from elastictok_jax.layers.attention.splash import SplashKernel
+from elastictok_jax.layers.attention.tile import merge_softmax
 
 B, S, H, K = 2, 330, 2, 8
 KERNELS = {

@@ -11,9 +11,9 @@ from elastictok_jax import config as config_lib
 from elastictok_jax.interop.published import import_published
 from elastictok_jax.layers.attention.api import SequenceLayout
 from elastictok_jax.layers.patching import patchify
-from elastictok_jax.models.elastictok.model import build_model
+from elastictok_jax.models.elastictok.model import build_elastictok
 from elastictok_jax.pixels import pixels_to_float
-from elastictok_jax.storage.safetensors import load_params
+from elastictok_jax.storage.safetensors import load_safetensors
 from tests.tiny import block_tokens
 
 REFERENCE = Path(__file__).parents[2] / "reference_parity"
@@ -30,7 +30,7 @@ def case(request, tmp_path_factory):
         folder / FILES[request.param], config_file=folder / "config.json", output=output
     )
     config = config_lib.read_config(output / "config.json")
-    params, _ = load_params(output / "model.safetensors")
+    params, _ = load_safetensors(output / "model.safetensors")
     with np.load(folder / "io.npz") as arrays:
         return config, params, dict(arrays)
 
@@ -43,7 +43,7 @@ def forward(case, *, backend, segments):
         segments_BS=jnp.asarray(segments, jnp.int32),
         tokens_per_block=block_tokens(config),
     )
-    model = build_model(config)
+    model = build_elastictok(config)
     target = pixels_to_float(jnp.asarray(io["patches"]))
     return jax.jit(model.apply)({"params": params}, target, io["encoding_mask"], places)
 

@@ -12,7 +12,7 @@ import pytest
 
 from elastictok_jax.data import media
 from elastictok_jax.data.sources.file_source import EMBEDDED
-from elastictok_jax.evaluation.image_quality import frame_mse, frame_psnr, ms_ssim, ssim
+from elastictok_jax.evaluation.frame_metrics import frame_mse, frame_psnr, ms_ssim, ssim
 from elastictok_jax.perceptual.lpips import lpips, lpips_shapes
 from elastictok_jax.perceptual.lpips_weights import load_lpips
 

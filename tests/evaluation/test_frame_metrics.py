@@ -1,4 +1,4 @@
-"""Figures of frames and codes against stored reference numbers, and the laws they should keep.
+"""Figures of frames against stored reference numbers, and the laws they should keep.
 
 The numbers were made once, by hand, on the float32 waves below in [0, 1] as float64, with
 scikit-image 0.26.0 (PSNR, SSIM) and torchmetrics 1.9.0 on torch 2.13.0 (MS-SSIM), data range 1.
@@ -13,9 +13,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from elastictok_jax.errors import UsageError
-from elastictok_jax.evaluation.codebook_statistics import codebook_statistics
-from elastictok_jax.evaluation.image_quality import frame_mse, frame_psnr, ms_ssim, ssim
-from elastictok_jax.pixels import mse, psnr
+from elastictok_jax.evaluation.frame_metrics import frame_mse, frame_psnr, ms_ssim, ssim
+from elastictok_jax.pixels import pixel_mse, pixel_psnr
 
 SKIMAGE_PSNR = [26.0205999, 18.7599600]
 SKIMAGE_SSIM = [0.80248543, 0.42209201]
@@ -45,8 +44,8 @@ def test_agrees_with_the_reference(figure, known):
 def test_error_of_frames_is_that_of_the_clip():
     original, changed = (np.round((x + 1) * 127.5).astype(np.uint8) for x in waves())
     of_frames = np.asarray(frame_mse(original, changed))
-    assert of_frames.mean() == pytest.approx(mse(original, changed), rel=1e-5)
-    assert frame_psnr(original, changed)[0] == pytest.approx(psnr(of_frames[0]), rel=1e-5)
+    assert of_frames.mean() == pytest.approx(pixel_mse(original, changed), rel=1e-5)
+    assert frame_psnr(original, changed)[0] == pytest.approx(pixel_psnr(of_frames[0]), rel=1e-5)
     assert frame_psnr(original, original).tolist() == [np.inf, np.inf]
 
 
@@ -98,40 +97,3 @@ def test_slope_of_ms_ssim_is_finite_where_contrast_terms_are_negative():
 def test_what_is_no_frames_is_refused(figure, x, y, told):
     with pytest.raises(UsageError, match=told):
         figure(x, y)
-
-
-@given(codes=st.lists(st.lists(st.integers(0, 19), max_size=30), min_size=1, max_size=4))
-def test_codebook_statistics_are_those_of_the_counts(codes):
-    flat = [code for clip in codes for code in clip]
-    given_arrays = (np.array(clip, np.int32) for clip in codes)
-    if not flat:
-        with pytest.raises(UsageError, match="no codes"):
-            codebook_statistics(given_arrays, size=20)
-        return
-    found = codebook_statistics(given_arrays, size=20)
-    share = np.array([flat.count(code) / len(flat) for code in set(flat)])
-    assert found["tokens"] == len(flat)
-    assert found["codes_used"] == len(set(flat))
-    assert found["codebook_usage"] == pytest.approx(len(set(flat)) / 20)
-    assert found["codebook_perplexity"] == pytest.approx(np.exp(-(share * np.log(share)).sum()))
-
-
-def test_codebook_of_equally_frequent_codes_has_its_size_as_perplexity():
-    codes = np.arange(64_000, dtype=np.uint16).reshape(80, 800)
-    found = codebook_statistics(codes, size=64_000)
-    assert found["codebook_perplexity"] == pytest.approx(64_000)
-    assert found["codebook_usage"] == 1
-    assert codebook_statistics(np.full(9, 7), size=64_000)["codebook_perplexity"] == 1
-
-
-@pytest.mark.parametrize(
-    ("codes", "told"),
-    [
-        (np.array([3, 8]), "from 3 to 8 .* 8 codes"),
-        (np.array([-1, 2]), "from -1 to 2"),
-        (np.zeros((2, 4), np.float32), "integers, not float32"),
-    ],
-)
-def test_what_is_no_code_is_refused(codes, told):
-    with pytest.raises(UsageError, match=told):
-        codebook_statistics(codes, size=8)

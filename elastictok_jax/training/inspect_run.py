@@ -60,7 +60,7 @@ def inspect_run(folder: Path) -> dict[str, Any]:
     return {"run": str(folder), "best_metric": metric.name, "checkpoints": rows}
 
 
-def inspection_lines(found: dict[str, Any]) -> str:
+def inspect_run_text(found: dict[str, Any]) -> str:
     """Formats the result of `inspect_run`, one line per checkpoint."""
     lines = [f"{'step':>10} {found['best_metric']:>24} {'MiB':>9}"]
     for row in found["checkpoints"]:

@@ -33,7 +33,7 @@ from elastictok_jax.data import media
 from elastictok_jax.data.sources.file_source import EMBEDDED
 from elastictok_jax.layers.attention.api import SequenceLayout
 from elastictok_jax.masking import keep_mask
-from elastictok_jax.models.elastictok.model import build_elastictok
+from elastictok_jax.models.elastictok.model import build_elastictok_model
 from elastictok_jax.pixels import pixels_to_float
 from elastictok_jax.tokenizer.api import ElasticTokenizer
 from elastictok_jax.tokenizer.block_codec import CodedBlock
@@ -150,7 +150,7 @@ def published_way(
     The context is `tokenizer.window_blocks`, as in ours. The last probe is kept whether it met the
     target or not.
     """
-    model, params = build_elastictok(tokenizer.config), tokenizer.params
+    model, params = build_elastictok_model(tokenizer.config), tokenizer.params
     per_block, window = tokenizer.tokens_per_block, tokenizer.window_blocks
     places = SequenceLayout(
         jnp.arange(window * per_block, dtype=jnp.int32),

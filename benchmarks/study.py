@@ -22,7 +22,7 @@ import numpy as np
 
 from benchmarks.machine import describe_machine
 from benchmarks.table import table
-from elastictok_jax.evaluation.summary import CLIP_KINDS
+from elastictok_jax.evaluation.eval_clips import CLIP_KINDS
 
 MODELS = {
     "elastic": "study_elastic",

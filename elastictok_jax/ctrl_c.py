@@ -90,7 +90,7 @@ def _say_interrupted() -> None:
 
 
 @contextlib.contextmanager
-def kept_from_children() -> Iterator[None]:
+def keep_ctrl_c_from_children() -> Iterator[None]:
     """Makes processes that this thread starts inside ignore Ctrl-C: this process ends them.
 
     A terminal sends Ctrl-C to all processes, and a child may not have loaded Python's modules yet.

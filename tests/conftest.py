@@ -61,10 +61,10 @@ def update_golden(request):
 @pytest.fixture(scope="session")
 def made_up_i3d():
     """Weights that need no file: waves in the place of every weight, of about He's size."""
-    from elastictok_jax.perceptual.i3d import i3d_shapes
+    from elastictok_jax.perceptual.i3d import i3d_network_shapes
 
     params = {}
-    for layer, weights in i3d_shapes().items():
+    for layer, weights in i3d_network_shapes().items():
         params[layer] = {}
         for weight, shape in weights.items():
             wave = np.sin(np.arange(np.prod(shape)) ** 2 * 0.37 + len(params) + len(weight))

@@ -11,7 +11,7 @@ from flax import traverse_util
 from elastictok_jax import config as config_lib
 from elastictok_jax import experiment_registry as registry
 from elastictok_jax.errors import UsageError
-from elastictok_jax.models.elastictok.model import build_elastictok, init_elastictok_params
+from elastictok_jax.models.elastictok.model import build_elastictok_model, init_elastictok_model
 from elastictok_jax.parallel.mesh import AXES, mesh_sizes
 from elastictok_jax.parallel.sharding import param_specs
 from tests.tiny import sequence_tokens
@@ -42,7 +42,7 @@ def describe(name):
     shape, logical axes, and what mesh axes cut it where each has two devices."""
     config = config_lib.resolve_config(registry.get_experiment(name))
     boxed = jax.eval_shape(
-        lambda: init_elastictok_params(build_elastictok(config), jax.random.key(0))
+        lambda: init_elastictok_model(build_elastictok_model(config), jax.random.key(0))
     )
     specs = traverse_util.flatten_dict(param_specs(boxed, dict.fromkeys(AXES, 2)))
     parameters = {

@@ -68,7 +68,7 @@ def _compile_program(program: Program, mesh: Mesh, chip: Chip) -> Results:
         compiled = program.lower().compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" in str(error) and "hbm" in str(error).lower():
-            return compile_refusal(str(error), chip)
+            return report_compile_refusal(str(error), chip)
         reason = first_line(error)
         raise RunError(f"the TPU compiler failed on {program.name}: {reason}") from error
     results = program_report(compiled, mesh=mesh, chip=chip, model_flops=program.model_flops)
@@ -80,7 +80,7 @@ def _compile_program(program: Program, mesh: Mesh, chip: Chip) -> Results:
     }
 
 
-def compile_refusal(message: str, chip: Chip) -> Results:
+def report_compile_refusal(message: str, chip: Chip) -> Results:
     """Returns the results of a program that needs more memory than a device has."""
     needed = re.search(r"\((\d[\d.]*)([KMGT])\)? exceeds|Used (\d[\d.]*)([KMGT]) of", message)
     total = None

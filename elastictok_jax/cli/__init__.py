@@ -1,5 +1,6 @@
 """The command line: `elastictok VERB`."""
 
-from elastictok_jax.cli.dispatch import main, split_command_line
+from elastictok_jax.cli.dispatch import main
+from elastictok_jax.cli.options import split_command_line
 
 __all__ = ["main", "split_command_line"]

@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from elastictok_jax.cli.options import LOCAL, print_results
+from elastictok_jax.cli.options import LOCAL, print_if_json_option
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -15,12 +15,16 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, overrides: dict[str, str]) -> None:
-    from elastictok_jax.evaluation.compare import compare_runs, compared_columns, held_out_warning
+    from elastictok_jax.evaluation.compare import (
+        compare_held_out_warning,
+        compare_runs,
+        compared_columns,
+    )
 
     rows = compare_runs(args.runs, output=args.output)
-    if other_data := held_out_warning(rows):
+    if other_data := compare_held_out_warning(rows):
         print(f"note: {other_data}", file=sys.stderr)
     if args.json:
-        print_results(rows, args)
+        print_if_json_option(rows, args)
     else:
         print(compared_columns(rows))

@@ -2,7 +2,7 @@
 
 import argparse
 
-from elastictok_jax.cli.options import print_results
+from elastictok_jax.cli.options import print_if_json_option
 
 EPILOG = (
     "any config key: --config.KEY=VALUE, e.g. --config.mesh.fsdp=4; "
@@ -29,7 +29,7 @@ def run(args: argparse.Namespace, overrides: dict[str, str]) -> int:
     topology = describe_topology(args.topology, slices=args.slices)
     results = compile_experiment(config, topology)
     if args.json:
-        print_results(results, args)
+        print_if_json_option(results, args)
     else:
         print(report_text(results))
     parts = (results, results["encode"], results["decode"])

@@ -3,7 +3,7 @@
 import argparse
 import json
 
-from elastictok_jax.cli.options import print_results
+from elastictok_jax.cli.options import print_if_json_option
 
 EPILOG = "any config key: --config.KEY=VALUE, e.g. --config.model.width=512; they change EXPERIMENT"
 TAKES_CONFIG = True
@@ -40,6 +40,6 @@ def run(args: argparse.Namespace, overrides: dict[str, str]) -> None:
             for key, x in found.items()
         ]
     if args.json:
-        print_results(found, args)
+        print_if_json_option(found, args)
     else:
         print("\n".join(lines))

@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from elastictok_jax.cli.options import LOCAL, LOCAL_TEXT, print_results
+from elastictok_jax.cli.options import LOCAL, LOCAL_TEXT, print_if_json_option
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -41,4 +41,4 @@ def run(args: argparse.Namespace, overrides: dict[str, str]) -> None:
         fps=args.fps,
     )
     print(f"{args.output}: {results['frames']} frames", file=sys.stderr)
-    print_results(results, args)
+    print_if_json_option(results, args)

@@ -12,9 +12,9 @@ import logging
 import sys
 
 from elastictok_jax import __version__
+from elastictok_jax.cli.options import OVERRIDE, split_command_line
 from elastictok_jax.errors import STOPPED, ReaderGone, RunError, UsageError
 
-OVERRIDE = "--config."
 VERBS = (
     "train",
     "evaluate",
@@ -76,25 +76,6 @@ def _run_verb(argv: list[str]) -> int:
 
     with jax_started():
         return verb.run(args, overrides) or 0
-
-
-def split_command_line(argv: list[str]) -> tuple[list[str], dict[str, str]]:
-    """Splits a command line into its other words and {KEY: VALUE} of `--config.KEY=VALUE`.
-
-    Raises:
-      UsageError: if one has no `=VALUE`.
-    """
-    words: list[str] = []
-    overrides: dict[str, str] = {}
-    for word in argv:
-        if word.startswith(OVERRIDE):
-            key, equals, value = word.removeprefix(OVERRIDE).partition("=")
-            if not equals:
-                raise UsageError(f"{word} has no value: write {word}=VALUE")
-            overrides[key] = value
-        else:
-            words.append(word)
-    return words, overrides
 
 
 def build_parser() -> argparse.ArgumentParser:

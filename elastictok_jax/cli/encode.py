@@ -8,7 +8,7 @@ from elastictok_jax.cli.options import (
     add_clip_options,
     add_goal_options,
     goal_from_options,
-    print_results,
+    print_if_json_option,
 )
 from elastictok_jax.errors import UsageError
 
@@ -34,7 +34,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, overrides: dict[str, str]) -> None:
-    from elastictok_jax.tokenizer.file_codec import encode_file, encode_summary_line
+    from elastictok_jax.tokenizer.file_codec import encode_file, encode_file_summary
 
     size = None
     if args.size is not None:
@@ -55,6 +55,6 @@ def run(args: argparse.Namespace, overrides: dict[str, str]) -> None:
         fps=args.fps,
     )
     if args.json:
-        print_results(results, args)
+        print_if_json_option(results, args)
     else:
-        print(encode_summary_line(results))
+        print(encode_file_summary(results))

@@ -2,7 +2,7 @@
 
 import argparse
 
-from elastictok_jax.cli.options import INPUT, LOCAL, LOCAL_TEXT, print_results
+from elastictok_jax.cli.options import INPUT, LOCAL, LOCAL_TEXT, print_if_json_option
 
 EPILOG = "without --data, the clips are those that MODEL's own sources hold out"
 
@@ -53,4 +53,4 @@ def run(args: argparse.Namespace, overrides: dict[str, str]) -> None:
     results = evaluate_models(
         models, output=args.output, data=args.data, fps=args.fps, limits=limits
     )
-    print_results(results, args)
+    print_if_json_option(results, args)

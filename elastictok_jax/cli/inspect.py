@@ -2,7 +2,7 @@
 
 import argparse
 
-from elastictok_jax.cli.options import LOCAL, print_results
+from elastictok_jax.cli.options import LOCAL, print_if_json_option
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -15,6 +15,6 @@ def run(args: argparse.Namespace, overrides: dict[str, str]) -> None:
 
     found = inspect_run(args.folder)
     if args.json:
-        print_results(found, args)
+        print_if_json_option(found, args)
     else:
         print(inspect_run_text(found))

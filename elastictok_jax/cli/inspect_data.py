@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from elastictok_jax.cli.options import LOCAL, print_results
+from elastictok_jax.cli.options import LOCAL, print_if_json_option
 
 EPILOG = "any config key: --config.KEY=VALUE, e.g. --config.data.sequence_blocks=16"
 TAKES_CONFIG = True
@@ -26,4 +26,4 @@ def run(args: argparse.Namespace, overrides: dict[str, str]) -> None:
     apply_overrides(config, overrides)
     results = inspect_data(config, output=args.output, split=args.split, batch=args.batch)
     print(f"batch drawn in {args.output}", file=sys.stderr)
-    print_results(results, args)
+    print_if_json_option(results, args)

@@ -8,6 +8,8 @@ from typing import Any
 from elastictok_jax.errors import UsageError
 from elastictok_jax.paths import expand_input_path, local_path, local_text
 
+OVERRIDE = "--config."
+
 
 def _option_type(read: Callable[[str], Any]) -> Callable[[str], Any]:
     """Wraps `read` for `type=`, so that argparse prints the message of its UsageError."""
@@ -95,7 +97,26 @@ def add_process_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def print_results(results: Any, args: argparse.Namespace) -> None:
+def print_if_json_option(results: Any, args: argparse.Namespace) -> None:
     """Prints `results` as JSON if `--json` is given."""
     if args.json:
         print(json.dumps(results, indent=2))
+
+
+def split_command_line(argv: list[str]) -> tuple[list[str], dict[str, str]]:
+    """Splits a command line into its other words and {KEY: VALUE} of `--config.KEY=VALUE`.
+
+    Raises:
+      UsageError: if one has no `=VALUE`.
+    """
+    words: list[str] = []
+    overrides: dict[str, str] = {}
+    for word in argv:
+        if word.startswith(OVERRIDE):
+            key, equals, value = word.removeprefix(OVERRIDE).partition("=")
+            if not equals:
+                raise UsageError(f"{word} has no value: write {word}=VALUE")
+            overrides[key] = value
+        else:
+            words.append(word)
+    return words, overrides

@@ -5,7 +5,7 @@ import math
 import os
 import sys
 
-from elastictok_jax.cli.options import INPUT, LOCAL, print_results
+from elastictok_jax.cli.options import INPUT, LOCAL, print_if_json_option
 from elastictok_jax.errors import UsageError
 
 WITHOUT_JAX = True
@@ -35,7 +35,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, overrides: dict[str, str]) -> None:
     from elastictok_jax.data.media import MediaLimits
-    from elastictok_jax.data.prepare.supervisor import prepare_data_set, prepare_summary
+    from elastictok_jax.data.prepare.supervisor import prepare_data_set, prepare_data_set_summary
     from elastictok_jax.data.prepare.transcode import TranscodeSettings
 
     index, _, machines = args.shard.partition("/")
@@ -62,5 +62,5 @@ def run(args: argparse.Namespace, overrides: dict[str, str]) -> None:
         timeout=args.timeout,
     )
     if "plan" in report:
-        print(prepare_summary(report), file=sys.stderr)
-    print_results(report, args)
+        print(prepare_data_set_summary(report), file=sys.stderr)
+    print_if_json_option(report, args)

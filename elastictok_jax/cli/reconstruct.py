@@ -8,7 +8,7 @@ from elastictok_jax.cli.options import (
     add_clip_options,
     add_goal_options,
     goal_from_options,
-    print_results,
+    print_if_json_option,
 )
 
 
@@ -32,4 +32,4 @@ def run(args: argparse.Namespace, overrides: dict[str, str]) -> None:
         max_frames=args.max_frames,
         fps=args.fps,
     )
-    print_results(results, args)
+    print_if_json_option(results, args)

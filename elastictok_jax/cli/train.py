@@ -4,7 +4,6 @@ import argparse
 import sys
 
 from elastictok_jax.cli.options import LOCAL, add_process_options
-from elastictok_jax.data.sources.held_out import has_held_out
 from elastictok_jax.errors import STOPPED
 
 EPILOG = "any config key: --config.KEY=VALUE, e.g. --config.train.steps=1000"
@@ -19,6 +18,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, overrides: dict[str, str]) -> int:
     from elastictok_jax.config import apply_overrides
+    from elastictok_jax.data.sources.held_out import has_held_out
     from elastictok_jax.experiment_registry import get_experiment
     from elastictok_jax.parallel import distributed
     from elastictok_jax.training.loop import train_experiment

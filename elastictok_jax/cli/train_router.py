@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from elastictok_jax.cli.options import LOCAL_TEXT, print_results
+from elastictok_jax.cli.options import LOCAL_TEXT, print_if_json_option
 from elastictok_jax.errors import UsageError
 
 
@@ -30,4 +30,4 @@ def run(args: argparse.Namespace, overrides: dict[str, str]) -> None:
         "that it did not learn from",
         file=sys.stderr,
     )
-    print_results(results, args)
+    print_if_json_option(results, args)

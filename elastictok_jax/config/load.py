@@ -3,7 +3,7 @@
 import difflib
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -143,19 +143,6 @@ def resolve_config(config: ml_collections.ConfigDict) -> ml_collections.ConfigDi
             f"optimizer.accumulate_steps = {config.optimizer.accumulate_steps}"
         )
     return config
-
-
-def key_docs(flat: Mapping[str, Any]) -> list[tuple[str, Any, str]]:
-    """Returns (key, value, what it means) of a resolved config's dotted keys, sections in order."""
-    every = default_sections(flat["model.family"])
-    docs = {name: key.doc for name, key in TOP.items()}
-    docs |= {f"{s}.{name}": key.doc for s, keys in every.items() for name, key in keys.items()}
-    order = list(docs)
-    for key in flat:
-        if re.match(IN_SOURCE, key):
-            docs[key] = SOURCE[key.rpartition(".")[2]].doc
-            order.append(key)
-    return [(key, flat[key], docs[key]) for key in order if key in flat]
 
 
 def config_to_json(config: ml_collections.ConfigDict) -> str:

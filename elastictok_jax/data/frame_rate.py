@@ -34,14 +34,14 @@ def recorded_frames_at_rate(numbers: np.ndarray, *, step: float, frames: int) ->
     return np.minimum(np.floor(numbers * step + 0.5).astype(np.int64), frames - 1)
 
 
-def can_write_frame_rate(fps: float) -> bool:
+def is_writable_frame_rate(fps: float) -> bool:
     """Returns whether a video of `fps` frames a second can be written."""
     return SLOWEST <= fps <= FASTEST
 
 
 def frame_rate_fault(path, fps: float) -> str:
     """Returns why a video of `fps` frames a second cannot be written to `path`; "" if it can."""
-    if not can_write_frame_rate(fps):
+    if not is_writable_frame_rate(fps):
         return f"{path}: fps is {fps:g}; a video has from {SLOWEST:g} to {FASTEST:,}"
     if Path(path).suffix.lower() == ".mkv" and fps > 1000:
         return f"{path}: fps is {fps:g}; .mkv stores times in milliseconds, so at most 1000"

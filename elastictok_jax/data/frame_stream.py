@@ -12,7 +12,7 @@ from typing import BinaryIO
 import numpy as np
 
 from elastictok_jax.data import media
-from elastictok_jax.data.frame_rate import can_write_frame_rate
+from elastictok_jax.data.frame_rate import is_writable_frame_rate
 from elastictok_jax.data.media import raw_video
 from elastictok_jax.errors import UsageError
 
@@ -67,7 +67,7 @@ def open_frame_stream(
     for name, value in (("resolution", side), ("max-frames", max_frames)):
         if value is not None and value < 1:
             raise UsageError(f"--{name} {value}: give at least 1")
-    if fps is not None and not can_write_frame_rate(fps):
+    if fps is not None and not is_writable_frame_rate(fps):
         raise UsageError(f"--fps {fps:g}: give the frames a second, e.g. 4")
     if source == PIPE:
         stream = _open_pipe(size=size, fps=fps)
@@ -81,7 +81,7 @@ def open_frame_stream(
         stream = FrameStream(source, [image], height, width, fps=0.0, num_frames=1)
     else:
         stream = _open_video(source, fps=fps)
-    if source != PIPE and (loss := media.probe_loss(source)):
+    if source != PIPE and (loss := media.probe_media_loss(source)):
         stream.notes.append(f"{source} {loss}")
     if max_frames is not None:
         stream.frames = islice(stream.frames, max_frames)
@@ -140,7 +140,7 @@ def _open_pipe(*, size: tuple[int, int] | None, fps: float | None) -> FrameStrea
         frames = raw_video.read_raw(pipe, height=height, width=width)
     if not rate:
         raise UsageError("standard input does not give its frame rate: add --fps, e.g. --fps 30")
-    if not can_write_frame_rate(rate):
+    if not is_writable_frame_rate(rate):
         raise UsageError(f"standard input gives {rate:g} frames a second: say how many by --fps")
     stream = FrameStream("standard input", [], height, width, rate, None)
     stream.frames = _until_cut_off(frames, stream)

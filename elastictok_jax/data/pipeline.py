@@ -19,7 +19,7 @@ import numpy as np
 from absl import flags
 from jax.sharding import NamedSharding
 
-from elastictok_jax.ctrl_c import kept_from_children
+from elastictok_jax.ctrl_c import keep_ctrl_c_from_children
 from elastictok_jax.data.batch_sharding import BatchPart, batch_to_device
 from elastictok_jax.data.clip_reader import ClipReader
 from elastictok_jax.data.mixture import Mixture
@@ -168,7 +168,7 @@ def read_ahead(reader: BatchReader, *, start: int, stop: int) -> Iterator[dict[s
 
 def _from_workers(batches: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """Yields `batches`; their processes start with the first request."""
-    with kept_from_children():
+    with keep_ctrl_c_from_children():
         first = next(batches, None)
     if first is not None:
         yield first

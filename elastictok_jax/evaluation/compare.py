@@ -12,8 +12,8 @@ from matplotlib.figure import Figure
 
 from elastictok_jax.config import flatten_config, read_config
 from elastictok_jax.errors import UsageError
-from elastictok_jax.evaluation.report import drawing
-from elastictok_jax.evaluation.report.drawing import plt
+from elastictok_jax.evaluation.report import figures
+from elastictok_jax.evaluation.report.figures import plt
 from elastictok_jax.evaluation.report.html import (
     DPI,
     Picture,
@@ -76,7 +76,7 @@ def compare_runs(runs: Sequence[Path], *, output: Path | None) -> list[dict[str,
     return rows
 
 
-def held_out_warning(rows: Sequence[dict[str, Any]]) -> str | None:
+def compare_held_out_warning(rows: Sequence[dict[str, Any]]) -> str | None:
     """Returns a warning if the runs were evaluated on different held-out data, else None."""
     groups: dict[str, list[str]] = {}
     for row in rows:
@@ -151,13 +151,15 @@ def _write(
     picture.unlink(missing_ok=True)
     if keys:
         figure = _curves(keys, lines)
-        drawing.save_figure(figure, picture, dpi=DPI)
+        figures.save_figure(figure, picture, dpi=DPI)
         parts.insert(0, Picture(figure, "metrics by step"))
     command = shlex.join(["elastictok", "compare", *map(str, runs), "-o", "DIR"])
     write_html(
         output / "report.html",
         title=f"{len(rows)} runs",
-        summary=" ".join(filter(None, ("From their metrics.jsonl.", held_out_warning(rows)))),
+        summary=" ".join(
+            filter(None, ("From their metrics.jsonl.", compare_held_out_warning(rows)))
+        ),
         command=command,
         sections=[Section("Runs", "", parts)],
     )
@@ -172,9 +174,11 @@ def _curves(keys: Sequence[str], lines: dict[str, list[dict[str, float]]]) -> Fi
         for name, some in lines.items():
             points = [(line["step"], line[key]) for line in some if key in line]
             if points:
-                one.plot(*zip(*points, strict=True), label=drawing.plot_label(name), linewidth=1.4)
+                one.plot(
+                    *zip(*points, strict=True), label=figures.figure_label(name), linewidth=1.4
+                )
         one.set(title=key, xlabel="step", yscale="log")
-        drawing.log_ticks(one.yaxis)
+        figures.figure_log_ticks(one.yaxis)
         one.grid(alpha=0.3)
     handles = {
         name: line

@@ -23,6 +23,7 @@ from elastictok_jax.tokenizer.api import ElasticTokenizer
 from elastictok_jax.tokenizer.goal import Goal
 from elastictok_jax.tokenizer.tokens import Tokens
 
+CLIP_KINDS = ("images", "videos")
 VIDEOS_SHOWN, IMAGES_SHOWN = 4, 10  # in report.html, report.png and report.mp4
 
 
@@ -223,3 +224,8 @@ def clips_to_show(clips: Sequence[EvalClip]) -> list[EvalClip]:
         places = np.linspace(0, len(some) - 1, min(most, len(some))).round().astype(int)
         chosen += [some[place] for place in places]
     return chosen
+
+
+def eval_clip_kinds(clips: Sequence[EvalClip]) -> dict[str, str]:
+    """Maps each clip's name to its kind: an image is a clip of one frame."""
+    return {clip.name: CLIP_KINDS[len(clip.frames) > 1] for clip in clips}

@@ -21,12 +21,12 @@ from elastictok_jax.evaluation.frame_metrics import make_frame_metrics
 from elastictok_jax.evaluation.measure import (
     MeasurementPlan,
     Record,
-    coded_to_target,
     measured_model_properties,
+    measured_tokens,
     measurement_plan,
 )
-from elastictok_jax.evaluation.measurement_store import measure_all
-from elastictok_jax.evaluation.report.drawing import plot_label
+from elastictok_jax.evaluation.measurement_store import measure_with_store
+from elastictok_jax.evaluation.report.figures import figure_label
 from elastictok_jax.evaluation.report.page import write_report
 from elastictok_jax.evaluation.report.side_by_side import (
     draw_side_by_side,
@@ -79,7 +79,7 @@ def evaluate_models(
         make_frame_metrics(config),
     )
     with Progress("measuring", unit="clip") as progress:
-        records = measure_all(
+        records = measure_with_store(
             *(tokenizers, clips, plan, frame_metrics),
             folder=output / RECORDS,
             devices=jax.local_devices(),
@@ -114,7 +114,7 @@ def evaluate_models(
         tokens_per_block=tokenizers[0].tokens_per_block,
     )
     most = sizes["tokens_per_block"]
-    title = f"{plot_label(config.name)}: held-out clips, at most {most} tokens a block"
+    title = f"{figure_label(config.name)}: held-out clips, at most {most} tokens a block"
     draw_side_by_side(output / "report.png", coded, title=title, curve=curve, **sizes)
     video = output / "report.mp4"
     write_side_by_side(video, coded, **sizes)
@@ -139,7 +139,7 @@ def _decode_record(
     """Decodes a record's tokens at each target."""
     coded = []
     for target in plan.targets:
-        tokens = coded_to_target(tokenizer, clip, record, target)
+        tokens = measured_tokens(tokenizer, clip, record, target)
         coded.append(Coded(Goal(max_mse=target), tokens, tokenizer.decode(tokens)))
     return coded
 

@@ -24,7 +24,12 @@ from elastictok_jax.data.packing import PackedClip
 from elastictok_jax.data.pipeline import BatchReader
 from elastictok_jax.data.sources.splits import open_splits
 from elastictok_jax.errors import UsageError
-from elastictok_jax.evaluation.report.drawing import plot_label, plt, save_figure, shorten_label
+from elastictok_jax.evaluation.report.figures import (
+    figure_label,
+    plt,
+    save_figure,
+    shorten_figure_label,
+)
 from elastictok_jax.evaluation.report.side_by_side import COLOURS
 from elastictok_jax.models.base import StepKeys, Task
 from elastictok_jax.models.registry import registered_family
@@ -56,9 +61,11 @@ def inspect_data(
     config = resolve_config(config)
     task = registered_family(config).task
     reader = task.reader(open_splits(config), split=split)
-    blocks = evenly_spaced(config.data.sequence_blocks, most=MOST_THUMBS)
-    frames = evenly_spaced(config.video.frames_per_block, most=MOST_THUMBS // len(blocks))
-    lengths_BN = batch_lengths(config, task, batch) if split == "train" else None
+    blocks = evenly_spaced_thumbnails(config.data.sequence_blocks, most=MOST_THUMBS)
+    frames = evenly_spaced_thumbnails(
+        config.video.frames_per_block, most=MOST_THUMBS // len(blocks)
+    )
+    lengths_BN = inspected_batch_lengths(config, task, batch) if split == "train" else None
     rows = _read_rows(
         reader,
         batch,
@@ -163,7 +170,9 @@ def read_row_to_inspect(
     )
 
 
-def batch_lengths(config: ml_collections.ConfigDict, task: Task, step: int) -> np.ndarray | None:
+def inspected_batch_lengths(
+    config: ml_collections.ConfigDict, task: Task, step: int
+) -> np.ndarray | None:
     """Returns int32 [B, N], the tokens that each block keeps at training step `step`.
 
     None for a task that does not drop tokens.
@@ -202,7 +211,7 @@ def _summarise_batch(
     }
 
 
-def evenly_spaced(count: int, *, most: int) -> np.ndarray:
+def evenly_spaced_thumbnails(count: int, *, most: int) -> np.ndarray:
     """Returns int64, up to `most` of 0, ..., count - 1, evenly spaced from 0."""
     shown = min(count, max(1, most))
     return np.arange(shown) * count // shown
@@ -234,7 +243,7 @@ def _title(
         limits = f"{masking.kind}, {masking.min_tokens} to {tokens_per_block}"
         bars = f"bars: tokens kept at that step ({limits})"
     return (
-        f"{plot_label(config.name)}: {split} batch {batch}{use}\n{data.batch_size} rows of "
+        f"{figure_label(config.name)}: {split} batch {batch}{use}\n{data.batch_size} rows of "
         f"{data.sequence_blocks} blocks; a block: {video.frames_per_block} frames of {side} x "
         f"{side}, {tokens_per_block} tokens; {bars}"
     )
@@ -304,7 +313,7 @@ def _draw_row(axes, row: BatchRow, *, top: int, blocks: np.ndarray) -> None:
         letters = int(wide / LETTER)
         for line, text in enumerate(_label(row, first)):
             y = top + 2 + line * 13
-            shown = shorten_label(plot_label(text), letters)
+            shown = shorten_figure_label(figure_label(text), letters)
             weight = "bold" if line == 0 else "normal"
             style = dict(fontsize=7.5, va="top", color=colour, weight=weight)
             axes.text(left + 3, y, shown, **style)

@@ -272,14 +272,14 @@ def _at_share(
     }
     if tokens.levels:
         record["codes"] = np.concatenate(tokens.codes)
-    if tokens.levels and entropy.is_installed():
+    if tokens.levels and entropy.is_entropy_coder_installed():
         record["coded_bits"] = np.asarray(tokens.entropy_coded_bits())
     if frame_metrics.features is not None and len(clip.frames) > 1:
         record["features"] = frame_metrics.features(decoded)
     return record
 
 
-def coded_to_target(
+def measured_tokens(
     tokenizer: ElasticTokenizer, clip: EvalClip, record: Record, target: float
 ) -> Tokens:
     """Returns the entries of a record for the tokens of a clip."""

@@ -31,7 +31,7 @@ from elastictok_jax.tokenizer.api import ElasticTokenizer
 FORMAT = 1  # of a record: incremented when its keys or their meaning change
 
 
-def measure_all(
+def measure_with_store(
     tokenizers: Sequence[ElasticTokenizer],
     clips: Sequence[EvalClip],
     plan: MeasurementPlan,
@@ -111,7 +111,7 @@ def _digest(
     """Returns 16 hex digits over everything that a record depends on."""
     router = tokenizer.router is not None and tokenizer.router.digest
     lengths = (tokenizer.geometry.fixed_tokens, tokenizer.min_tokens, tokenizer.window_blocks)
-    model = (tokenizer.fingerprint, router, lengths, entropy.is_installed())
+    model = (tokenizer.fingerprint, router, lengths, entropy.is_entropy_coder_installed())
     said = (
         FORMAT,
         model,

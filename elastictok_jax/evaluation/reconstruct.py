@@ -8,7 +8,7 @@ import numpy as np
 from elastictok_jax.data.frame_stream import PIPE, open_frame_stream
 from elastictok_jax.errors import UsageError
 from elastictok_jax.evaluation.eval_clips import EvalClip, code_eval_clip
-from elastictok_jax.evaluation.report.drawing import plot_label
+from elastictok_jax.evaluation.report.figures import figure_label
 from elastictok_jax.evaluation.report.side_by_side import (
     draw_side_by_side,
     write_side_by_side,
@@ -57,7 +57,7 @@ def reconstruct_file(
     draw_side_by_side(
         output / "reconstruction.png",
         [(clip, coded)],
-        title=f"{plot_label(clip.name)}: {goal}",
+        title=f"{figure_label(clip.name)}: {goal}",
         **sizes,
     )
     write_side_by_side(output / "reconstruction.mp4", [(clip, coded)], **sizes)

@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 
 from elastictok_jax import __version__
-from elastictok_jax.evaluation.eval_clips import EvalClip
+from elastictok_jax.evaluation.correlation import pearson_correlation, spearman_correlation
+from elastictok_jax.evaluation.eval_clips import CLIP_KINDS, EvalClip, eval_clip_kinds
+from elastictok_jax.evaluation.fraction_met import fraction_met_for_tokens, tokens_for_fraction_met
 from elastictok_jax.evaluation.frechet import FVD_METRIC, Moments, frechet_distance
 from elastictok_jax.evaluation.measure import MeasurementPlan, Record
 from elastictok_jax.layers.codebook import codebook_statistics
@@ -19,7 +21,6 @@ from elastictok_jax.pixels import pixel_psnr
 from elastictok_jax.tokenizer.search import SEARCHES
 
 SCHEMA = 1  # of metrics.json: incremented when a key changes its meaning
-CLIP_KINDS = ("images", "videos")
 PSNR_SHOWN = 100.0  # dB; caps the infinite PSNR of an exact reconstruction
 FRAME_METRICS = ("psnr", "ssim", "ms_ssim", "lpips_alex", "lpips_vgg")
 
@@ -42,64 +43,6 @@ def join_records(records: Sequence[Record], key: str) -> np.ndarray:
     """Concatenates the arrays under `key`; returns an empty array if no record has it."""
     found = [np.atleast_1d(record[key]) for record in records if key in record]
     return np.concatenate(found) if found else np.zeros(0)
-
-
-def fraction_met_by_tokens(
-    lengths_N: np.ndarray, met_N: np.ndarray, *, least: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Computes the largest fraction of blocks that can meet a target, by mean tokens per block.
-
-    Tokens go first to the blocks that need fewest; those given up take `least` (paper, Fig. 4).
-
-    Args:
-      lengths_N: the fewest tokens with which each block meets the target, where `met_N`.
-
-    Returns:
-      Mean tokens per block and fraction of blocks met, float64 [1 + blocks that can meet it] each.
-    """
-    needed = np.sort(lengths_N[met_N].astype(np.float64))
-    spent = np.concatenate([[0.0], np.cumsum(needed)])
-    count = np.arange(len(spent))
-    tokens = (spent + (len(lengths_N) - count) * least) / len(lengths_N)
-    return tokens, count / len(lengths_N)
-
-
-def tokens_for_fraction_met(
-    lengths_N: np.ndarray, met_N: np.ndarray, *, least: int, share: float
-) -> float | None:
-    """Returns the mean tokens per block at which the fraction `share` of blocks meets a target.
-
-    Returns None if no number of tokens suffices.
-    """
-    tokens, shares = fraction_met_by_tokens(lengths_N, met_N, least=least)
-    enough = np.flatnonzero(shares >= share - 1e-9)
-    return float(tokens[enough[0]]) if enough.size else None
-
-
-def fraction_met_for_tokens(
-    lengths_N: np.ndarray, met_N: np.ndarray, *, least: int, tokens: float
-) -> float:
-    """Returns the fraction of blocks that can meet a target with a mean of `tokens` per block."""
-    spent, shares = fraction_met_by_tokens(lengths_N, met_N, least=least)
-    return float(shares[spent <= max(tokens, least) + 1e-9].max())
-
-
-def pearson_correlation(x: np.ndarray, y: np.ndarray) -> float | None:
-    """Returns Pearson's r, or None if either array is constant."""
-    if len(x) < 2 or np.ptp(x) == 0 or np.ptp(y) == 0:
-        return None
-    return float(np.corrcoef(x, y)[0, 1])
-
-
-def spearman_correlation(x: np.ndarray, y: np.ndarray) -> float | None:
-    """Returns Spearman's rho, Pearson's r of the ranks; None if either array is constant."""
-    return pearson_correlation(_ranks(x), _ranks(y))
-
-
-def _ranks(x: np.ndarray) -> np.ndarray:
-    """Returns the rank of each value; ties share their mean rank."""
-    _, inverse, counts = np.unique(x, return_inverse=True, return_counts=True)
-    return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
 
 
 def _model_figures(
@@ -252,7 +195,7 @@ def _mean(values: np.ndarray) -> float | None:
     return float(values.mean()) if values.size else None
 
 
-def compare_token_use(
+def summarise_token_use(
     elastic: Measured, fixed: Sequence[Measured], kind_of: Mapping[str, str], plan: MeasurementPlan
 ) -> list[dict[str, Any]]:
     """Compares token use at the fraction of blocks that a fixed tokenizer brings to each target.
@@ -298,7 +241,7 @@ def summarise_evaluation(
     measured: Sequence[Measured], clips: Sequence[EvalClip], plan: MeasurementPlan
 ) -> dict[str, Any]:
     """Returns the content of metrics.json except for the individual clips, as JSON values."""
-    kind_of = clip_kinds(clips)
+    kind_of = eval_clip_kinds(clips)
     elastic = [model for model in measured if model.facts["fixed_tokens"] is None]
     fixed = [model for model in measured if model.facts["fixed_tokens"] is not None]
     return {
@@ -310,11 +253,6 @@ def summarise_evaluation(
         },
         "models": [_model_figures(model, kind_of, plan) for model in measured],
         "comparisons": [
-            row for model in elastic for row in compare_token_use(model, fixed, kind_of, plan)
+            row for model in elastic for row in summarise_token_use(model, fixed, kind_of, plan)
         ],
     }
-
-
-def clip_kinds(clips: Sequence[EvalClip]) -> dict[str, str]:
-    """Maps each clip's name to its kind: an image is a clip of one frame."""
-    return {clip.name: CLIP_KINDS[len(clip.frames) > 1] for clip in clips}

@@ -38,7 +38,7 @@ class PerceptualLoss:
     per = "blocks"
 
     def __call__(self, made: Reconstruction, *, frozen, keys) -> Array:
-        frames, weight_BG = random_lpips_frames(
+        frames, weight_BG = frames_for_perceptual_loss(
             keys("frames"),
             made.rows_B,
             (made.decoded_BSD, made.target_BSD),
@@ -52,7 +52,7 @@ class PerceptualLoss:
         return jnp.sum(jnp.where(weight_BG > 0, weight_BG * distance_BG, 0.0))
 
 
-def random_lpips_frames(
+def frames_for_perceptual_loss(
     key: Array,
     rows_B: Array,
     videos_BSD: tuple[Array, ...],

@@ -39,11 +39,11 @@ from elastictok_jax.losses.reconstruction import KL, SquaredError, squared_error
 from elastictok_jax.models.base import Batch, Codec, Geometry, Metrics, StepKeys
 from elastictok_jax.models.rate_points import (
     evaluated_fractions,
-    metric_directions,
-    mse_name,
+    rate_point_metric_directions,
+    rate_point_mse_name,
     tokens_at_targets,
 )
-from elastictok_jax.perceptual.lpips import lpips_shapes
+from elastictok_jax.perceptual.lpips import lpips_network_shapes
 from elastictok_jax.perceptual.lpips_weights import load_lpips
 from elastictok_jax.pixels import pixels_to_float, pixels_to_uint8
 
@@ -179,7 +179,7 @@ class AutoencoderTask:
 
     @property
     def better(self) -> Mapping[str, str]:
-        return metric_directions(self.points, self.config.evaluation.targets)
+        return rate_point_metric_directions(self.points, self.config.evaluation.targets)
 
     def init(self, key: Array) -> dict[str, Any]:
         return {"model": self.network.init(key)}
@@ -194,7 +194,7 @@ class AutoencoderTask:
             return {}
         return jax.tree.map(
             lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32),
-            lpips_shapes(loss.lpips_net),
+            lpips_network_shapes(loss.lpips_net),
             is_leaf=lambda shape: isinstance(shape, tuple),
         )
 
@@ -324,7 +324,9 @@ class AutoencoderTask:
         """Returns the MSE at each point, use of the codebook at the first, `tokens_at_targets`."""
         results: dict[str, float] = {}
         for point, total in zip(self.points, sums, strict=True):
-            results[mse_name(point, self.points)] = float(total["error"] / total["tokens"])
+            results[rate_point_mse_name(point, self.points)] = float(
+                total["error"] / total["tokens"]
+            )
             if point == self.points[0] and "codebook_counts" in total:
                 statistics = codebook_use(total["codebook_counts"])
                 results |= {f"codebook_{name}": value for name, value in statistics.items()}

@@ -16,16 +16,18 @@ def evaluated_fractions(config: ml_collections.ConfigDict) -> tuple[float, ...]:
     return (config.masking.fraction,) if config.masking.kind == "fixed" else FRACTIONS
 
 
-def metric_directions(fractions: Sequence[float], targets: Sequence[float]) -> dict[str, str]:
+def rate_point_metric_directions(
+    fractions: Sequence[float], targets: Sequence[float]
+) -> dict[str, str]:
     """Returns "lower" or "higher" for each metric: which value is better."""
-    better = {mse_name(fraction, fractions): "lower" for fraction in fractions}
+    better = {rate_point_mse_name(fraction, fractions): "lower" for fraction in fractions}
     for target in targets:
         better[f"met_at_mse_{target:g}"] = "higher"
         better[f"tokens_at_mse_{target:g}"] = "lower"
     return better
 
 
-def mse_name(fraction: float, fractions: Sequence[float]) -> str:
+def rate_point_mse_name(fraction: float, fractions: Sequence[float]) -> str:
     """Returns the name of the MSE at one of `fractions`; the first has no suffix."""
     return "mse" if fraction == fractions[0] else f"mse_at_{fraction:g}"
 

@@ -22,7 +22,7 @@ from jax._src.clusters import ClusterEnv  # nor is the detection of clusters
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from elastictok_jax.errors import RunError, UsageError
-from elastictok_jax.parallel.sigabrt import only_last_word
+from elastictok_jax.parallel.sigabrt import sigabrt_only_last_word
 
 # Options and their environment variables; jax itself reads the first one.
 VARIABLES = {
@@ -75,7 +75,7 @@ def initialize(
         require_port(os.environ.get("JAX_COORDINATOR_BIND_ADDRESS") or where)
     where = where or "the address that the cluster gives"
     try:
-        with only_last_word(
+        with sigabrt_only_last_word(
             lambda: (
                 f"not all processes met at {where} within --initialization-timeout = {timeout} s: "
                 "see that process 0 runs there, that its port is open, and that as many were "
@@ -343,7 +343,7 @@ class _Runs:
     begun = 0
 
 
-def begin_run() -> None:
+def begin_distributed_run() -> None:
     """Starts a new set of keys and barriers, each usable once; all processes call it once a run."""
     _Runs.begun += 1
 

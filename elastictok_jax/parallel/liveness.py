@@ -18,7 +18,7 @@ from typing import NoReturn
 
 from elastictok_jax.errors import RunError, UsageError
 from elastictok_jax.parallel import distributed
-from elastictok_jax.parallel.sigabrt import on_abort, say_last_word
+from elastictok_jax.parallel.sigabrt import on_abort, sigabrt_last_word
 
 BEAT = 1.0  # seconds between heartbeats
 LOST = 30.0  # seconds without a heartbeat until a process counts as lost
@@ -37,7 +37,7 @@ class Peers:
     """
 
     def __init__(self, *, kept: Callable[[], str]):
-        distributed.begin_run()
+        distributed.begin_distributed_run()
         self._kept = kept
         self._signs, self._verdict = (
             distributed.run_scoped_key("signs/"),
@@ -110,7 +110,7 @@ class Peers:
         self._last_word.acquire()  # only one thread prints and exits
         if self._client is not None and self.process == 0:
             time.sleep(5 * BEAT)  # the others read the verdict from this process, and exit first
-        say_last_word(message)
+        sigabrt_last_word(message)
         os._exit(status)
 
     def _sign(self) -> tuple[str, str]:

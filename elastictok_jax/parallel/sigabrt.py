@@ -21,7 +21,7 @@ def on_abort(last_word: Callable[[], str]) -> Iterator[None]:
 
     def handle(number: int) -> None:
         try:
-            say_last_word(last_word())
+            sigabrt_last_word(last_word())
         finally:
             os._exit(RunError.status)
 
@@ -36,7 +36,7 @@ def on_abort(last_word: Callable[[], str]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def only_last_word(last_word: Callable[[], str]) -> Iterator[None]:
+def sigabrt_only_last_word(last_word: Callable[[], str]) -> Iterator[None]:
     """Does as `on_abort`, and silences stderr until then: C++ prints a stack trace first."""
     stderr = os.dup(2)
 
@@ -54,6 +54,6 @@ def only_last_word(last_word: Callable[[], str]) -> Iterator[None]:
         os.close(stderr)
 
 
-def say_last_word(text: str) -> None:
+def sigabrt_last_word(text: str) -> None:
     """Writes one error line to stderr, bypassing Python's buffers, even if other code is stuck."""
     os.write(2, f"elastictok: error: {text}\n".encode())

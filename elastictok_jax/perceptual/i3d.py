@@ -118,7 +118,7 @@ def i3d_logits(
     return logits + jnp.asarray(head["bias"])
 
 
-def i3d_shapes() -> dict[str, dict[str, tuple[int, ...]]]:
+def i3d_network_shapes() -> dict[str, dict[str, tuple[int, ...]]]:
     """Returns the shape of every weight: kernels THWIO, normalizations [C], the head [C, 400].
 
     A unit's `mean`, `variance` and `bias` are those of its batch normalization, which has no

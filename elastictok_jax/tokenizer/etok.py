@@ -53,7 +53,7 @@ def write_etok_fields(path: str | Path, fields: Mapping[str, Any], *, coding: st
         flat = BlockCodes.of(codes).flat
         arrays["codes"] = _smallest(flat) if flat.ndim == 1 else flat
     elif codes[0].ndim == 1:
-        arrays["words"] = entropy.encode_codes(codes, levels=levels)
+        arrays["words"] = entropy.entropy_encode(codes, levels=levels)
     else:
         raise UsageError(f"{path}: VAE codes have no entropy-coded form: use coding='plain'")
     text = {name: json.dumps(fields[name]) for name in _TEXT}
@@ -193,7 +193,7 @@ def _with_blocks(clip: dict[str, Any], arrays: dict[str, np.ndarray]) -> dict[st
     lengths, mse, met = arrays["lengths"].astype(np.int64), arrays["mse"], arrays["met"]
     _check_blocks(mse, met, lengths=lengths)
     if "words" in arrays:
-        flat = entropy.decode_codes(arrays["words"], lengths=lengths, levels=clip["levels"])
+        flat = entropy.entropy_decode(arrays["words"], lengths=lengths, levels=clip["levels"])
     else:
         flat = arrays["codes"]
         if lengths.sum() != len(flat):

@@ -74,7 +74,7 @@ def encode_file(
         print(f"note: {note}", file=sys.stderr)
     tokenizer = ElasticTokenizer.from_pretrained(model)
     if coding == "entropy":
-        entropy.require_coder(tokenizer.codec.code.levels)
+        entropy.require_entropy_coder(tokenizer.codec.code.levels)
     layout = TileGrid((1, stream.height, stream.width), tokenizer.geometry).describe()
     if layout:
         print(f"note: {layout}", file=sys.stderr)
@@ -164,7 +164,7 @@ def _etok_summary(
     }
 
 
-def encode_summary_line(results: dict) -> str:
+def encode_file_summary(results: dict) -> str:
     """Returns the results of `encode_file` as one or two lines of text."""
     lines = [
         f"{results['output']}: {results['frames']} frames, {results['blocks']} blocks, "

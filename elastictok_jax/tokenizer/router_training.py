@@ -71,7 +71,7 @@ def train_router(model: str | Path, *, blocks: int, steps: int) -> dict[str, flo
     )
     Router(params, tuple(lengths), tokenizer.fingerprint).save(folder)
     predicted = np.asarray(predict_errors(params, features_NF[held_back], knots=len(lengths)))
-    error = router_count_error(predicted, curves_NK[held_back], lengths)
+    error = trained_router_count_error(predicted, curves_NK[held_back], lengths)
     return {"blocks": len(curves), "steps": best_step, "count_error": error}
 
 
@@ -191,7 +191,7 @@ def fit_router(
     return jax.tree.map(np.asarray, params), best[2]
 
 
-def router_count_error(
+def trained_router_count_error(
     predicted_NK: np.ndarray, curves_NK: np.ndarray, lengths: list[int]
 ) -> float:
     """Returns the mean relative error of the first length predicted to meet a target.

@@ -68,7 +68,7 @@ class Tokens:
         Raises:
           UsageError: if `levels` is empty, or the extra [compress] is not installed.
         """
-        return 32 * len(entropy.encode_codes(self.codes, levels=self.levels))
+        return 32 * len(entropy.entropy_encode(self.codes, levels=self.levels))
 
     def save(self, path: str | Path, *, coding: str = "plain") -> None:
         """Writes an .etok file atomically.
@@ -110,7 +110,7 @@ class Tokens:
             raise UsageError("there are no pieces to join: give at least one")
         first, last = pieces[0], pieces[-1]
         for number, piece in enumerate(pieces):
-            require_same_clip(piece, first, number=number)
+            require_tokens_of_same_clip(piece, first, number=number)
             equal = piece.frames * len(first.codes) == first.frames * len(piece.codes)
             longer = piece.frames * len(first.codes) > first.frames * len(piece.codes)
             if longer or not (equal or piece is last):
@@ -130,7 +130,7 @@ class Tokens:
         )
 
 
-def require_same_clip(piece: Tokens, first: Tokens, *, number: int) -> None:
+def require_tokens_of_same_clip(piece: Tokens, first: Tokens, *, number: int) -> None:
     """Raises UsageError if two pieces cannot belong to one clip; `number` is that of `piece`."""
     for name in SHARED:
         ours, theirs = getattr(first, name), getattr(piece, name)

@@ -19,7 +19,7 @@ PICTURE = "eval/original_and_decoded"
 STEP_COST = 3  # forward passes that a training step costs: one forward, two for the backward pass
 
 
-def open_held_out(
+def read_evaluator_batches(
     task: Task, config: ml_collections.ConfigDict, splits: SourceSplits, *, part: BatchPart
 ) -> list[dict[str, np.ndarray]]:
     """Reads the held-out batches, the same for every evaluation; [] if no data is held out.

@@ -197,7 +197,7 @@ def _cut_back(path: Path, step: int) -> None:
         temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
 
 
-def shows_pictures(config: ml_collections.ConfigDict) -> bool:
+def metric_writers_take_pictures(config: ml_collections.ConfigDict) -> bool:
     """Returns whether a sink takes pictures; all processes have to take part in drawing them."""
     return bool(config.train.tensorboard or config.train.wandb_project)
 

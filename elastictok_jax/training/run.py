@@ -37,7 +37,11 @@ from elastictok_jax.parallel.sharding import (
 )
 from elastictok_jax.storage.checkpoint import Checkpointer, DamagedCheckpoint
 from elastictok_jax.training.async_metrics import StepLog
-from elastictok_jax.training.evaluator import evaluate_batches, open_held_out, require_best_metric
+from elastictok_jax.training.evaluator import (
+    evaluate_batches,
+    read_evaluator_batches,
+    require_best_metric,
+)
 from elastictok_jax.training.host_consensus import Votes
 from elastictok_jax.training.initialise import initialise
 from elastictok_jax.training.lock import WorkdirLock
@@ -45,9 +49,9 @@ from elastictok_jax.training.metric_writers import (
     ConsoleWriter,
     MetricWriter,
     SilentWriter,
+    metric_writers_take_pictures,
     open_wandb,
     require_sinks,
-    shows_pictures,
 )
 from elastictok_jax.training.state import TrainState, abstract_state, init_state_sharded
 from elastictok_jax.training.step import jit_train_step
@@ -148,7 +152,7 @@ def open_run(
     raise_if_lost, wandb_run = _hold_workdir(workdir, config, first=peers.process == 0, stack=stack)
     splits = open_splits(config)
     reader = task.reader(splits, split="train", part=part)
-    held_out = open_held_out(task, config, splits, part=part)
+    held_out = read_evaluator_batches(task, config, splits, part=part)
     frozen = replicate(task.frozen(), mesh)
     files = splits.fingerprint()
     enter_workdir(workdir, config, files=files)
@@ -224,7 +228,7 @@ def open_run(
                 block_inputs=reader.geometry.inputs,
             ),
             draw=draw,
-            show=partial(writer.picture, step) if shows_pictures(config) else None,
+            show=partial(writer.picture, step) if metric_writers_take_pictures(config) else None,
         )
 
     batches = DeviceBatches(

@@ -13,9 +13,9 @@ from elastictok_jax.aot.hlo import parse_module
 from elastictok_jax.aot.programs import programs
 from elastictok_jax.aot.report import (
     compile_notes,
-    compile_refusal,
     memory_sizes,
     program_report,
+    report_compile_refusal,
     report_text,
 )
 from elastictok_jax.aot.roofline import roofline
@@ -152,7 +152,7 @@ def test_predictions_are_those_of_the_roofline():
     ],
 )
 def test_a_program_that_the_compiler_refuses(message, total):
-    found = compile_refusal(message + "\n\nallocations", CHIPS["v4"])
+    found = report_compile_refusal(message + "\n\nallocations", CHIPS["v4"])
     assert found["fits"] is False
     assert found["bytes_per_device"] == {"total": total, "usable": 30.75 * GIB}
     assert message in found["notes"][0]
@@ -186,7 +186,7 @@ def test_table_for_people(figures):
         **figures["train_step"],
         "predicted_tokens_per_second": 1234567.0,
         "encode": figures["encode"] | {"predicted_tokens_per_second": 1.0},
-        "decode": compile_refusal("RESOURCE_EXHAUSTED: (33.54G) exceeds", CHIPS["v5e"]),
+        "decode": report_compile_refusal("RESOURCE_EXHAUSTED: (33.54G) exceeds", CHIPS["v5e"]),
     }
     json.dumps(results)
     text = report_text(results)

@@ -6,7 +6,7 @@ import pytest
 
 from elastictok_jax.evaluation.eval_clips import EvalClip
 from elastictok_jax.evaluation.measure import FrameMetrics, measurement_plan
-from elastictok_jax.evaluation.measurement_store import measure_all
+from elastictok_jax.evaluation.measurement_store import measure_with_store
 from tests.tokenizer.small import make_tokenizer
 
 JUDGE = FrameMetrics("none", lambda original, decoded: {}, None)
@@ -21,7 +21,7 @@ def measure(tokenizers, clips, folder, devices):
     folder.mkdir()
     plan = measurement_plan(tokenizers[0], tokenizers[0].config.evaluation)
     said = []
-    records = measure_all(
+    records = measure_with_store(
         *(tokenizers, clips, plan, JUDGE),
         folder=folder,
         devices=devices,

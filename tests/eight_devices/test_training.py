@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 
-from elastictok_jax.losses.perceptual import random_lpips_frames
+from elastictok_jax.losses.perceptual import frames_for_perceptual_loss
 from elastictok_jax.parallel.sharding import batch_sharding
 from elastictok_jax.storage.checkpoint import Checkpointer
 from tests.tiny import abstract_state, block_tokens, codec_of
@@ -121,7 +121,7 @@ def test_frames_that_lpips_looks_at_are_those_of_one_device(every):
         )
         codec = codec_of(config)
         draw = partial(
-            random_lpips_frames,
+            frames_for_perceptual_loss,
             every_blocks=every,
             block_frames=codec.geometry.frames,
             unpack=codec.unpack,

@@ -13,7 +13,7 @@ import pytest
 from elastictok_jax.data import media
 from elastictok_jax.data.sources.file_source import EMBEDDED
 from elastictok_jax.evaluation.frame_metrics import frame_mse, frame_psnr, ms_ssim, ssim
-from elastictok_jax.perceptual.lpips import lpips, lpips_shapes
+from elastictok_jax.perceptual.lpips import lpips, lpips_network_shapes
 from elastictok_jax.perceptual.lpips_weights import load_lpips
 
 torch = pytest.importorskip("torch")
@@ -96,7 +96,7 @@ def test_lpips_is_that_of_its_authors_package(pair):
     with contextlib.redirect_stdout(None):
         net = package.LPIPS(net="alex", pnet_rand=True).double().eval()  # without a download
     convolutions = [layer for layer in net.net.modules() if isinstance(layer, torch.nn.Conv2d)]
-    names = [name for name in lpips_shapes("alex") if name.startswith("conv_")]
+    names = [name for name in lpips_network_shapes("alex") if name.startswith("conv_")]
     with torch.no_grad():
         for layer, name in zip(convolutions, names, strict=True):
             kernel = torch.from_numpy(params[name]["kernel"]).permute(3, 2, 0, 1)

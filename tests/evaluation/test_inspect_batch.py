@@ -11,8 +11,11 @@ from PIL import Image
 from elastictok_jax import cli
 from elastictok_jax.config import apply_overrides, resolve_config
 from elastictok_jax.data.sources.splits import open_splits
-from elastictok_jax.evaluation.inspect_batch import batch_lengths, evenly_spaced
-from elastictok_jax.evaluation.report.drawing import shorten_label
+from elastictok_jax.evaluation.inspect_batch import (
+    evenly_spaced_thumbnails,
+    inspected_batch_lengths,
+)
+from elastictok_jax.evaluation.report.figures import shorten_figure_label
 from elastictok_jax.experiment_registry import get_experiment
 from tests.tiny import block_tokens, made_up_state, make_train_step, reader_of, task_of
 
@@ -50,7 +53,7 @@ def test_lengths_are_those_that_the_step_draws():
     for number in range(3):
         batch = {k: jnp.asarray(v) for k, v in reader(number).items() if k != "faults"}
         state, metrics = step(state, batch, {})
-        drawn = batch_lengths(config, task_of(config), number)
+        drawn = inspected_batch_lengths(config, task_of(config), number)
         assert drawn.shape == (3, config.data.sequence_blocks)
         expected = drawn.mean() / block_tokens(config)
         assert float(metrics["kept_fraction"]) == pytest.approx(expected, rel=1e-5)
@@ -63,7 +66,7 @@ def test_picture_and_json_are_of_the_real_batch(tmp_path, capsys):
     config = resolve_config(small_config())
     reader = reader_of(config, open_splits(config), split="train")
     assert [row["row"] for row in shown["rows"]] == [6, 7, 8]
-    lengths = batch_lengths(config, task_of(config), 2)
+    lengths = inspected_batch_lengths(config, task_of(config), 2)
     for place, row in enumerate(shown["rows"]):
         clips = reader.mixture.row(row["row"])
         found = [(c["source"], c["item"], c["start"], c["blocks"]) for c in row["clips"]]
@@ -101,10 +104,10 @@ def test_bad_use_is_one_line(tmp_path, capsys):
 
 
 def test_blocks_shown_are_even_and_names_are_cut_in_the_middle():
-    assert evenly_spaced(4, most=9).tolist() == [0, 1, 2, 3]
-    assert evenly_spaced(100, most=4).tolist() == [0, 25, 50, 75]
-    assert shorten_label("a/long/name.mp4", 100) == "a/long/name.mp4"
+    assert evenly_spaced_thumbnails(4, most=9).tolist() == [0, 1, 2, 3]
+    assert evenly_spaced_thumbnails(100, most=4).tolist() == [0, 25, 50, 75]
+    assert shorten_figure_label("a/long/name.mp4", 100) == "a/long/name.mp4"
     assert (
-        len(shorten_label("a/long/name.mp4", 9)) == 9
-        and shorten_label("a/long/name.mp4", 9)[-3:] == "mp4"
+        len(shorten_figure_label("a/long/name.mp4", 9)) == 9
+        and shorten_figure_label("a/long/name.mp4", 9)[-3:] == "mp4"
     )

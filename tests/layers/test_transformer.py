@@ -1,4 +1,4 @@
-"""Rotary positions at any range, remat and dtype policies, and the parameter tree."""
+"""Remat and dtype policies, and the parameter tree."""
 
 import dataclasses
 
@@ -9,23 +9,15 @@ import ml_collections
 import numpy as np
 import pytest
 from flax import traverse_util
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from elastictok_jax import config as config_lib
 from elastictok_jax.layers.attention.api import SequenceLayout
 from elastictok_jax.layers.scan_layout import stack_or_unstack
-from elastictok_jax.layers.transformer import (
-    LayerSpec,
-    apply_rotary_embedding,
-    rotary_pairs_to_halves,
-    scanned_transformer_layers,
-)
-from elastictok_jax.models.elastictok.model import build_elastictok, init_elastictok_params
+from elastictok_jax.layers.transformer import LayerSpec, scanned_transformer_layers
+from elastictok_jax.models.elastictok.model import build_elastictok_model, init_elastictok_model
 from elastictok_jax.parallel.sharding import LOGICAL_AXIS_RULES
 from tests.tiny import abstract_params
 
-THETA, HEAD_WIDTH = 5e7, 128  # of the published FSQ model
 SPEC = LayerSpec(
     width=16,
     mlp_width=24,
@@ -42,92 +34,6 @@ PLACES = SequenceLayout(
     segments_BS=jnp.array([[1] * 6 + [0] * 2, [1] * 4 + [2] * 4], jnp.int32),
     tokens_per_block=4,
 )
-
-
-def unit_vectors(seed, count=2):
-    vectors = np.random.default_rng(seed).normal(size=(count, HEAD_WIDTH))
-    return vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)
-
-
-@jax.jit
-def rotated(vectors_SK, positions_S):
-    return apply_rotary_embedding(vectors_SK[None, :, None], positions_S, theta=THETA)[0, :, 0]
-
-
-def score(query, key, query_position, key_position):
-    both = rotated(
-        jnp.asarray([query, key], jnp.float32), jnp.array([query_position, key_position])
-    )
-    return float(np.asarray(both[0], np.float64) @ np.asarray(both[1], np.float64))
-
-
-def rotate_pairs_float64(vectors, positions):
-    """The published convention: dims 2i and 2i + 1 turn by position * theta ** (-2i / K)."""
-    out = np.zeros(vectors.shape)
-    dims = vectors.shape[-1]
-    for row, position in enumerate(positions):
-        for i in range(dims // 2):
-            angle = float(position) * THETA ** (-2 * i / dims)
-            a, b = vectors[row, 2 * i], vectors[row, 2 * i + 1]
-            out[row, 2 * i] = a * np.cos(angle) - b * np.sin(angle)
-            out[row, 2 * i + 1] = a * np.sin(angle) + b * np.cos(angle)
-    return out
-
-
-@given(
-    position=st.integers(0, 2**20),
-    distance=st.integers(0, 2**20),
-    seed=st.integers(0, 1000),
-)
-@settings(max_examples=60)
-def test_scores_depend_on_distance_alone(position, distance, seed):
-    query, key = unit_vectors(seed)
-    near = score(query, key, 0, distance)
-    far = score(query, key, position, position + distance)
-    assert far == pytest.approx(near, abs=1e-5)
-
-
-def test_distance_matters():
-    query, key = unit_vectors(0)
-    at_zero = score(query, key, 1000, 1000)
-    assert at_zero == pytest.approx(query @ key, abs=1e-5)
-    assert abs(score(query, key, 1000, 1001) - at_zero) > 1e-3
-
-
-@pytest.mark.parametrize(
-    ("positions", "tolerance"),
-    [
-        (range(64), 1e-6),
-        # Frequencies are whole multiples of 2^-32 turns: at position p the angle is off by at
-        # most p 2^-33 turns, 8e-4 rad at a million, the same for query and key.
-        (range(2**20 - 64, 2**20), 2**20 * 2.0**-33 * 2 * np.pi),
-    ],
-)
-def test_rotation_is_the_published_one(positions, tolerance):
-    vectors = unit_vectors(1, count=64)
-    want = rotary_pairs_to_halves(
-        jnp.asarray(rotate_pairs_float64(vectors, positions), jnp.float32)
-    )
-    halves = rotary_pairs_to_halves(jnp.asarray(vectors, jnp.float32))
-    got = rotated(halves, jnp.asarray(positions, jnp.int32))
-    np.testing.assert_allclose(got, want, atol=tolerance, rtol=0)
-    norms = np.linalg.norm(np.asarray(got, np.float64), axis=-1)
-    np.testing.assert_allclose(norms, 1.0, atol=1e-6)
-
-
-def test_pairs_to_halves_puts_even_dims_first():
-    kernel = jnp.arange(24).reshape(3, 8)
-    want = np.concatenate([kernel[:, 0::2], kernel[:, 1::2]], axis=1)
-    np.testing.assert_array_equal(rotary_pairs_to_halves(kernel), want)
-
-
-def test_rotation_keeps_dtype_and_computes_in_float32():
-    vectors = jnp.asarray(unit_vectors(2, count=3), jnp.bfloat16)
-    positions = jnp.array([0, 2**20 - 1, 2**20])
-    got = rotated(vectors, positions)
-    assert got.dtype == jnp.bfloat16
-    want = rotated(vectors.astype(jnp.float32), positions).astype(jnp.bfloat16)
-    np.testing.assert_array_equal(got, want)
 
 
 def layers_and_input(**changes):
@@ -240,8 +146,8 @@ def tiny(**overrides):
 
 @pytest.mark.parametrize("bottleneck", ["fsq", "vae"])
 def test_every_parameter_has_logical_axes_that_the_rules_know(bottleneck):
-    model = build_elastictok(tiny(**{"model.bottleneck": bottleneck}))
-    boxed = jax.eval_shape(lambda: init_elastictok_params(model, jax.random.key(0)))
+    model = build_elastictok_model(tiny(**{"model.bottleneck": bottleneck}))
+    boxed = jax.eval_shape(lambda: init_elastictok_model(model, jax.random.key(0)))
     leaves = jax.tree.leaves(boxed, is_leaf=lambda leaf: isinstance(leaf, nn.Partitioned))
     known = {name for name, _ in LOGICAL_AXIS_RULES}
     assert len(leaves) > 20
@@ -281,7 +187,7 @@ def test_conditioned_encoder_reads_the_mask_and_the_other_does_not():
     everything, half = jnp.ones((2, 8), bool), jnp.arange(8)[None].repeat(2, 0) % 4 < 2
     for conditioned in (True, False):
         config = tiny(**{"model.conditioned": conditioned, "model.bottleneck": "vae"})
-        model, params = build_elastictok(config), random_params(abstract_params(config))
+        model, params = build_elastictok_model(config), random_params(abstract_params(config))
         encode = jax.jit(
             lambda keep, m=model, p=params: m.apply(
                 {"params": p}, patches, keep, places, method="encode"
@@ -291,7 +197,7 @@ def test_conditioned_encoder_reads_the_mask_and_the_other_does_not():
 
 
 def test_what_is_dropped_never_reaches_the_decoder():
-    model, params = build_elastictok(tiny()), random_params(abstract_params(tiny()))
+    model, params = build_elastictok_model(tiny()), random_params(abstract_params(tiny()))
     keep = jnp.arange(8)[None].repeat(2, 0) % 4 < 2
     codes = jnp.asarray(np.random.default_rng(2).integers(0, 64000, (2, 8)), jnp.int32)
     decode = jax.jit(
@@ -320,7 +226,7 @@ def test_layers_stacked_or_apart_are_the_same_model():
     keep = jnp.arange(8)[None].repeat(2, 0) % 4 < 3
 
     def loss(params, config):
-        output = build_elastictok(config).apply({"params": params}, patches, keep, PLACES)
+        output = build_elastictok_model(config).apply({"params": params}, patches, keep, PLACES)
         return jnp.mean(output.reconstruction**2), output
 
     run = jax.jit(jax.grad(loss, has_aux=True), static_argnums=1, compiler_options=QUICK)
@@ -342,7 +248,7 @@ def test_initial_weights_do_not_depend_on_the_layout():
     stacked, apart = (
         jax.jit(
             lambda c=config: nn.meta.unbox(
-                init_elastictok_params(build_elastictok(c), jax.random.key(3))
+                init_elastictok_model(build_elastictok_model(c), jax.random.key(3))
             ),
             compiler_options=QUICK,
         )()
@@ -356,7 +262,7 @@ def test_initial_weights_do_not_depend_on_the_layout():
 def test_layers_apart_are_rematerialised_too(remat):
     def saved(remat):
         config = tiny(**{"compute.scan_layers": False, "compute.remat": remat})
-        model, patches = build_elastictok(config), jnp.zeros((2, 8, 192))
+        model, patches = build_elastictok_model(config), jnp.zeros((2, 8, 192))
         _, backward = jax.eval_shape(
             lambda params: jax.vjp(
                 lambda p: (

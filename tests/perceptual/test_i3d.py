@@ -13,7 +13,7 @@ import pytest
 
 from elastictok_jax.errors import UsageError
 from elastictok_jax.perceptual.i3d import MIN_FRAMES, i3d_logits
-from elastictok_jax.perceptual.i3d_weights import fetch_i3d, load_i3d, wave_clip
+from elastictok_jax.perceptual.i3d_weights import fetch_i3d, i3d_weights_check_clip, load_i3d
 
 # The first logits of the first 9 frames of the wave clip with the weights of `made_up_i3d`.
 TORCH_MADE_UP = [-0.019234, -3.478644, 6.229504, -4.533794, -0.625971]
@@ -22,7 +22,7 @@ TORCH_WAVES = np.loadtxt(Path(__file__).parent / "i3d_wave_logits.txt").reshape(
 
 
 def test_agrees_with_torch_on_made_up_weights(made_up_i3d):
-    logits = jax.jit(i3d_logits)(made_up_i3d, wave_clip()[:, :MIN_FRAMES])
+    logits = jax.jit(i3d_logits)(made_up_i3d, i3d_weights_check_clip()[:, :MIN_FRAMES])
     assert logits.shape == (1, 400) and logits.dtype == np.float32
     np.testing.assert_allclose(logits[0, :5], TORCH_MADE_UP, atol=1e-4)
 
@@ -32,7 +32,7 @@ def test_fetched_weights_give_the_logits_of_the_original(tmp_path, monkeypatch):
     monkeypatch.setenv("ELASTICTOK_CACHE", str(tmp_path))
     path = fetch_i3d()
     assert list(tmp_path.iterdir()) == [path]
-    logits = jax.jit(i3d_logits)(load_i3d(), wave_clip())
+    logits = jax.jit(i3d_logits)(load_i3d(), i3d_weights_check_clip())
     np.testing.assert_allclose(logits, TORCH_WAVES, atol=1e-3)
 
 

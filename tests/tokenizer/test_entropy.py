@@ -14,9 +14,9 @@ LEVELS = (8, 8, 8, 5, 5, 5)
 
 
 def round_trip(codes, *, levels):
-    words = entropy.encode_codes(codes, levels=levels)
+    words = entropy.entropy_encode(codes, levels=levels)
     lengths = [len(code) for code in codes]
-    decoded = entropy.decode_codes(words, lengths=lengths, levels=levels)
+    decoded = entropy.entropy_decode(words, lengths=lengths, levels=levels)
     assert decoded.dtype == np.int32
     np.testing.assert_array_equal(decoded, np.concatenate(codes))
     return words
@@ -90,19 +90,19 @@ def test_the_bound_on_tokens_to_a_word_refuses_no_honest_codes(levels):
 
 
 def test_more_tokens_than_words_can_hold_are_refused():
-    words = entropy.encode_codes([np.zeros(10, np.int32)], levels=LEVELS)
+    words = entropy.entropy_encode([np.zeros(10, np.int32)], levels=LEVELS)
     with pytest.raises(ValueError, match="30000000 tokens cannot come from"):
-        entropy.decode_codes(words, lengths=[30_000_000], levels=LEVELS)
+        entropy.entropy_decode(words, lengths=[30_000_000], levels=LEVELS)
 
 
 @given(place=st.integers(0, 10**6), bit=st.integers(0, 31))
 def test_a_changed_word_is_refused_or_changes_nothing(place, bit):
     """Bits beyond the end of the message may change nothing; all else is noticed."""
     codes = walk(blocks=4, tiles=1, length=30)
-    words = entropy.encode_codes(codes, levels=LEVELS)
+    words = entropy.entropy_encode(codes, levels=LEVELS)
     words[place % len(words)] ^= np.uint32(1 << bit)
     try:
-        decoded = entropy.decode_codes(words, lengths=[30] * 4, levels=LEVELS)
+        decoded = entropy.entropy_decode(words, lengths=[30] * 4, levels=LEVELS)
     except ValueError as error:
         assert not isinstance(error, UsageError)
     else:
@@ -112,13 +112,13 @@ def test_a_changed_word_is_refused_or_changes_nothing(place, bit):
 def test_what_has_no_such_form_is_refused():
     for levels in ((), (entropy.MAX_LEVELS + 1,)):
         with pytest.raises(UsageError, match="no entropy-coded form"):
-            entropy.encode_codes([np.zeros(3, np.int32)], levels=levels)
+            entropy.entropy_encode([np.zeros(3, np.int32)], levels=levels)
 
 
 def test_a_missing_coder_names_its_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "constriction", None)
     with pytest.raises(UsageError, match=r"elastictok_jax\[compress\]"):
-        entropy.encode_codes([np.zeros(3, np.int32)], levels=LEVELS)
+        entropy.entropy_encode([np.zeros(3, np.int32)], levels=LEVELS)
 
 
 def test_the_form_is_as_it_was():
@@ -142,6 +142,6 @@ def test_the_form_is_as_it_was():
         2717510818,
         4181496528,
     ]
-    assert entropy.encode_codes(codes, levels=LEVELS).tolist() == words
-    decoded = entropy.decode_codes(np.asarray(words, np.uint32), lengths=[16] * 3, levels=LEVELS)
+    assert entropy.entropy_encode(codes, levels=LEVELS).tolist() == words
+    decoded = entropy.entropy_decode(np.asarray(words, np.uint32), lengths=[16] * 3, levels=LEVELS)
     np.testing.assert_array_equal(decoded, np.concatenate(codes))

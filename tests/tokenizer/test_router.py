@@ -24,9 +24,9 @@ from elastictok_jax.tokenizer.router import (
 from elastictok_jax.tokenizer.router_training import (
     fit_router,
     held_back_router_items,
-    router_count_error,
     router_training_clips,
     train_router,
+    trained_router_count_error,
 )
 from elastictok_jax.tokenizer.tiling import TileGrid
 from tests.tokenizer.small import LENGTH, make_tokenizer, moving_clip
@@ -53,10 +53,10 @@ def test_a_head_learns_more_than_the_mean_curve(problem):
     error = np.abs(predicted - curves[held_back]).mean()
     assert error < 0.3 * np.abs(curves[~held_back].mean(axis=0) - curves[held_back]).mean()
     mean = np.broadcast_to(curves[~held_back].mean(axis=0), predicted.shape)
-    assert router_count_error(predicted, curves[held_back], list(KNOTS)) < 0.5 * router_count_error(
-        mean, curves[held_back], list(KNOTS)
-    )
-    assert router_count_error(curves, curves, list(KNOTS)) == 0
+    assert trained_router_count_error(
+        predicted, curves[held_back], list(KNOTS)
+    ) < 0.5 * trained_router_count_error(mean, curves[held_back], list(KNOTS))
+    assert trained_router_count_error(curves, curves, list(KNOTS)) == 0
     again, _ = fit_router(features, curves, held_back=held_back, steps=800, seed=0)
     jax.tree.map(np.testing.assert_array_equal, again, params)
 

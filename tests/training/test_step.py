@@ -15,9 +15,9 @@ import pytest
 from elastictok_jax.config import apply_overrides, resolve_config
 from elastictok_jax.experiment_registry import get_experiment
 from elastictok_jax.layers.patching import patchify, unpatchify
-from elastictok_jax.losses.perceptual import random_lpips_frames
+from elastictok_jax.losses.perceptual import frames_for_perceptual_loss
 from elastictok_jax.masking import keep_mask
-from elastictok_jax.models.elastictok.model import build_elastictok
+from elastictok_jax.models.elastictok.model import build_elastictok_model
 from elastictok_jax.perceptual.lpips import lpips
 from elastictok_jax.perceptual.lpips_weights import load_lpips
 from elastictok_jax.training.optimizer import decayed_parameters, make_schedule
@@ -205,7 +205,7 @@ def test_mse_is_of_valid_pixels_alone():
 
     keep_BS, places = kept(1.0), codec_of(config).row_layout(batch["segment_ids"])
     target_BSD = to_pixels(batch["patches"])
-    output = build_elastictok(config).apply(
+    output = build_elastictok_model(config).apply(
         {"params": state.params["model"]}, jnp.asarray(target_BSD, jnp.float32), keep_BS, places
     )
     error_BSD = (np.asarray(output.reconstruction, np.float64) - target_BSD) ** 2
@@ -236,7 +236,7 @@ def test_vae_kl_sums_over_kept_tokens_and_averages_over_blocks():
     new_state, metrics = run_step(config, batch)
 
     keep_BS, places = kept(0.5), codec_of(config).row_layout(batch["segment_ids"])
-    encoded_BSZ = build_elastictok(config).apply(
+    encoded_BSZ = build_elastictok_model(config).apply(
         {"params": state.params["model"]},
         jnp.asarray(to_pixels(batch["patches"]), jnp.float32),
         keep_BS,
@@ -274,7 +274,7 @@ def test_masks_and_noise_follow_seed_and_step():
 
 
 def frames_of(config, key, rows, videos, valid_BN):
-    return random_lpips_frames(
+    return frames_for_perceptual_loss(
         *(key, rows, videos, jnp.asarray(valid_BN)),
         every_blocks=config.loss.lpips_every_blocks,
         block_frames=F,
@@ -362,7 +362,7 @@ def test_lpips_compares_one_frame_of_a_block_and_ignores_padding():
         codec_of(config).row_layout(batch["segment_ids"]),
     )
     apply = jax.jit(
-        lambda *x: build_elastictok(config).apply(*x, everything, places).reconstruction
+        lambda *x: build_elastictok_model(config).apply(*x, everything, places).reconstruction
     )
     reconstruction_BSD = apply({"params": state.params["model"]}, target_BSD)
     frames = [

@@ -26,7 +26,7 @@ from elastictok_jax.data.media.images import (
     read_image,
     write_image,
 )
-from elastictok_jax.data.media.probing import MediaInfo, probe, probe_loss
+from elastictok_jax.data.media.probing import MediaInfo, probe, probe_media_loss
 from elastictok_jax.data.media.recompression import COMPARED_CODECS, Recompressed, recompress
 from elastictok_jax.data.media.stored_video import StoredVideo
 from elastictok_jax.data.media.video_reader import VideoReader, read_frames
@@ -54,7 +54,7 @@ __all__ = [
     "media_kind",
     "opened_image",
     "probe",
-    "probe_loss",
+    "probe_media_loss",
     "read_frames",
     "read_image",
     "recompress",

@@ -9,7 +9,7 @@ from av.stream import Disposition
 
 from elastictok_jax.data.media import color
 from elastictok_jax.data.media.color import ToRgb
-from elastictok_jax.data.media.files import LIMITS, MediaError, MediaLimits, require_file
+from elastictok_jax.data.media.files import LIMITS, MediaError, MediaLimits, require_media_file
 from elastictok_jax.data.media.geometry import display_matrix, is_transposed, require_sane_size
 from elastictok_jax.paths import file_url
 
@@ -37,7 +37,7 @@ def open_for_decoding(path: str, *, threads: int, limits: MediaLimits | None = N
 
     `limits` are checked when a file is first opened, and None afterwards.
     """
-    require_file(path)
+    require_media_file(path)
     try:
         container = av.open(file_url(path))
     except av.FFmpegError as error:
@@ -101,7 +101,7 @@ def _without_damaged_head(container, stream) -> Iterator[av.VideoFrame]:
                 yield frame
 
 
-def decoded_size(path: str, *, threads: int) -> tuple[int, int]:
+def decoding_frame_size(path: str, *, threads: int) -> tuple[int, int]:
     """Returns height and width of the first frame as shown; MediaError if it does not decode."""
     decoding = start_decoding(path, threads=threads)
     with decoding.container:
@@ -115,7 +115,7 @@ def decoded_size(path: str, *, threads: int) -> tuple[int, int]:
         return (frame.width, frame.height) if turned else (frame.height, frame.width)
 
 
-def times_when_decoded(path: str, *, threads: int) -> tuple[Any, ...]:
+def decoding_frame_times(path: str, *, threads: int) -> tuple[Any, ...]:
     """Decodes a file and returns each frame's timestamp, or None, in order.
 
     Slow: for files whose packets do not tell.

@@ -26,7 +26,7 @@ class MediaLimits:
 LIMITS = MediaLimits()
 
 
-def require_file(path) -> None:
+def require_media_file(path) -> None:
     """Raises MediaError unless `path` is a file that can be read and is not empty."""
     if not os.path.exists(path):
         raise MediaError(f"{path}: no such file; check the path")
@@ -36,3 +36,9 @@ def require_file(path) -> None:
         raise MediaError(f"{path}: empty; copy it again or delete it")
     if not os.access(path, os.R_OK):
         raise MediaError(f"{path}: no permission to read it; fix its permissions")
+
+
+def require_parent_folder(path) -> None:
+    """Raises UsageError unless the folder that `path` is to be written in exists."""
+    if not os.path.isdir(os.path.dirname(path) or "."):
+        raise UsageError(f"{path}: its folder does not exist; make it first")

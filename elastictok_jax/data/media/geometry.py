@@ -133,7 +133,7 @@ def upright(plane_HW: np.ndarray, matrix: tuple[int, int, int, int]) -> np.ndarr
     return plane_HW[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]
 
 
-def require_clip_or_image(video: np.ndarray) -> np.ndarray:
+def require_clip_or_image_shape(video: np.ndarray) -> np.ndarray:
     """Returns uint8 [T, H, W, 3] of a clip or of an image [H, W, 3].
 
     Raises:

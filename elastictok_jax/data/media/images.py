@@ -21,7 +21,8 @@ from elastictok_jax.data.media.files import (
     LIMITS,
     MediaError,
     MediaLimits,
-    require_file,
+    require_media_file,
+    require_parent_folder,
 )
 from elastictok_jax.data.media.geometry import require_rgb_shape, require_sane_size
 from elastictok_jax.errors import UsageError
@@ -42,7 +43,7 @@ def read_image(path, *, limits: MediaLimits = LIMITS) -> np.ndarray:
     is composited over white, and an animation gives its first frame. Raises MediaError for a file
     that is missing, empty, not an image, truncated, or of more than `limits.pixels` pixels.
     """
-    require_file(path)
+    require_media_file(path)
     return _decode_image(path, name=path, limits=limits)
 
 
@@ -153,6 +154,7 @@ def write_image(path, image_HWC, *, quality: int = 95) -> None:
     image_HWC = require_rgb_shape(image_HWC, dims=3)
     if Path(path).suffix.lower() not in WRITABLE_IMAGES:
         raise UsageError(f"{path}: use one of {' '.join(sorted(WRITABLE_IMAGES))}")
+    require_parent_folder(path)
     with replacing(Path(path)) as temporary:
         Image.fromarray(image_HWC).save(temporary, quality=quality)
 

@@ -44,7 +44,7 @@ def probe(path, *, limits: MediaLimits = LIMITS) -> MediaInfo:
         )
 
 
-def probe_loss(path) -> str:
+def probe_media_loss(path) -> str:
     """Returns what reading a sound file loses, as text to follow its name; "" for nothing.
 
     That is color beyond a usual screen's, and all but the first frame of an animated image.

@@ -7,7 +7,11 @@ from fractions import Fraction
 import av
 
 from elastictok_jax.data.media import containers
-from elastictok_jax.data.media.decoding import decoded_size, open_for_decoding, times_when_decoded
+from elastictok_jax.data.media.decoding import (
+    decoding_frame_size,
+    decoding_frame_times,
+    open_for_decoding,
+)
 from elastictok_jax.data.media.file_kinds import file_kind
 from elastictok_jax.data.media.files import MediaError, MediaLimits
 
@@ -82,13 +86,13 @@ def index_video(path: str, *, threads: int, limits: MediaLimits) -> VideoIndex:
             )
         is_timed = container.format.name not in _UNTIMED or codec in _INTRA_CODECS
         has_audio = len(container.streams.audio) > 0
-    height, width = decoded_size(path, threads=threads)
+    height, width = decoding_frame_size(path, threads=threads)
     keyframes: tuple[int, ...] = ()
     if is_timed and codec in _SEEKABLE_CODECS and _is_orderly(packets):
         pts = times = tuple(sorted(_known_pts(packets)))
         keyframes = tuple(sorted(_known_pts([packet for packet in packets if packet.is_keyframe])))
     else:
-        times = times_when_decoded(path, threads=threads)
+        times = decoding_frame_times(path, threads=threads)
         pts = tuple(range(len(times)))
         if not is_timed or None in times:
             times = pts

@@ -16,7 +16,7 @@ from elastictok_jax.data.frame_rate import (
     frame_rate_step,
     recorded_frames_at_rate,
 )
-from elastictok_jax.data.media.decoding import Decoding, start_decoding, times_when_decoded
+from elastictok_jax.data.media.decoding import Decoding, decoding_frame_times, start_decoding
 from elastictok_jax.data.media.file_kinds import file_kind
 from elastictok_jax.data.media.files import LIMITS, MediaError, MediaLimits
 from elastictok_jax.data.media.geometry import (
@@ -128,7 +128,7 @@ class VideoReader:
         # The container's timestamps may be wrong: count frames instead, but try that only once.
         if self._index.keyframes and not self._was_counted:
             self._was_counted = True
-            counted = times_when_decoded(self.path, threads=self._threads)
+            counted = decoding_frame_times(self.path, threads=self._threads)
             if len(counted) == self.frame_count:
                 self._index = replace(self._index, pts=tuple(range(len(counted))), keyframes=())
                 if self._try_run(wanted, crop=crop, out=out):

@@ -10,6 +10,7 @@ from av.video.reformatter import Colorspace
 
 from elastictok_jax.data.frame_rate import exact_frame_rate, frame_rate_fault
 from elastictok_jax.data.media import color
+from elastictok_jax.data.media.files import require_parent_folder
 from elastictok_jax.data.media.geometry import require_rgb_shape
 from elastictok_jax.errors import RunError, UsageError
 from elastictok_jax.paths import file_url
@@ -51,6 +52,7 @@ def write_video(
         raise UsageError(f"chroma {chroma!r} is not one of {', '.join(_CHROMA)}")
     if fault := frame_rate_fault(path, fps):
         raise UsageError(fault)
+    require_parent_folder(path)
     with replacing(Path(path)) as temporary:
         container_options = {} if suffix == ".mkv" else {"movflags": "+faststart"}
         try:

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from elastictok_jax.ctrl_c import kept_from_children
+from elastictok_jax.ctrl_c import keep_ctrl_c_from_children
 from elastictok_jax.data.prepare.plan import PreparePlan, plan_prepare
 from elastictok_jax.data.prepare.shard import is_shard_done, shard_sidecar_path, work_on_shard
 from elastictok_jax.data.prepare.transcode import TranscodeSettings
@@ -197,7 +197,7 @@ class _Supervisor:
             ),
             daemon=True,
         )
-        with kept_from_children():
+        with keep_ctrl_c_from_children():
             process.start()
         theirs.close()
         self._running[shard] = _Job(process, ours)
@@ -321,7 +321,7 @@ def _finish(output: Path, plan: PreparePlan) -> dict[str, Any]:
     return report
 
 
-def prepare_summary(report: dict[str, Any]) -> str:
+def prepare_data_set_summary(report: dict[str, Any]) -> str:
     """Formats the report as a few lines."""
     ignored = report["ignored"]
     lines = [

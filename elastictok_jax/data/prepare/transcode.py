@@ -55,7 +55,7 @@ def transcode_file(
     if media.file_kind(path) == "image":
         pixels = media.read_image(path, limits=settings.limits)
         record = origin | _transcode_image(path.read_bytes(), pixels, settings=settings)
-        return [record], media.probe_loss(path)
+        return [record], media.probe_media_loss(path)
     with media.VideoReader(path, limits=settings.limits) as reader:
         if reader.frame_count == 1:  # a still GIF
             made = [_transcode_image(None, reader.read(0, 1)[0], settings=settings)]
@@ -63,7 +63,7 @@ def transcode_file(
             fps = reader.fps or FRAME_RATE
             frames = _video_frames(reader, resolution=settings.resolution)
             made = list(_transcode_video(frames, fps=fps, settings=settings))
-    return [origin | record for record in made], media.probe_loss(path)
+    return [origin | record for record in made], media.probe_media_loss(path)
 
 
 def transcode_item(source: RecordSource, item: int, *, name: str, settings: TranscodeSettings):

@@ -37,7 +37,7 @@ class FileSource:
         for file in listing.files:
             try:
                 self._infos.append(media.probe(file))
-                loss = media.probe_loss(file)
+                loss = media.probe_media_loss(file)
             except media.MediaError as error:
                 self.damaged.append(str(error))
             else:

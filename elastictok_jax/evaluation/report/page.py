@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from elastictok_jax.evaluation.eval_clips import EvalClip
+from elastictok_jax.evaluation.eval_clips import CLIP_KINDS, EvalClip, eval_clip_kinds
 from elastictok_jax.evaluation.frechet import FVD_METRIC
 from elastictok_jax.evaluation.measure import SHARES, MeasurementPlan, Record
 from elastictok_jax.evaluation.report import plots
-from elastictok_jax.evaluation.report.drawing import plt, save_figure
+from elastictok_jax.evaluation.report.figures import plt, save_figure
 from elastictok_jax.evaluation.report.html import DPI, Picture, Section, Table, Video, write_html
-from elastictok_jax.evaluation.summary import CLIP_KINDS, Measured, clip_kinds
+from elastictok_jax.evaluation.summary import Measured
 from elastictok_jax.storage.csv_files import write_csv
 from elastictok_jax.storage.outputs import make_output_folder
 
@@ -44,7 +44,7 @@ def write_report(
     for folder in (tables, figures):
         make_output_folder(folder)
     sections = []
-    kind_of = clip_kinds(clips)
+    kind_of = eval_clip_kinds(clips)
     for section in _sections(
         measured, results, kind_of=kind_of, shown=shown, plan=plan, video=video
     ):

@@ -6,16 +6,12 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from elastictok_jax.evaluation.eval_clips import EvalClip
+from elastictok_jax.evaluation.eval_clips import CLIP_KINDS, EvalClip
+from elastictok_jax.evaluation.fraction_met import fraction_met_by_tokens
 from elastictok_jax.evaluation.measure import MeasurementPlan, Record
-from elastictok_jax.evaluation.report import drawing
-from elastictok_jax.evaluation.report.drawing import log_ticks, plt
-from elastictok_jax.evaluation.summary import (
-    CLIP_KINDS,
-    Measured,
-    fraction_met_by_tokens,
-    join_records,
-)
+from elastictok_jax.evaluation.report import figures
+from elastictok_jax.evaluation.report.figures import figure_log_ticks, plt
+from elastictok_jax.evaluation.summary import Measured, join_records
 
 # Safe for colour-blind readers.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
@@ -58,7 +54,9 @@ def plot_fraction_met(
                 least = model.facts["min_tokens"]
                 tokens, shares = fraction_met_by_tokens(lengths, met.astype(bool), least=least)
                 label = (
-                    f"{drawing.plot_label(model.name)}, MSE {target:g}" if one is axes[0] else None
+                    f"{figures.figure_label(model.name)}, MSE {target:g}"
+                    if one is axes[0]
+                    else None
                 )
                 one.plot(tokens / most, shares, line, color=colour, label=label, linewidth=1.6)
         one.set(xlabel="fraction of tokens used", title=kind, xlim=(0, 1.02), ylim=(-0.02, 1.02))
@@ -88,13 +86,13 @@ def plot_rate(key: str, label: str) -> Callable[[Models], Figure | None]:
                     *zip(*points, strict=True),
                     "o-",
                     color=colour,
-                    label=drawing.plot_label(model["name"]),
+                    label=figures.figure_label(model["name"]),
                 )
                 coded = [(r["bpp16_coded"], r[key]) for r in rows if r.get("bpp16_coded")]
                 if coded:
                     one.plot(*zip(*coded, strict=True), ".:", color=colour, alpha=0.7)
             one.set(xscale="log", xlabel="bits per pixel x 16 (dotted: entropy-coded)", title=kind)
-            log_ticks(one.xaxis)
+            figure_log_ticks(one.xaxis)
         axes[0].set_ylabel(label)
         axes[0].legend(fontsize=7)
         return figure
@@ -113,10 +111,10 @@ def plot_loss_by_tokens(models: Models) -> Figure | None:
                 *zip(*points, strict=True),
                 "o-",
                 color=colour,
-                label=drawing.plot_label(model["name"]),
+                label=figures.figure_label(model["name"]),
             )
         one.set(xscale="log", yscale="log", xlabel="tokens a block", title=kind)
-        log_ticks(one.xaxis, one.yaxis)
+        figure_log_ticks(one.xaxis, one.yaxis)
     axes[0].set_ylabel("MSE")
     axes[0].legend(fontsize=7)
     return figure
@@ -131,7 +129,10 @@ def plot_context(models: Models) -> Figure | None:
     for colour, model in zip(COLOURS * 9, some, strict=False):
         points = [(row["frames"], row["psnr_of_mse"]) for row in model["videos"]["context"]]
         axes[0].plot(
-            *zip(*points, strict=True), "o-", color=colour, label=drawing.plot_label(model["name"])
+            *zip(*points, strict=True),
+            "o-",
+            color=colour,
+            label=figures.figure_label(model["name"]),
         )
     axes[0].set(xlabel="frames of context", ylabel="PSNR, dB, at half of the tokens")
     axes[0].legend(fontsize=7)
@@ -160,7 +161,7 @@ def plot_energy(
             xlabel="high-frequency energy of the block",
             title=f"{title}, MSE {plan.main_target:g}",
         )
-        log_ticks(one.xaxis)
+        figure_log_ticks(one.xaxis)
     axes[0].set_ylabel("tokens used")
     axes[0].legend(fontsize=7)
     return figure
@@ -204,7 +205,7 @@ def plot_tokens_over_time(
         frames = clip.frames[np.linspace(0, len(clip.frames) - 1, FILM_FRAMES).round().astype(int)]
         film.imshow(np.concatenate(list(frames), axis=1), interpolation="bicubic", aspect="auto")
         film.axis("off")
-        film.set_title(drawing.plot_label(clip.name), fontsize=8)
+        film.set_title(figures.figure_label(clip.name), fontsize=8)
         record = records[clip.name]
         for colour, target in zip(COLOURS * 9, plan.targets, strict=False):
             lengths = record[f"target/{target:g}/lengths"]

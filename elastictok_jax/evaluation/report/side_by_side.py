@@ -8,8 +8,8 @@ from PIL import Image, ImageDraw
 
 from elastictok_jax.data import media
 from elastictok_jax.evaluation.eval_clips import Coded, EvalClip
-from elastictok_jax.evaluation.report import drawing
-from elastictok_jax.evaluation.report.drawing import log_ticks, plt
+from elastictok_jax.evaluation.report import figures
+from elastictok_jax.evaluation.report.figures import figure_log_ticks, plt
 from elastictok_jax.pixels import pixel_mse, pixel_psnr
 
 # Safe for colour-blind readers.
@@ -47,7 +47,7 @@ def draw_side_by_side(
         _draw_images(parts.pop(0), images, tokens_per_block)
     if curve:
         _draw_curves(parts.pop(0), curve, coded)
-    drawing.save_figure(figure, path, dpi=100)
+    figures.save_figure(figure, path, dpi=100)
     plt.close(figure)
 
 
@@ -91,10 +91,8 @@ def _draw_video(figure, item: CodedClip, frames_per_block: int, most: int) -> No
     strip.set_xlim(0, len(clip.frames))
     strip.set_ylim(0, most * 1.08)
     strip.set_ylabel("tokens", fontsize=8)
-    strip.set_xlabel(
-        f"{drawing.plot_label(clip.name)}: tokens used in each block, by frame (x: target missed)",
-        fontsize=8,
-    )
+    name = figures.figure_label(clip.name)
+    strip.set_xlabel(f"{name}: tokens used in each block, by frame (x: target missed)", fontsize=8)
     strip.tick_params(labelsize=7)
 
 
@@ -111,7 +109,7 @@ def _draw_images(figure, images: Sequence[CodedClip], most: int) -> None:
         unused.axis("off")
     for column, (clip, results) in enumerate(images):
         _show(axes[0, column], clip.frames[0])
-        axes[0, column].set_title(drawing.plot_label(clip.name), fontsize=8)
+        axes[0, column].set_title(figures.figure_label(clip.name), fontsize=8)
         for row, coded in enumerate(results, start=1):
             _show(axes[row, column], coded.reconstruction[0])
             note = f"{coded.tokens.num_tokens} of {most}" + ("" if coded.tokens.met.all() else " x")
@@ -142,14 +140,14 @@ def _draw_curves(figure, curve: Sequence[dict[str, float]], coded: Sequence[Code
             [result.goal.target for result in results],
             use,
             "o-",
-            label=drawing.plot_label(clip.name),
+            label=figures.figure_label(clip.name),
             linewidth=1,
         )
     right.set_xscale("log")
     right.set_xlabel("target MSE", fontsize=8)
     right.set_ylabel("mean tokens a block", fontsize=8)
     right.legend(fontsize=6, ncols=2)
-    log_ticks(left.yaxis, right.xaxis)
+    figure_log_ticks(left.yaxis, right.xaxis)
     for axes in (left, right):
         axes.tick_params(labelsize=7)
         axes.grid(alpha=0.3)

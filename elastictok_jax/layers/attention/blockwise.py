@@ -40,7 +40,7 @@ class BlockwiseKernel:
 
     def forward(self, query_BHSK, key_BHTK, value_BHTK, visibility):
         """As `Kernel.forward`."""
-        tiles = visible_tiles(self, query_BHSK.shape[2], key_BHTK.shape[2], visibility)
+        tiles = blockwise_visible_tiles(self, query_BHSK.shape[2], key_BHTK.shape[2], visibility)
         out_BHSK = jnp.zeros(query_BHSK.shape, jnp.float32)
         lse_BHS = jnp.full(query_BHSK.shape[:3], HIDDEN_SCORE, jnp.float32)
 
@@ -61,7 +61,7 @@ class BlockwiseKernel:
         self, query_BHSK, key_BHTK, value_BHTK, visibility, *, out_BHSK, lse_BHS, grad_BHSK
     ):
         """As `Kernel.backward`."""
-        tiles = visible_tiles(self, query_BHSK.shape[2], key_BHTK.shape[2], visibility)
+        tiles = blockwise_visible_tiles(self, query_BHSK.shape[2], key_BHTK.shape[2], visibility)
         delta_BHS = output_dot_gradient(out_BHSK, grad_BHSK)
         grad_BHSK = grad_BHSK.astype(value_BHTK.dtype)
 
@@ -86,7 +86,7 @@ class BlockwiseKernel:
         return _for_each_tile(add_tile, zeros, tiles, visibility)
 
 
-def visible_tiles(
+def blockwise_visible_tiles(
     kernel: BlockwiseKernel, queries: int, keys: int, visibility: Visibility
 ) -> list[tuple[range, range]]:
     """Returns tiles that cover all that the block mask leaves visible, sized as `kernel` allows."""

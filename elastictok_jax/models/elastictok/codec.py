@@ -23,8 +23,8 @@ from elastictok_jax.models.autoencoder import autoencoder_geometry
 from elastictok_jax.models.base import Geometry
 from elastictok_jax.models.elastictok.model import (
     ElasticTok,
-    build_elastictok,
-    init_elastictok_params,
+    build_elastictok_model,
+    init_elastictok_model,
 )
 from elastictok_jax.pixels import pixels_to_float, pixels_to_uint8
 
@@ -63,7 +63,7 @@ class ElasticTokCodec:
 
     @functools.cached_property
     def model(self) -> ElasticTok:
-        return build_elastictok(self.config)
+        return build_elastictok_model(self.config)
 
     @functools.cached_property
     def geometry(self) -> Geometry:
@@ -79,7 +79,7 @@ class ElasticTokCodec:
 
     def params_shapes(self) -> Any:
         boxed = jax.eval_shape(
-            lambda key: init_elastictok_params(self.model, key), jax.random.key(0)
+            lambda key: init_elastictok_model(self.model, key), jax.random.key(0)
         )
         return nn.meta.unbox(boxed)
 

@@ -122,7 +122,7 @@ class ElasticTok(nn.Module):
         return self.decoder(latents_BSZ, places)
 
 
-def build_elastictok(
+def build_elastictok_model(
     config: ml_collections.FrozenConfigDict | ml_collections.ConfigDict,
 ) -> ElasticTok:
     """Returns the model that a resolved config describes."""
@@ -152,7 +152,7 @@ def build_elastictok(
     )
 
 
-def init_elastictok_params(model: ElasticTok, key: Array):
+def init_elastictok_model(model: ElasticTok, key: Array):
     """Returns initial parameters, boxed with their logical axis names.
 
     Values do not depend on whether layers are stacked, nor sizes on the length of a sequence.

@@ -12,7 +12,7 @@ import jax
 
 from elastictok_jax.models.autoencoder import Autoencoded
 from elastictok_jax.models.elastictok.codec import ElasticTokCodec, count_matrix_weights
-from elastictok_jax.models.elastictok.model import init_elastictok_params
+from elastictok_jax.models.elastictok.model import init_elastictok_model
 from elastictok_jax.parallel.mesh import Divided, require_mesh_axis_divides
 
 Array = jax.Array
@@ -29,7 +29,7 @@ class ElasticTokNetwork:
         return self.codec.model.bottleneck.has_kl
 
     def init(self, key: Array) -> Any:
-        return init_elastictok_params(self.codec.model, key)
+        return init_elastictok_model(self.codec.model, key)
 
     def __call__(
         self, params, inputs: Array, keep: Array, segments: Array, noise_keys: Array | None

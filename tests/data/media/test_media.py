@@ -540,7 +540,7 @@ def tagged(path, *, transfer, primaries):
 def test_color_beyond_a_usual_screen_is_said_to_be_lost(tmp_path, transfer, primaries, said):
     tagged(tmp_path / "a.mp4", transfer=transfer, primaries=primaries)
     assert media.read_frames(tmp_path / "a.mp4").shape == (1, 64, 64, 3)
-    loss = media.probe_loss(tmp_path / "a.mp4")
+    loss = media.probe_media_loss(tmp_path / "a.mp4")
     assert said in loss and bool(said) == bool(loss)
 
 
@@ -550,9 +550,9 @@ def test_of_a_picture_that_moves_the_first_frame_is_read_and_the_rest_is_said_to
 ):
     path, pictures = tmp_path / f"a{suffix}", [Image.fromarray(f) for f in real_frames(count=3)]
     pictures[0].save(path)
-    assert media.probe_loss(path) == ""
+    assert media.probe_media_loss(path) == ""
     pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=40)
-    assert media.probe_loss(path) == (
+    assert media.probe_media_loss(path) == (
         "is an animation: only the first of its 3 frames is read" if lost else ""
     )
     assert len(media.read_frames(path)) == (1 if lost else 3)

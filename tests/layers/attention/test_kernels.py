@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from elastictok_jax.layers.attention.blockwise import BlockwiseKernel, visible_tiles
+from elastictok_jax.layers.attention.blockwise import BlockwiseKernel, blockwise_visible_tiles
 from elastictok_jax.layers.attention.dense import DenseKernel, dense_attention
 from elastictok_jax.layers.attention.fused import FusedKernel
 from elastictok_jax.layers.attention.kernel import HIDDEN_SCORE, Visibility, flash_attention
@@ -149,7 +149,9 @@ def test_tiles_cover_what_is_visible_once(tokens, length, queries, keys):
     count = np.zeros((tokens, tokens), int)
     block = np.arange(tokens) // length
     visible = block[None, :] <= block[:, None]
-    for rows, columns in visible_tiles(BlockwiseKernel(queries, keys), tokens, tokens, seen):
+    for rows, columns in blockwise_visible_tiles(
+        BlockwiseKernel(queries, keys), tokens, tokens, seen
+    ):
         part = np.ix_(rows, columns)
         count[part] += 1
         assert visible[part].any()
@@ -163,7 +165,7 @@ def test_tiles_cover_what_is_visible_once(tokens, length, queries, keys):
 def test_no_hidden_score_is_computed_where_blocks_are_tiles(length):
     tokens = 4 * length
     ids = jnp.zeros((1, tokens), jnp.int32)
-    tiles = visible_tiles(BlockwiseKernel(), tokens, tokens, Visibility(ids, ids, length))
+    tiles = blockwise_visible_tiles(BlockwiseKernel(), tokens, tokens, Visibility(ids, ids, length))
     assert sum(len(rows) * len(columns) for rows, columns in tiles) == 10 * length**2
 
 

@@ -11,7 +11,7 @@ from elastictok_jax import config as config_lib
 from elastictok_jax.interop.published import import_published
 from elastictok_jax.layers.attention.api import SequenceLayout
 from elastictok_jax.layers.patching import patchify
-from elastictok_jax.models.elastictok.model import build_elastictok
+from elastictok_jax.models.elastictok.model import build_elastictok_model
 from elastictok_jax.pixels import pixels_to_float
 from elastictok_jax.storage.safetensors import load_safetensors
 from tests.tiny import block_tokens
@@ -43,7 +43,7 @@ def forward(case, *, backend, segments):
         segments_BS=jnp.asarray(segments, jnp.int32),
         tokens_per_block=block_tokens(config),
     )
-    model = build_elastictok(config)
+    model = build_elastictok_model(config)
     target = pixels_to_float(jnp.asarray(io["patches"]))
     return jax.jit(model.apply)({"params": params}, target, io["encoding_mask"], places)
 

@@ -4,7 +4,7 @@ import warnings
 
 import pytest
 
-from elastictok_jax.evaluation.report.drawing import LETTERS, log_ticks, plot_label, plt
+from elastictok_jax.evaluation.report.figures import LETTERS, figure_label, figure_log_ticks, plt
 
 NAMES = {
     "plain": "plain",
@@ -21,11 +21,11 @@ NAMES = {
 
 @pytest.mark.parametrize("name", NAMES)
 def test_names_are_shown_as_they_are_or_as_in_python(name):
-    assert plot_label(name) == NAMES[name]
+    assert figure_label(name) == NAMES[name]
 
 
 def test_long_names_lose_their_middle():
-    text = plot_label("first" + "x" * 300 + "last")
+    text = figure_label("first" + "x" * 300 + "last")
     assert len(text) == LETTERS
     assert text.startswith("first") and text.endswith("last") and "…" in text
 
@@ -33,9 +33,9 @@ def test_long_names_lose_their_middle():
 def test_every_name_is_drawn_and_in_the_legend(tmp_path):
     figure, axes = plt.subplots()
     for name in NAMES:
-        axes.plot([1, 10], [0.1, 10], label=plot_label(name))
-    axes.set(xscale="log", yscale="log", title=plot_label("$"))
-    log_ticks(axes.xaxis, axes.yaxis)
+        axes.plot([1, 10], [0.1, 10], label=figure_label(name))
+    axes.set(xscale="log", yscale="log", title=figure_label("$"))
+    figure_log_ticks(axes.xaxis, axes.yaxis)
     legend = axes.legend()
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -15,7 +15,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from elastictok_jax.storage.atomic import write_atomically
 
-__all__ = ["log_ticks", "plot_label", "plt", "save_figure", "shorten_label"]
+__all__ = ["figure_label", "figure_log_ticks", "plt", "save_figure", "shorten_figure_label"]
 
 LETTERS = 48  # maximum length of a name in a plot
 # Fallbacks with more glyphs than matplotlib's own font, used if installed.
@@ -29,7 +29,7 @@ matplotlib.rcParams.update(
 )
 
 
-def plot_label(name: str) -> str:
+def figure_label(name: str) -> str:
     """Converts an external name (of a file, a folder, a config) to text for a plot.
 
     Characters that are not printable or in no font are escaped as in Python (`\\n`, `\\u4e2d`);
@@ -43,7 +43,7 @@ def plot_label(name: str) -> str:
         else letter.encode("unicode_escape").decode()
         for letter in name
     )
-    text = shorten_label(text, LETTERS)
+    text = shorten_figure_label(text, LETTERS)
     return f" {text}" if text.startswith("_") else text
 
 
@@ -58,7 +58,7 @@ def save_figure(figure: Figure, path: Path, **options) -> None:
     write_atomically(path, buffer.getvalue())
 
 
-def shorten_label(text: str, letters: int) -> str:
+def shorten_figure_label(text: str, letters: int) -> str:
     """Shortens `text` to at most `letters` characters by cutting its middle."""
     if len(text) <= letters:
         return text
@@ -73,7 +73,7 @@ def _letters() -> frozenset[int]:
     return frozenset().union(*(font_manager.get_font(path).get_charmap() for path in paths))
 
 
-def log_ticks(*axes: Axis) -> None:
+def figure_log_ticks(*axes: Axis) -> None:
     """Sets tick labels of log axes that do not overlap. Call it after drawing."""
     for axis in axes:
         low, high = axis.get_view_interval()

@@ -23,7 +23,7 @@ from elastictok_jax.cli import split_command_line
 from elastictok_jax.config import apply_overrides, resolve_config
 from elastictok_jax.errors import UsageError
 from elastictok_jax.experiment_registry import get_experiment
-from elastictok_jax.models.registry import registered_family
+from elastictok_jax.models.registry import family_of_config
 from elastictok_jax.parallel.mesh import AXES, DCN, check_mesh_fits, mesh_sizes
 
 # What the compiler asks of a chip, in XLA's own text format.
@@ -79,7 +79,7 @@ def plan(config, *, devices: list[jax.Device]) -> dict[str, Any]:
     if any(config.mesh[DCN + axis] not in (1, -1) for axis in AXES):
         raise UsageError("these H200s are one machine: leave mesh.dcn_* at 1")
     sizes = mesh_sizes(config, devices=len(devices))
-    check_mesh_fits(config, sizes, registered_family(config).task.check_mesh)
+    check_mesh_fits(config, sizes, family_of_config(config).task.check_mesh)
     mesh = Mesh(
         np.array(devices).reshape([sizes[axis] for axis in AXES]),
         AXES,

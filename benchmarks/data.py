@@ -37,7 +37,7 @@ from elastictok_jax.data.sources.base import name_hash
 from elastictok_jax.data.sources.file_source import EMBEDDED
 from elastictok_jax.data.sources.splits import SourceSplit, open_splits
 from elastictok_jax.experiment_registry import get_experiment
-from elastictok_jax.models.registry import registered_family
+from elastictok_jax.models.registry import family_of_config
 from elastictok_jax.training.state import init_state
 from elastictok_jax.training.step import make_train_step
 
@@ -78,7 +78,7 @@ def compare_with_raw(
     if kind == "image":
         options |= {"video__frames_per_block": 1, "model__patch": (1, 8, 8)}
     config = config_for(folder, side=side, blocks=blocks, **options)
-    reader = registered_family(config).task.reader(open_splits(config), split="train")
+    reader = family_of_config(config).task.reader(open_splits(config), split="train")
     (stream,) = reader.mixture.streams
     # Whole epochs of small data sets, so that plans of rows are a fair part of it.
     epochs = max(1, 4 * config.data.packing_rows * blocks // stream.blocks) if repeats > 1 else 1
@@ -133,7 +133,7 @@ def throughput(path, *, side: int, workers: int, threads: int, batches: int) -> 
     """Frames and tokens a second through `read_ahead`, once warm."""
     options = dict(data__workers=workers, data__decode_threads=threads, data__batch_size=4)
     config = config_for(path, side=side, blocks=4, **options)
-    reader = registered_family(config).task.reader(open_splits(config), split="train")
+    reader = family_of_config(config).task.reader(open_splits(config), split="train")
     read = read_ahead(reader, start=0, stop=3 * batches)  # not to its end: processes stop there
 
     def run() -> None:
@@ -155,7 +155,7 @@ def throughput(path, *, side: int, workers: int, threads: int, batches: int) -> 
 def step_consumption(*, steps: int) -> dict[str, float]:
     """Tokens and frames a second that the quick start's training step takes, fed one batch."""
     config = resolve_config(get_experiment("quickstart"))
-    task = registered_family(config).task
+    task = family_of_config(config).task
     reader = task.reader(open_splits(config), split="train")
     batch = {key: jnp.asarray(value) for key, value in reader(0).items() if key != "faults"}
     step = jax.jit(make_train_step(task, config), donate_argnums=0)

@@ -29,7 +29,7 @@ from elastictok_jax.config import apply_overrides, resolve_config
 from elastictok_jax.experiment_registry import get_experiment
 from elastictok_jax.hardware import measured_matmul_flops
 from elastictok_jax.models.base import Task
-from elastictok_jax.models.registry import registered_family
+from elastictok_jax.models.registry import family_of_config
 from elastictok_jax.parallel.mesh import make_mesh
 from elastictok_jax.parallel.sharding import batch_sharding, replicate, with_logical_axes
 from elastictok_jax.training.host_consensus import Votes
@@ -58,7 +58,7 @@ def peak_bytes() -> int:
 
 def measure(config: ml_collections.ConfigDict, *, steps: int) -> dict[str, Any]:
     """Figures of the training step; `steps` are timed, each to its end."""
-    task, codec = registered_family(config)
+    task, codec = family_of_config(config)
     mesh = make_mesh(config, check_model=task.check_mesh)
     abstract = abstract_state(task, config, mesh)
     step = jit_train_step(task, config, abstract)

@@ -1,4 +1,5 @@
-"""Paths as users write them: `~` is expanded, and empty paths and unusable URLs are refused."""
+"""Paths as users write them, and as ffmpeg and logs take them: `~` is expanded, and empty paths and
+unusable URLs are refused."""
 
 import os
 import re

@@ -8,7 +8,7 @@ import numpy as np
 
 from elastictok_jax.config import apply_overrides, default_config, resolve_config
 from elastictok_jax.data.pipeline import BatchReader
-from elastictok_jax.models.registry import registered_family
+from elastictok_jax.models.registry import family_of_config
 from elastictok_jax.parallel.mesh import make_mesh
 from elastictok_jax.training import state, step
 
@@ -32,12 +32,12 @@ def tiny_config(**overrides: Any):
 
 def task_of(config):
     """Returns the task that a config describes."""
-    return registered_family(config).task
+    return family_of_config(config).task
 
 
 def codec_of(config):
     """Returns the codec that a config describes."""
-    return registered_family(config).codec
+    return family_of_config(config).codec
 
 
 def mesh_of(config, devices=None):

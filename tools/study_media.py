@@ -232,7 +232,7 @@ def write_clips(prefix: str, film: Film, path: Path, *, out: Path) -> Iterator[C
                     clip = Clip(name, film.work, begin, end - begin, reader.fps)
                     if not (out / clip.name).exists():
                         # One encoding thread: the same bytes on any number of cores.
-                        data = media.write_video_bytes(
+                        data = media.encode_video_bytes(
                             frames[begin - start : end - start], fps=clip.fps, crf=CRF, gop=16
                         )
                         write_atomically(out / clip.name, data)

@@ -11,7 +11,7 @@ import ml_collections
 from jax.sharding import Mesh, NamedSharding
 
 from elastictok_jax.models.base import Family, Task
-from elastictok_jax.models.registry import registered_family
+from elastictok_jax.models.registry import family_of_config
 from elastictok_jax.parallel.sharding import batch_sharding, replicated, with_logical_axes
 from elastictok_jax.training.host_consensus import abstract_votes
 from elastictok_jax.training.state import abstract_state
@@ -39,7 +39,7 @@ class Program:
 def programs(config: ml_collections.ConfigDict, mesh: Mesh) -> tuple[Program, ...]:
     """Returns the training step of a resolved config as the loop runs it, and the tokenizer's two
     halves: one sequence of the experiment's length on each group of data x fsdp devices."""
-    family = registered_family(config)
+    family = family_of_config(config)
     return (
         _train_step(family.task, config, mesh),
         _tokenizer(family, config, mesh, half="encode"),

@@ -19,7 +19,7 @@ from elastictok_jax.aot.topology import Topology
 from elastictok_jax.config import resolve_config
 from elastictok_jax.errors import RunError, first_line
 from elastictok_jax.hardware import GIB, Chip
-from elastictok_jax.models.registry import registered_family
+from elastictok_jax.models.registry import family_of_config
 from elastictok_jax.parallel.mesh import make_mesh
 
 Results = dict[str, Any]
@@ -37,9 +37,7 @@ def compile_experiment(config: ml_collections.ConfigDict, topology: Topology) ->
       RunError: if the compiler fails.
     """
     config = resolve_config(config)
-    mesh = make_mesh(
-        config, topology.devices, check_model=registered_family(config).task.check_mesh
-    )
+    mesh = make_mesh(config, topology.devices, check_model=family_of_config(config).task.check_mesh)
     train_step, *halves = programs(config, mesh)
     return {
         "experiment": config.name,

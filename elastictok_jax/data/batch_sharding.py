@@ -1,6 +1,7 @@
 """Says which blocks of a global batch a process reads, and puts them on its devices.
 
-Dimension key: B rows, N blocks of a row, P needed blocks, L inputs of a block, S inputs of a row.
+Dimension key: B rows, N blocks of a row, P inputs of a block, S inputs of a row (N x P), M blocks
+of the part.
 """
 
 import dataclasses
@@ -75,14 +76,19 @@ def local_batch_part(
 
 
 def batch_to_device(
-    batch: Mapping[str, np.ndarray], part: BatchPart, sharding: NamedSharding, *, block_inputs: int
+    batch: Mapping[str, np.ndarray], *, part: BatchPart, sharding: NamedSharding, block_inputs: int
 ) -> dict[str, jax.Array]:
-    """Puts `part` of a batch on the devices, as shards of global [B, S, ...] arrays."""
+    """Puts a part of a batch on the devices: its patches and segment ids, as [B, S, ...] arrays.
+
+    Args:
+      batch: with the values of the blocks of `part` alone.
+      block_inputs: inputs of a block.
+    """
     rows, blocks = part.places_BN.shape
     shape = rows, blocks * block_inputs
 
     def place(values: np.ndarray) -> jax.Array:
-        blocks_PL = values.reshape(-1, block_inputs, *values.shape[2:])
+        blocks_MP = values.reshape(-1, block_inputs, *values.shape[2:])
 
         def shard(index) -> np.ndarray:
             (top, bottom, _), (left, right, _) = (
@@ -92,7 +98,7 @@ def batch_to_device(
             places = part.places_BN[top:bottom, first : -(-right // block_inputs)].ravel()
             low, high = int(places[0]), int(places[-1]) + 1
             # Adjacent blocks, the usual case, are not copied.
-            held = blocks_PL[low:high] if high - low == len(places) else blocks_PL[places]
+            held = blocks_MP[low:high] if high - low == len(places) else blocks_MP[places]
             inputs = held.reshape(bottom - top, -1, *values.shape[2:])
             return inputs[:, left - first * block_inputs : right - first * block_inputs]
 

@@ -265,8 +265,8 @@ class DeviceBatches:
             for batch in read_ahead(self._reader, start=start, stop=stop):
                 placed = batch_to_device(
                     batch,
-                    self._reader.part,
-                    self._sharding,
+                    part=self._reader.part,
+                    sharding=self._sharding,
                     block_inputs=self._reader.geometry.inputs,
                 )
                 self._put((placed, batch["faults"].splitlines()))

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 
 from elastictok_jax.errors import UsageError
+from elastictok_jax.evaluation.clip_metrics import make_clip_metrics
 from elastictok_jax.evaluation.eval_clips import (
     Coded,
     EvalClip,
@@ -17,7 +18,6 @@ from elastictok_jax.evaluation.eval_clips import (
     clips_to_show,
     evaluation_clips,
 )
-from elastictok_jax.evaluation.frame_metrics import make_frame_metrics
 from elastictok_jax.evaluation.measure import (
     MeasurementPlan,
     Record,
@@ -76,7 +76,7 @@ def evaluate_models(
     clips = evaluation_clips(config, data=data, fps=fps)
     plan, frame_metrics = (
         measurement_plan(tokenizers[0], config.evaluation),
-        make_frame_metrics(config),
+        make_clip_metrics(config),
     )
     with Progress("measuring", unit="clip") as progress:
         records = measure_with_store(

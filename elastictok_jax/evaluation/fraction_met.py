@@ -6,7 +6,7 @@ Dimension key: N blocks.
 import numpy as np
 
 
-def fraction_met_by_tokens(
+def fraction_met_curve(
     lengths_N: np.ndarray, met_N: np.ndarray, *, least: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Computes the largest fraction of blocks that can meet a target, by mean tokens per block.
@@ -27,14 +27,14 @@ def fraction_met_by_tokens(
 
 
 def tokens_for_fraction_met(
-    lengths_N: np.ndarray, met_N: np.ndarray, *, least: int, share: float
+    lengths_N: np.ndarray, met_N: np.ndarray, *, least: int, fraction: float
 ) -> float | None:
-    """Returns the mean tokens per block at which the fraction `share` of blocks meets a target.
+    """Returns the mean tokens per block at which the fraction `fraction` of blocks meets a target.
 
     Returns None if no number of tokens suffices.
     """
-    tokens, shares = fraction_met_by_tokens(lengths_N, met_N, least=least)
-    enough = np.flatnonzero(shares >= share - 1e-9)
+    tokens, shares = fraction_met_curve(lengths_N, met_N, least=least)
+    enough = np.flatnonzero(shares >= fraction - 1e-9)
     return float(tokens[enough[0]]) if enough.size else None
 
 
@@ -42,5 +42,5 @@ def fraction_met_for_tokens(
     lengths_N: np.ndarray, met_N: np.ndarray, *, least: int, tokens: float
 ) -> float:
     """Returns the fraction of blocks that can meet a target with a mean of `tokens` per block."""
-    spent, shares = fraction_met_by_tokens(lengths_N, met_N, least=least)
+    spent, shares = fraction_met_curve(lengths_N, met_N, least=least)
     return float(shares[spent <= max(tokens, least) + 1e-9].max())

@@ -7,22 +7,12 @@ devices, and return one value per frame. Pixels are those of the project: uint8,
 Shape suffixes: B frames, H and W pixels, C = 3 colours.
 """
 
-from collections.abc import Callable
-from functools import partial
-
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 from jax.typing import ArrayLike
 
 from elastictok_jax.errors import UsageError
-from elastictok_jax.evaluation.frechet import FVD_METRIC, clip_logits
-from elastictok_jax.evaluation.measure import FrameMetrics
-from elastictok_jax.perceptual.i3d import CLASSES
-from elastictok_jax.perceptual.i3d_weights import load_i3d
-from elastictok_jax.perceptual.lpips import NETS, lpips
-from elastictok_jax.perceptual.lpips_weights import load_lpips
 from elastictok_jax.pixels import PEAK, pixels_to_float
 
 _RADIUS = 5  # of the SSIM window, which is 11 pixels wide
@@ -31,7 +21,6 @@ MIN_SIDE = 2 * _RADIUS + 1
 # Wang et al. 2003, section 3.2: exponents of the scales from the finest to the coarsest.
 _SCALE_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
 MIN_SIDE_MULTISCALE = MIN_SIDE * 2 ** (len(_SCALE_WEIGHTS) - 1)
-FRAMES_AT_ONCE = 8
 
 
 def frame_mse(x: ArrayLike, y: ArrayLike) -> jax.Array:
@@ -111,7 +100,7 @@ def _frames(x: ArrayLike, y: ArrayLike, *, min_side: int) -> tuple[jax.Array, ja
 
 def _to_float(x_BHWC: jax.Array) -> jax.Array:
     if x_BHWC.dtype == jnp.uint8:
-        return x_BHWC.astype(jnp.float32) / 127.5 - 1.0
+        return pixels_to_float(x_BHWC)
     if not jnp.issubdtype(x_BHWC.dtype, jnp.floating):
         raise UsageError(f"frames are uint8 or floats in [-1, 1], not {x_BHWC.dtype}")
     return x_BHWC.astype(jnp.float32)
@@ -165,55 +154,3 @@ def _positive_power(mean_B: jax.Array, weight: float) -> jax.Array:
     """Returns max(mean, 0) ** weight, with a finite gradient at and below 0."""
     positive = mean_B > 0
     return jnp.where(positive, jnp.where(positive, mean_B, 1.0) ** weight, 0.0)
-
-
-def make_frame_metrics(config: ml_collections.ConfigDict) -> FrameMetrics:
-    """Returns the metrics that apply to this config.
-
-    They are PSNR, SSIM and MS-SSIM if frames are large enough, and LPIPS with each network and
-    features for the Frechet video distance if their weights have been fetched.
-    """
-    side = config.video.resolution
-    metrics = {"psnr": frame_psnr}
-    metrics |= {"ssim": ssim} if side >= MIN_SIDE else {}
-    metrics |= {"ms_ssim": ms_ssim} if side >= MIN_SIDE_MULTISCALE else {}
-    for net in NETS:
-        try:
-            params = jax.tree.map(np.asarray, load_lpips(net))
-        except UsageError:
-            continue  # not fetched
-        metrics[f"lpips_{net}"] = partial(_lpips, params, net=net)
-
-    @jax.jit
-    def per_frame(x, y):
-        return {name: metric(x, y) for name, metric in metrics.items()}
-
-    def frames(original: np.ndarray, decoded: np.ndarray) -> dict[str, np.ndarray]:
-        count, values = len(original), []
-        for start in range(0, count, FRAMES_AT_ONCE):
-            # The last frame is repeated, so that all batches have one size.
-            some = np.minimum(np.arange(start, start + FRAMES_AT_ONCE), count - 1)
-            values.append(jax.device_get(per_frame(original[some], decoded[some])))
-        joined = jax.tree.map(lambda *parts: np.concatenate(parts)[:count], *values)
-        return {name: np.asarray(value, np.float64) for name, value in joined.items()}
-
-    features = _video_features()
-    name = " ".join([*metrics, *([FVD_METRIC] if features else [])])
-    return FrameMetrics(name, frames, features)
-
-
-def _video_features() -> Callable[[np.ndarray], np.ndarray] | None:
-    try:
-        params = load_i3d()
-    except UsageError:
-        return None  # not fetched
-
-    def features(video: np.ndarray) -> np.ndarray:
-        batches = list(clip_logits([video], params=params))
-        return np.concatenate([np.zeros((0, CLASSES), np.float32), *batches])
-
-    return features
-
-
-def _lpips(params, x, y, *, net: str) -> jax.Array:
-    return lpips(params, pixels_to_float(x), pixels_to_float(y), net=net, precision="highest")

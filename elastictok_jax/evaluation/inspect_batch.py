@@ -32,7 +32,7 @@ from elastictok_jax.evaluation.report.figures import (
 )
 from elastictok_jax.evaluation.report.side_by_side import COLOURS
 from elastictok_jax.models.base import StepKeys, Task
-from elastictok_jax.models.registry import registered_family
+from elastictok_jax.models.registry import family_of_config
 from elastictok_jax.storage.outputs import require_output_file
 
 MOST_ROWS = 64
@@ -59,7 +59,7 @@ def inspect_data(
         raise UsageError(f"-o {output}: give a .png in a folder that exists")
     require_output_file(output, change="choose another -o")
     config = resolve_config(config)
-    task = registered_family(config).task
+    task = family_of_config(config).task
     reader = task.reader(open_splits(config), split=split)
     blocks = evenly_spaced_thumbnails(config.data.sequence_blocks, most=MOST_THUMBS)
     frames = evenly_spaced_thumbnails(

@@ -28,7 +28,7 @@ import dataclasses
 import itertools
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +37,7 @@ import ml_collections
 import numpy as np
 
 from elastictok_jax.data.prepare.scenes import scene_cuts
+from elastictok_jax.evaluation.clip_metrics import ClipMetrics
 from elastictok_jax.evaluation.eval_clips import EvalClip
 from elastictok_jax.tokenizer import entropy
 from elastictok_jax.tokenizer.api import ElasticTokenizer
@@ -48,8 +49,6 @@ from elastictok_jax.tokenizer.tiling import TileGrid
 from elastictok_jax.tokenizer.tokens import Tokens
 
 Record = dict[str, np.ndarray]
-# Returns values [T] by name, of frames uint8 [T, H, W, 3] and their reconstruction.
-PerFrame = Callable[[np.ndarray, np.ndarray], dict[str, np.ndarray]]
 CONTEXT_SHARE = 0.5  # fraction of all tokens at which context is varied
 SHARES = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4, 1.0)  # fractions of a block's tokens
 BPP16 = (0.31, 0.56, 0.81, 1.0)  # bits per pixel x 16 at which newer papers report
@@ -72,24 +71,8 @@ class MeasurementPlan:
     search_blocks: int
 
 
-@dataclass(frozen=True)
-class FrameMetrics:
-    """Metrics of decoded frames besides the error, shared by all clips.
-
-    Attributes:
-      frames: per-frame metrics.
-      features: returns float32 [K, D] of the K stretches of a video that a Frechet distance
-        compares; None if its network is not installed.
-      name: identifies this set of metrics.
-    """
-
-    name: str
-    frames: PerFrame
-    features: Callable[[np.ndarray], np.ndarray] | None
-
-
 def measure_clip(
-    tokenizer: ElasticTokenizer, clip: EvalClip, plan: MeasurementPlan, frame_metrics: FrameMetrics
+    tokenizer: ElasticTokenizer, clip: EvalClip, plan: MeasurementPlan, frame_metrics: ClipMetrics
 ) -> Record:
     """Returns all figures of a clip of the model's resolution, cut into blocks of one tile."""
     grid = TileGrid(clip.frames.shape[:3], tokenizer.geometry)
@@ -257,7 +240,7 @@ def _at_share(
     clip: EvalClip,
     grid: TileGrid,
     share: float,
-    frame_metrics: FrameMetrics,
+    frame_metrics: ClipMetrics,
 ) -> Record:
     length = max(1, round(share * tokenizer.tokens_per_block))
     coded = tokenizer.code(clip.frames, grid, [FixedLength(itertools.repeat(length))], metric="mse")

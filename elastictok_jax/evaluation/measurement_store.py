@@ -17,13 +17,9 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from elastictok_jax.evaluation.clip_metrics import ClipMetrics
 from elastictok_jax.evaluation.eval_clips import EvalClip
-from elastictok_jax.evaluation.measure import (
-    FrameMetrics,
-    MeasurementPlan,
-    Record,
-    measure_clip,
-)
+from elastictok_jax.evaluation.measure import MeasurementPlan, Record, measure_clip
 from elastictok_jax.storage.atomic import write_atomically
 from elastictok_jax.tokenizer import entropy
 from elastictok_jax.tokenizer.api import ElasticTokenizer
@@ -35,7 +31,7 @@ def measure_with_store(
     tokenizers: Sequence[ElasticTokenizer],
     clips: Sequence[EvalClip],
     plan: MeasurementPlan,
-    frame_metrics: FrameMetrics,
+    frame_metrics: ClipMetrics,
     *,
     folder: Path,
     devices: Sequence[jax.Device],
@@ -106,7 +102,7 @@ def measure_with_store(
 
 
 def _digest(
-    tokenizer: ElasticTokenizer, clip: EvalClip, plan: MeasurementPlan, frame_metrics: FrameMetrics
+    tokenizer: ElasticTokenizer, clip: EvalClip, plan: MeasurementPlan, frame_metrics: ClipMetrics
 ) -> str:
     """Returns 16 hex digits over everything that a record depends on."""
     router = tokenizer.router is not None and tokenizer.router.digest

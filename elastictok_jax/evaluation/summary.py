@@ -218,7 +218,9 @@ def summarise_token_use(
                 needed = alike = None  # the fixed tokenizer may meet the target on no block
                 if share > 0:
                     needed, alike = (
-                        tokens_for_fraction_met(lengths, met.astype(bool), least=least, share=share)
+                        tokens_for_fraction_met(
+                            lengths, met.astype(bool), least=least, fraction=share
+                        )
                         for least in (elastic.facts["min_tokens"], tokens)
                     )
                 rows.append(

@@ -22,7 +22,7 @@ from elastictok_jax.interop.published_stream import (
     read_published_stream,
 )
 from elastictok_jax.layers.scan_layout import is_stacked, relayout_shapes, stack_or_unstack
-from elastictok_jax.models.registry import registered_family
+from elastictok_jax.models.registry import family_of_config
 from elastictok_jax.storage import safetensors
 
 Shape = tuple[int, ...]
@@ -182,7 +182,7 @@ def import_published(
     config = config_lib.default_config()
     config_lib.apply_overrides(config, convert_config(published, conditioned=conditioned))
     config = config_lib.resolve_config(config)
-    params = import_params(file, abstract_params=registered_family(config).codec.params_shapes())
+    params = import_params(file, abstract_params=family_of_config(config).codec.params_shapes())
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as staging:

@@ -16,7 +16,7 @@ from elastictok_jax.config import read_config
 from elastictok_jax.errors import UsageError
 from elastictok_jax.layers.scan_layout import is_stacked, relayout_shapes, stack_or_unstack
 from elastictok_jax.models.base import Family
-from elastictok_jax.models.registry import registered_family
+from elastictok_jax.models.registry import family_of_config
 from elastictok_jax.storage.checkpoint import BestMetric, Checkpointer, shape_mismatches
 from elastictok_jax.storage.references import split_reference
 from elastictok_jax.storage.safetensors import load_safetensors
@@ -95,7 +95,7 @@ def open_model(
     if not folder.is_dir():
         raise UsageError(f"model {model} does not exist: give a workdir or an exported folder")
     config = read_config(folder / "config.json")
-    family = registered_family(config)
+    family = family_of_config(config)
     if is_exported_model(folder):
         if which is not None:
             raise UsageError(f"model {folder} is exported, and has no checkpoints to choose from")

@@ -57,7 +57,7 @@ def family_module(name: str) -> Any:
     )
 
 
-def registered_family(config: ml_collections.ConfigDict) -> Family:
+def family_of_config(config: ml_collections.ConfigDict) -> Family:
     """Returns the family that a resolved config describes.
 
     Raises:

@@ -20,11 +20,11 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from elastictok_jax.data.media.geometry import require_clip_or_image_shape
+from elastictok_jax.data.media.geometry import require_clip_or_image
 from elastictok_jax.errors import UsageError
 from elastictok_jax.layers.scan_layout import stack_or_unstack
 from elastictok_jax.models.open_model import open_model
-from elastictok_jax.models.registry import DEFAULT_FAMILY, registered_family
+from elastictok_jax.models.registry import DEFAULT_FAMILY, family_of_config
 from elastictok_jax.storage.references import split_reference
 from elastictok_jax.tokenizer.allocation import allocate
 from elastictok_jax.tokenizer.block_codec import ClipDecoder, ClipEncoder, CodedBlock, CompiledCodec
@@ -60,7 +60,7 @@ class ElasticTokenizer:
 
     def __init__(self, config: ml_collections.ConfigDict, params) -> None:
         self.config = config
-        self.codec = registered_family(config).codec
+        self.codec = family_of_config(config).codec
         self.params = jax.tree.map(jnp.asarray, params)
         self.geometry = self.codec.geometry
         self.window_blocks = self.geometry.window
@@ -166,8 +166,7 @@ class ElasticTokenizer:
         goal = Goal(tokens, max_mse, min_psnr, max_lpips, budget, total_tokens, search)
         several = isinstance(video, list | tuple) or np.ndim(video) == 5
         clips = [
-            require_clip_or_image_shape(np.asarray(clip))
-            for clip in (video if several else [video])
+            require_clip_or_image(np.asarray(clip)) for clip in (video if several else [video])
         ]
         grids = [TileGrid(clip.shape[:3], self.geometry) for clip in clips]
         sizes = [grid.blocks * grid.tiles for grid in grids]

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 from einops import rearrange
 
-from elastictok_jax.data.media.geometry import require_clip_or_image_shape
+from elastictok_jax.data.media.geometry import require_clip_or_image
 from elastictok_jax.errors import UsageError
 from elastictok_jax.models.base import Geometry
 
@@ -101,7 +101,7 @@ def frames_in_blocks(frames: Iterable[np.ndarray], frames_per_block: int) -> Ite
     held: list[np.ndarray] = []
     size = None
     for some in frames:
-        for frame in require_clip_or_image_shape(np.asarray(some)):
+        for frame in require_clip_or_image(np.asarray(some)):
             size = size or frame.shape
             if frame.shape != size:
                 raise UsageError(f"a frame of {frame.shape} follows one of {size}: give one size")

@@ -8,7 +8,7 @@ import jax
 from elastictok_jax.config import read_config
 from elastictok_jax.errors import UsageError
 from elastictok_jax.models.open_model import best_metric, is_exported_model
-from elastictok_jax.models.registry import registered_family
+from elastictok_jax.models.registry import family_of_config
 from elastictok_jax.storage.checkpoint import Checkpointer, DamagedCheckpoint
 
 
@@ -25,7 +25,7 @@ def inspect_run(folder: Path) -> dict[str, Any]:
     if is_exported_model(folder):
         raise UsageError(f"{folder} is an exported model: it has no checkpoints")
     config = read_config(folder / "config.json")
-    family = registered_family(config)
+    family = family_of_config(config)
     group, metric = family.task.groups[0], best_metric(config, family)
     device = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
     wanted = jax.tree.map(

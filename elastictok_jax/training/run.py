@@ -18,7 +18,7 @@ from elastictok_jax.data.sources.splits import open_splits
 from elastictok_jax.errors import RunError
 from elastictok_jax.models.base import Task
 from elastictok_jax.models.open_model import best_metric
-from elastictok_jax.models.registry import registered_family
+from elastictok_jax.models.registry import family_of_config
 from elastictok_jax.parallel.backend import require_devices
 from elastictok_jax.parallel.distributed import (
     FIRST_SECONDS,
@@ -138,11 +138,11 @@ def open_run(
     """Opens a run, whose parts are closed by `stack`.
 
     Raises:
-      UsageError, RunError: as `loop.train` does.
+      UsageError, RunError: as `loop.train_experiment` does.
     """
     require_same_process_count(timeout=FIRST_SECONDS)
     require_devices()
-    family = registered_family(config)
+    family = family_of_config(config)
     task = family.task
     mesh = make_mesh(config, check_model=task.check_mesh)
     sharding = batch_sharding(mesh)

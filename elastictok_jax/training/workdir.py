@@ -105,7 +105,8 @@ def write_workdir_config(workdir: Path, config: ml_collections.ConfigDict) -> No
 def write_workdir_held_out(workdir: Path, fingerprint: str) -> None:
     """Records the data that a run is evaluated on, for `elastictok compare`; in process 0 only."""
     if process_place()[0] == 0:
-        (workdir / HELD_OUT).write_text(json.dumps({"files": fingerprint}) + "\n")
+        with replacing(workdir / HELD_OUT) as temporary:
+            temporary.write_text(json.dumps({"files": fingerprint}) + "\n")
 
 
 def read_workdir_held_out(workdir: Path) -> str | None:

@@ -241,11 +241,9 @@ def test_to_device_places_the_part_of_this_process(from_the_start, axes):
     sharding, config = NamedSharding(mesh, PartitionSpec("data", "sequence")), tiny()
     part = local_batch_part(sharding, config, codec_of(config).geometry)
     assert part.needed_BN.all() and part.counted_BN.all() and part.stretch == 3
+    block_inputs = codec_of(config).geometry.inputs
     placed = batch_to_device(
-        from_the_start[0],
-        open_reader(tiny()).part,
-        sharding,
-        block_inputs=open_reader(tiny()).geometry.inputs,
+        from_the_start[0], part=part, sharding=sharding, block_inputs=block_inputs
     )
     for key in ("patches", "segment_ids"):
         assert placed[key].sharding == sharding

@@ -4,12 +4,13 @@ import jax
 import numpy as np
 import pytest
 
+from elastictok_jax.evaluation.clip_metrics import ClipMetrics
 from elastictok_jax.evaluation.eval_clips import EvalClip
-from elastictok_jax.evaluation.measure import FrameMetrics, measurement_plan
+from elastictok_jax.evaluation.measure import measurement_plan
 from elastictok_jax.evaluation.measurement_store import measure_with_store
 from tests.tokenizer.small import make_tokenizer
 
-JUDGE = FrameMetrics("none", lambda original, decoded: {}, None)
+JUDGE = ClipMetrics("none", lambda original, decoded: {}, None)
 
 
 def clip(index):

@@ -139,7 +139,9 @@ def test_the_pipeline_delivers_shards_that_are_no_whole_blocks():
     assert part.counted_BN.all() and part.needed_BN.shape == (2, 4)
     reader = reader_of(config, open_splits(config), split="train", part=part)
     batch = reader(0)
-    placed = batch_to_device(batch, reader.part, sharding, block_inputs=reader.geometry.inputs)
+    placed = batch_to_device(
+        batch, part=reader.part, sharding=sharding, block_inputs=reader.geometry.inputs
+    )
     for key, value in placed.items():
         np.testing.assert_array_equal(value, batch[key])
         assert {shard.data.shape[1] for shard in value.addressable_shards} == {4}

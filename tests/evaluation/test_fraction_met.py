@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from elastictok_jax.evaluation.fraction_met import (
-    fraction_met_by_tokens,
+    fraction_met_curve,
     fraction_met_for_tokens,
     tokens_for_fraction_met,
 )
@@ -22,10 +22,10 @@ def unzip(some):
 @given(some=blocks, share=st.floats(0, 1))
 def test_share_and_tokens_are_inverses(some, share):
     lengths, met = unzip(some)
-    tokens, shares = fraction_met_by_tokens(lengths, met, least=4)
+    tokens, shares = fraction_met_curve(lengths, met, least=4)
     assert (np.diff(tokens) >= 0).all() and (np.diff(shares) > 0).all()
     assert shares[-1] == pytest.approx(met.mean()) and tokens[0] == 4
-    needed = tokens_for_fraction_met(lengths, met, least=4, share=share)
+    needed = tokens_for_fraction_met(lengths, met, least=4, fraction=share)
     if share > met.mean() + 1e-9:
         assert needed is None
     else:
@@ -36,5 +36,5 @@ def test_share_and_tokens_are_inverses(some, share):
 @given(some=blocks)
 def test_all_blocks_met_take_what_they_need(some):
     lengths, met = unzip(some)
-    tokens, _ = fraction_met_by_tokens(lengths, met, least=4)
+    tokens, _ = fraction_met_curve(lengths, met, least=4)
     assert tokens[-1] == pytest.approx(np.where(met, lengths, 4).mean())

@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 
-from elastictok_jax.data.prepare.scenes import scene_cuts
 from elastictok_jax.evaluation.measure import MeasurementPlan, measure_block_energy
 from elastictok_jax.evaluation.summary import Measured, summarise_token_use
 
@@ -46,9 +45,3 @@ def test_high_frequency_energy():
     assert energy[0] == pytest.approx(0, abs=1e-12)
     assert energy[1] == pytest.approx(1.0) == energy[3]  # +1 and -1: all of it at the highest
     assert 0 < energy[2] < 0.01
-
-
-def test_scene_cuts_are_found_where_footage_changes():
-    dark, light = np.zeros((12, 32, 32, 3), np.uint8), np.full((12, 32, 32, 3), 200, np.uint8)
-    np.testing.assert_array_equal(scene_cuts(np.concatenate([dark, light])), [12])
-    assert scene_cuts(dark).size == 0

@@ -16,7 +16,7 @@ from elastictok_jax.config import apply_overrides, resolve_config
 from elastictok_jax.evaluation.eval_clips import EvaluationOverrides
 from elastictok_jax.evaluation.evaluate import evaluate_models
 from elastictok_jax.models.base import StepKeys
-from elastictok_jax.models.registry import registered_family
+from elastictok_jax.models.registry import family_of_config
 from elastictok_jax.parallel.sharding import batch_sharding, replicate, with_logical_axes
 from elastictok_jax.tokenizer.search import SEARCHES
 from elastictok_jax.training.host_consensus import Votes
@@ -36,7 +36,7 @@ def changed(config, **overrides):
 
 def random_batch(config, *, seed: int = 0):
     """Returns 2 rows: one clip and padding; two clips."""
-    geometry = registered_family(config).codec.geometry
+    geometry = family_of_config(config).codec.geometry
     shape = (2, geometry.row_inputs, geometry.input_values)
     segments_BN = np.ones((2, geometry.window), np.int32)
     segments_BN[0, -1] = 0
@@ -47,7 +47,7 @@ def random_batch(config, *, seed: int = 0):
 
 def random_clip(config, *, blocks: int, extra_frames: int = 0):
     """Returns frames uint8 [T, R, R, 3] that change slowly."""
-    geometry = registered_family(config).codec.geometry
+    geometry = family_of_config(config).codec.geometry
     rng = np.random.default_rng(blocks)
     coarse = rng.integers(0, 256, (1, geometry.side // 4, geometry.side // 4, 3))
     frames = blocks * geometry.frames + extra_frames
@@ -62,13 +62,13 @@ def initial_state(config):
 
 def tokenizer_of(config):
     """Returns a tokenizer with initial weights."""
-    group = registered_family(config).task.groups[0]
+    group = family_of_config(config).task.groups[0]
     return ElasticTokenizer(config, initial_state(config).params[group])
 
 
 def check_clips_do_not_see_each_other(config) -> None:
     """Changing all pixels of one clip changes no bit of another, in its row or in others."""
-    task, batch = registered_family(config).task, random_batch(config)
+    task, batch = family_of_config(config).task, random_batch(config)
     params, frozen = initial_state(config).params, task.frozen()
     step = jax.jit(task.evaluate)
 
@@ -87,7 +87,7 @@ def check_clips_do_not_see_each_other(config) -> None:
 
 def check_microbatches_add_up(config) -> None:
     """Losses and gradients of single rows, with the totals of the batch, sum to those of both."""
-    task = registered_family(config).task
+    task = family_of_config(config).task
     batch = jax.tree.map(jnp.asarray, random_batch(config))
     params, frozen, totals = initial_state(config).params, task.frozen(), task.totals(batch)
     for group in task.groups:
@@ -115,7 +115,7 @@ def check_microbatches_add_up(config) -> None:
 
 def check_what_is_reported_is_decoded(config, tmp_path) -> None:
     """The reported MSE is that of what stored tokens decode to, which is the same every time."""
-    tokenizer, geometry = tokenizer_of(config), registered_family(config).codec.geometry
+    tokenizer, geometry = tokenizer_of(config), family_of_config(config).codec.geometry
     clip = random_clip(config, blocks=3, extra_frames=1)
     lengths = [geometry.tokens, 1, max(1, geometry.tokens // 2), geometry.tokens]
     tokens = tokenizer.encode(clip, tokens=lengths)
@@ -171,7 +171,7 @@ def check_any_mesh(config, meshes) -> None:
     results = []
     for sizes in meshes:
         given = changed(config, **{f"mesh__{axis}": size for axis, size in sizes.items()})
-        task, mesh = registered_family(given).task, mesh_of(given)
+        task, mesh = family_of_config(given).task, mesh_of(given)
         abstract = abstract_state(given, mesh)
         sharding, rows = batch_sharding(mesh), given.data.batch_size // 2
         batch = {

@@ -30,7 +30,7 @@ from elastictok_jax.data.media.probing import MediaInfo, probe, probe_media_loss
 from elastictok_jax.data.media.recompression import COMPARED_CODECS, Recompressed, recompress
 from elastictok_jax.data.media.stored_video import StoredVideo
 from elastictok_jax.data.media.video_reader import VideoReader, read_frames
-from elastictok_jax.data.media.video_writer import write_video, write_video_bytes
+from elastictok_jax.data.media.video_writer import encode_video_bytes, write_video
 from elastictok_jax.errors import UsageError
 
 __all__ = [
@@ -50,6 +50,7 @@ __all__ = [
     "center_crop",
     "crop_long_strip",
     "decode_image",
+    "encode_video_bytes",
     "file_kind",
     "media_kind",
     "opened_image",
@@ -62,6 +63,5 @@ __all__ = [
     "scaled_size",
     "write_image",
     "write_video",
-    "write_video_bytes",
     "yuv_to_rgb",
 ]

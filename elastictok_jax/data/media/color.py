@@ -229,8 +229,8 @@ def yuv_to_rgb(
 ) -> np.ndarray:
     """Converts a planar frame's bytes to uint8 [H, W, 3].
 
-    `pixel_format` is yuv420p, yuv422p, yuv444p or gray, 8 bits a sample; `siting` is as in
-    `color`. The matrix is BT.709 from 720 lines on, else BT.601, as for files that name none.
+    `pixel_format` is yuv420p, yuv422p, yuv444p or gray, 8 bits a sample; `siting` is as
+    above. The matrix is BT.709 from 720 lines on, else BT.601, as for files that name none.
     """
     frame = av.VideoFrame(width, height, pixel_format)
     if full_range:

@@ -7,8 +7,7 @@ from typing import Any
 import av
 from av.stream import Disposition
 
-from elastictok_jax.data.media import color
-from elastictok_jax.data.media.color import ToRgb
+from elastictok_jax.data.media.color import ToRgb, complete_chroma_siting
 from elastictok_jax.data.media.files import LIMITS, MediaError, MediaLimits, require_media_file
 from elastictok_jax.data.media.geometry import display_matrix, is_transposed, require_sane_size
 from elastictok_jax.paths import file_url
@@ -73,7 +72,7 @@ def start_decoding(path, *, threads: int, seek_to: int | None = None) -> Decodin
     container, stream = open_for_decoding(path, threads=threads)
     if seek_to is not None:
         container.seek(seek_to, stream=stream, backward=True)
-    to_rgb = ToRgb(color.complete_chroma_siting(stream))
+    to_rgb = ToRgb(complete_chroma_siting(stream))
     # Frames may be larger than the first; twice the limit, as decoders round sizes up.
     most = 2 * max(LIMITS.pixels, stream.height * stream.width)
     options = {"max_pixels": str(most), "err_detect": "explode"}  # no error concealment

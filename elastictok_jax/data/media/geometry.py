@@ -20,7 +20,7 @@ def resize_shortest(frames_THWC, *, side: int, name="frames") -> np.ndarray:
     size are returned as they are. Raises UsageError for another shape or type, for side < 1 and,
     naming them `name`, if they would exceed LIMITS.
     """
-    frames_THWC = require_rgb_shape(frames_THWC, dims=4)
+    frames_THWC = require_rgb_frames(frames_THWC, dims=4)
     if side < 1:
         raise UsageError(f"side is {side}; it must be at least 1 pixel")
     count, height, width, _ = frames_THWC.shape
@@ -78,7 +78,7 @@ def center_crop(frames_THWC, *, height: int, width: int) -> np.ndarray:
 
     Raises UsageError if the frames are smaller than that.
     """
-    frames_THWC = require_rgb_shape(frames_THWC, dims=4)
+    frames_THWC = require_rgb_frames(frames_THWC, dims=4)
     _, old_height, old_width, _ = frames_THWC.shape
     if not (0 < height <= old_height and 0 < width <= old_width):
         raise UsageError(
@@ -97,7 +97,7 @@ def require_sane_size(path, height: int, width: int, *, limits: MediaLimits) -> 
         )
 
 
-def require_rgb_shape(pixels, *, dims: int) -> np.ndarray:
+def require_rgb_frames(pixels, *, dims: int) -> np.ndarray:
     """Returns `pixels` as uint8 [..., 3] of `dims` axes; UsageError for another shape or type."""
     pixels = np.asarray(pixels)
     if pixels.dtype != np.uint8 or pixels.ndim != dims or pixels.shape[-1] != 3 or not pixels.size:
@@ -133,7 +133,7 @@ def upright(plane_HW: np.ndarray, matrix: tuple[int, int, int, int]) -> np.ndarr
     return plane_HW[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]
 
 
-def require_clip_or_image_shape(video: np.ndarray) -> np.ndarray:
+def require_clip_or_image(video: np.ndarray) -> np.ndarray:
     """Returns uint8 [T, H, W, 3] of a clip or of an image [H, W, 3].
 
     Raises:

@@ -24,7 +24,7 @@ from elastictok_jax.data.media.files import (
     require_media_file,
     require_parent_folder,
 )
-from elastictok_jax.data.media.geometry import require_rgb_shape, require_sane_size
+from elastictok_jax.data.media.geometry import require_rgb_frames, require_sane_size
 from elastictok_jax.errors import UsageError
 from elastictok_jax.storage.atomic import replacing
 
@@ -151,7 +151,7 @@ def write_image(path, image_HWC, *, quality: int = 95) -> None:
 
     `quality` is for jpg and webp. Raises UsageError for another shape, type or suffix.
     """
-    image_HWC = require_rgb_shape(image_HWC, dims=3)
+    image_HWC = require_rgb_frames(image_HWC, dims=3)
     if Path(path).suffix.lower() not in WRITABLE_IMAGES:
         raise UsageError(f"{path}: use one of {' '.join(sorted(WRITABLE_IMAGES))}")
     require_parent_folder(path)

@@ -9,8 +9,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from elastictok_jax.data.media import color
-from elastictok_jax.data.media.color import yuv_to_rgb
+from elastictok_jax.data.media.color import usual_chroma_siting, yuv_to_rgb
 from elastictok_jax.data.media.files import LIMITS
 from elastictok_jax.errors import UsageError
 
@@ -103,7 +102,7 @@ def read_y4m_header(stream: BinaryIO) -> Y4mHeader:
         fps=rate,
         pixel_format=pixel_format,
         full_range=full_range,
-        siting=siting or color.usual_chroma_siting(full_range=full_range),
+        siting=siting or usual_chroma_siting(full_range=full_range),
     )
 
 

@@ -13,9 +13,8 @@ from av.bitstream import BitStreamFilterContext
 from av.video.reformatter import Colorspace
 
 from elastictok_jax.data.frame_rate import exact_frame_rate
-from elastictok_jax.data.media import color
-from elastictok_jax.data.media.color import ToRgb
-from elastictok_jax.data.media.geometry import require_rgb_shape
+from elastictok_jax.data.media.color import WRITTEN_OPTIONS, FromRgb, ToRgb
+from elastictok_jax.data.media.geometry import require_rgb_frames
 from elastictok_jax.errors import RunError, UsageError
 
 # Slow presets: the best that these codecs can do.
@@ -43,7 +42,7 @@ def recompress(frames_THWC, *, fps: float, codec: str, crf: int) -> Recompressed
     The stream is 4:2:0 and BT.709, one long group of pictures with B-frames: the codec at its
     best. Raises UsageError for bad arguments and RunError if the codec fails.
     """
-    frames_THWC = require_rgb_shape(frames_THWC, dims=4)
+    frames_THWC = require_rgb_frames(frames_THWC, dims=4)
     count, height, width, _ = frames_THWC.shape
     if not 0 <= crf <= COMPARED_CODECS.get(codec, -1):
         raise UsageError(
@@ -78,14 +77,14 @@ def recompress(frames_THWC, *, fps: float, codec: str, crf: int) -> Recompressed
 
 def _encode_for_size(frames_THWC: np.ndarray, file: BinaryIO, *, fps, codec, crf) -> None:
     rate = exact_frame_rate(fps)
-    options = {"crf": str(crf)} | _CODEC_OPTIONS[codec] | color.WRITTEN_OPTIONS
+    options = {"crf": str(crf)} | _CODEC_OPTIONS[codec] | WRITTEN_OPTIONS
     with av.open(file, "w", format="matroska") as container:
         stream = container.add_stream(codec, rate=rate, options=options)
         stream.height, stream.width = frames_THWC.shape[1:3]
         stream.pix_fmt = "yuv420p"
         stream.codec_context.gop_size = len(frames_THWC)
         stream.codec_context.colorspace = Colorspace.ITU709
-        to_yuv = color.FromRgb(stream.pix_fmt)
+        to_yuv = FromRgb(stream.pix_fmt)
         for number, pixels in enumerate(frames_THWC):
             frame = to_yuv(pixels)
             frame.pts, frame.time_base = number, 1 / rate

@@ -1,4 +1,4 @@
-"""Reads frames in any order from an MP4 in memory that `write_video_bytes` made."""
+"""Reads frames in any order from an MP4 in memory that `encode_video_bytes` made."""
 
 import io
 from bisect import bisect_right
@@ -13,7 +13,7 @@ from elastictok_jax.data.media.files import MediaError
 
 
 class StoredVideo:
-    """Gives random access to an MP4 in memory that `write_video_bytes` made.
+    """Gives random access to an MP4 in memory that `encode_video_bytes` made.
 
     Its decoding order is presentation order, so its own table of frames is the index.
 

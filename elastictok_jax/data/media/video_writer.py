@@ -11,7 +11,7 @@ from av.video.reformatter import Colorspace
 from elastictok_jax.data.frame_rate import exact_frame_rate, frame_rate_fault
 from elastictok_jax.data.media import color
 from elastictok_jax.data.media.files import require_parent_folder
-from elastictok_jax.data.media.geometry import require_rgb_shape
+from elastictok_jax.data.media.geometry import require_rgb_frames
 from elastictok_jax.errors import RunError, UsageError
 from elastictok_jax.paths import file_url
 from elastictok_jax.storage.atomic import replacing
@@ -42,7 +42,7 @@ def write_video(
     Raises UsageError for bad arguments and RunError if the encoder fails.
     """
     if isinstance(frames, np.ndarray):
-        frames = require_rgb_shape(frames, dims=4)
+        frames = require_rgb_frames(frames, dims=4)
     suffix = Path(path).suffix.lower()
     if codec not in _WRITE_FORMATS:
         raise UsageError(f"codec {codec!r} is not one of {' '.join(sorted(_WRITE_FORMATS))}")
@@ -75,7 +75,7 @@ def write_video(
 def _of_one_size(frames: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
     size = None
     for frame in frames:
-        pixels = require_rgb_shape(frame, dims=3)
+        pixels = require_rgb_frames(frame, dims=3)
         size = size or pixels.shape
         if pixels.shape != size:
             raise UsageError(f"a frame of {pixels.shape} follows one of {size}: give one size")
@@ -84,7 +84,9 @@ def _of_one_size(frames: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
         raise UsageError("there are no frames to write: give at least one")
 
 
-def write_video_bytes(frames: Iterable[np.ndarray], *, fps: float, crf: int, gop: int = 8) -> bytes:
+def encode_video_bytes(
+    frames: Iterable[np.ndarray], *, fps: float, crf: int, gop: int = 8
+) -> bytes:
     """Encodes frames uint8 [H, W, 3] as an MP4 in memory, which `StoredVideo` reads.
 
     The codec is H.264 without B-frames; odd sizes are padded by repeating the edge. One encoder

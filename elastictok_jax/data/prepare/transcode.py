@@ -153,7 +153,7 @@ def _video_record(
             seen.append((number, *frame.shape[:2]))
             yield frame
 
-    data = media.write_video_bytes(pixels(), fps=fps, crf=settings.crf)
+    data = media.encode_video_bytes(pixels(), fps=fps, crf=settings.crf)
     start, height, width = seen[0]
     size = {"height": height, "width": width, "frames": len(seen), "fps": fps}
     span = {"start": start, "part": part, "duration": len(seen) / fps}

@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from elastictok_jax.evaluation.eval_clips import CLIP_KINDS, EvalClip
-from elastictok_jax.evaluation.fraction_met import fraction_met_by_tokens
+from elastictok_jax.evaluation.fraction_met import fraction_met_curve
 from elastictok_jax.evaluation.measure import MeasurementPlan, Record
 from elastictok_jax.evaluation.report import figures
 from elastictok_jax.evaluation.report.figures import figure_log_ticks, plt
@@ -52,7 +52,7 @@ def plot_fraction_met(
                     one.plot(*point, "o", color=colour, markersize=5)
                     continue
                 least = model.facts["min_tokens"]
-                tokens, shares = fraction_met_by_tokens(lengths, met.astype(bool), least=least)
+                tokens, shares = fraction_met_curve(lengths, met.astype(bool), least=least)
                 label = (
                     f"{figures.figure_label(model.name)}, MSE {target:g}"
                     if one is axes[0]

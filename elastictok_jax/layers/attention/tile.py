@@ -1,4 +1,4 @@
-"""Arithmetic of one tile of scores, forward and backward, and how results of tiles are merged.
+"""Arithmetic of one tile of scores, forward and backward; padding to tiles, and merging of tiles.
 
 Dimension key: B batch, S queries, T keys, H heads, K head width.
 """

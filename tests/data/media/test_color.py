@@ -69,7 +69,7 @@ def test_a_written_video_has_its_color_in_place(tmp_path, axis, chroma, size):
 @pytest.mark.parametrize("size", [(SIZE, SIZE), (SIZE + 1, SIZE - 1)])
 def test_a_stored_video_has_its_color_in_place(axis, size):
     frame = picture(axis, height=size[0], width=size[1])
-    data = media.write_video_bytes(iter([frame] * 3), fps=10, crf=1)
+    data = media.encode_video_bytes(iter([frame] * 3), fps=10, crf=1)
     stored = media.StoredVideo(data, name="stored").read_at([1])[0]
     assert abs(moved(stored[: size[0], : size[1]], axis)) < BOUND
 

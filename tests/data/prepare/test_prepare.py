@@ -131,12 +131,12 @@ def test_images_that_need_no_change_are_kept_byte_for_byte(tmp_path):
 
 def test_the_same_frames_are_the_same_bytes_wherever_memory_lies():
     frames = media.read_frames(KITE, count=40, side=96)
-    data = media.write_video_bytes(frames, fps=24, crf=18)
+    data = media.encode_video_bytes(frames, fps=24, crf=18)
     assert b"mbtree=0" in data  # x264's settings: with it one encoding in a hundred differs
     chance, held = random.Random(0), []
     for _ in range(20):
         held += [np.empty(chance.randrange(1, 200_000), np.uint8) for _ in range(3)]
-        assert media.write_video_bytes(frames, fps=24, crf=18) == data
+        assert media.encode_video_bytes(frames, fps=24, crf=18) == data
 
 
 def test_odd_sizes_come_back_without_their_padding(tmp_path):

@@ -176,7 +176,7 @@ _CLIP = []
 def stored_clip() -> bytes:
     if not _CLIP:
         frames = media.read_frames(EMBEDDED / "heldout" / "bbb_kite.mp4", count=48, side=32)
-        _CLIP.append(media.write_video_bytes(frames, fps=24, crf=20))
+        _CLIP.append(media.encode_video_bytes(frames, fps=24, crf=20))
     return _CLIP[0]
 
 

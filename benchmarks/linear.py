@@ -25,6 +25,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,6 @@ from elastictok_jax.models.registry import family_of_config
 
 COMPONENTS = 24  # of a patch
 DEAD_ZONE = 1 / 3  # added before rounding down; 1/2 is uniform
-CODECS = {"x264": "libx264", "av1": "libsvtav1", "jpeg": ""}
 FPS = 8.0  # of rows as a video; only its headers depend on it
 
 
@@ -176,6 +176,13 @@ def _jpeg(frame: np.ndarray, quality: int) -> bytes:
     return file.getvalue()
 
 
+CODECS: dict[str, Callable[..., float | None]] = {
+    "x264": partial(codec_mse, codec="libx264"),
+    "av1": partial(codec_mse, codec="libsvtav1"),
+    "jpeg": jpeg_mse,
+}
+
+
 def measure(
     config: ml_collections.ConfigDict, *, train_batches: int, codecs: Sequence[str]
 ) -> list[dict[str, Any]]:
@@ -219,12 +226,7 @@ def measure(
                 "uniform": mse(spectrum.patches(uniform), values),
                 "dead zone": mse(spectrum.patches(dead), values),
                 "klt": mse(klt @ basis + mean, values.reshape(len(values), -1)),
-                **{
-                    name: jpeg_mse(clips, bytes_per_frame=per_frame)
-                    if name == "jpeg"
-                    else codec_mse(clips, codec=CODECS[name], bytes_per_frame=per_frame)
-                    for name in codecs
-                },
+                **{name: CODECS[name](clips, bytes_per_frame=per_frame) for name in codecs},
             }
         )
     return rows

@@ -29,7 +29,7 @@ def fraction_met_curve(
 def tokens_for_fraction_met(
     lengths_N: np.ndarray, met_N: np.ndarray, *, least: int, fraction: float
 ) -> float | None:
-    """Returns the mean tokens per block at which the fraction `fraction` of blocks meets a target.
+    """Returns the mean tokens per block at which `fraction` of the blocks meets a target.
 
     Returns None if no number of tokens suffices.
     """

@@ -32,7 +32,7 @@ from elastictok_jax.storage.references import BEST
 
 T = TypeVar("T")
 LIBRARIES = ("jax", "flax", "optax", "orbax-checkpoint")
-# Where tensorstore's errors go on with what helps nobody.
+# What follows these in tensorstore's errors is for its developers.
 DETAILS = (". See full TensorStore details", " [tensorstore_spec", " [source locations")
 
 
